@@ -1,0 +1,506 @@
+"""Checks of what users pass: every error names the argument, what came, what was expected."""
+
+import contextlib
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+from ._trace import TracedFunction, trace
+
+
+def check_fun(fun: Any, name: str = "fun") -> None:
+    """Raises TypeError unless `fun` is callable."""
+    if not callable(fun):
+        raise TypeError(f"{name} must be callable, got {type(fun).__name__}")
+
+
+def check_count(value: Any, name: str) -> int:
+    """A static integer of at least 1."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name} must be static (a Python int), got a traced value; pass it outside jit, or "
+            "mark it with static_argnums"
+        )
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be an int, got bool")
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+    if count < 1:
+        raise ValueError(f"{name} must be >= 1, got {count}")
+    return count
+
+
+def check_bool(value: Any, name: str) -> bool:
+    """A Python (or numpy) bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, got {value!r} ({type(value).__name__})")
+    return bool(value)
+
+
+def check_noise(noise: Any) -> None:
+    """Raises TypeError unless `noise` is an object with the methods sample and log_prob."""
+    if isinstance(noise, type):
+        raise TypeError(
+            f"noise must be an instance, got the class {noise.__name__}; pass {noise.__name__}()"
+        )
+    missing = [m for m in ("sample", "log_prob") if not callable(getattr(noise, m, None))]
+    if missing:
+        raise TypeError(
+            f"noise must define sample and log_prob (see NoiseDistribution); "
+            f"{type(noise).__name__} lacks {' and '.join(missing)}"
+        )
+
+
+def check_sampler(sampler: Any) -> None:
+    """Raises TypeError unless `sampler` is None or a hashable object with a sampler's methods."""
+    if isinstance(sampler, type):
+        raise TypeError(
+            f"sampler must be an instance, got the class {sampler.__name__}; pass "
+            f"{sampler.__name__}()"
+        )
+    needed = ("group_size", "sample_group")
+    missing = [m for m in needed if not callable(getattr(sampler, m, None))]
+    if sampler is not None and missing:
+        raise TypeError(
+            f"sampler must be None or define group_size and sample_group (see Sampler); "
+            f"{type(sampler).__name__} lacks {' and '.join(missing)}"
+        )
+    if getattr(type(sampler), "__hash__", None) is None:
+        raise TypeError(
+            f"sampler must be hashable, for it is static under jit; make {type(sampler).__name__} "
+            "a frozen dataclass"
+        )
+
+
+def check_degree(degree: Any) -> None:
+    """Raises unless `degree` is None, 0, 1 or 2."""
+    if degree is None:
+        return
+    if isinstance(degree, bool) or not isinstance(degree, int | np.integer):
+        raise TypeError(f"degree must be None, 0, 1 or 2, got {type(degree).__name__}")
+    if not 0 <= degree <= 2:
+        raise ValueError(f"degree must be None, 0, 1 or 2, got {degree}")
+
+
+def check_sigma(sigma: Any) -> Any:
+    """The scale as a pytree of numpy arrays and tracers, each real and, if known, positive."""
+    if sigma is None:
+        raise TypeError("sigma must be a positive number, array or pytree of them, got None")
+    return jax.tree.map(_check_scale, sigma, is_leaf=lambda v: v is None)
+
+
+def _check_scale(scale: Any) -> Any:
+    if isinstance(scale, bool | np.bool_):
+        raise TypeError("sigma must be a real number, got bool")
+    if not isinstance(scale, int | float | complex | np.ndarray | np.generic | Array):
+        raise TypeError(
+            f"sigma must be a positive number, array or pytree of them, got {type(scale).__name__}"
+        )
+    dtype = jnp.result_type(scale)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"sigma must be real, got {dtype}")
+    if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"sigma must be a real number, got an array of {dtype}")
+    if isinstance(scale, Tracer):
+        return scale
+    values = np.asarray(jax.device_get(scale))
+    known = values.astype(np.float64)
+    if not np.isfinite(known).all():
+        raise ValueError(f"sigma must be finite, got {_first(known, ~np.isfinite(known))}")
+    if not (known > 0).all():
+        raise ValueError(
+            f"sigma must be > 0 (it is a scale), got {_first(known, known <= 0)}. "
+            "For the unperturbed function call fun(x) directly."
+        )
+    # Double precision until the dtype of x is known.
+    return scale if isinstance(scale, Array) and jnp.issubdtype(dtype, jnp.floating) else known
+
+
+def _first(values: np.ndarray, wrong: np.ndarray) -> float:
+    return float(values[wrong].ravel()[0])
+
+
+def check_key(key: Any, x: Any) -> Array:
+    """One typed PRNG key, from a typed one or a raw one; `x` is looked at for swapped arguments."""
+    hint = "; did you call g(x, key)? it is g(key, x)" if _is_key(x) else ""
+    if isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.shape:
+            raise TypeError(
+                f"key must be one PRNG key, got an array of keys of shape {key.shape}; "
+                "vmap over the keys"
+            )
+        return key
+    if isinstance(key, Array | np.ndarray) and key.dtype == np.uint32:
+        if key.ndim == 1:
+            try:
+                return jax.random.wrap_key_data(_on_device(key))
+            except TypeError:
+                pass
+        if key.ndim == 2:
+            raise TypeError(
+                f"key must be one PRNG key, got raw keys of shape {key.shape}; vmap over the keys"
+            )
+    what = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else type(key).__name__
+    raise TypeError(
+        f"the first argument must be a PRNG key such as jax.random.key(0), got {what}{hint}"
+    )
+
+
+def _is_key(value: Any) -> bool:
+    return hasattr(value, "dtype") and (
+        jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        or (value.dtype == np.uint32 and np.shape(value) == (2,))
+    )
+
+
+def _on_device(value: Any) -> Any:
+    # Explicit, so that jax.transfer_guard('disallow') has nothing to object to. JAX may use memory
+    # of numpy in place, which its owner may change before the program, or its derivative, runs.
+    return value if isinstance(value, Array) else jax.device_put(np.array(value))
+
+
+def leaf_name(path: Any) -> str:
+    """How an error names a leaf of x."""
+    return f"x{jax.tree_util.keystr(path)}"
+
+
+def perturbed_leaves(x: Any) -> tuple[list[Array], list[str], Callable[[Any], Any]]:
+    """The floating leaves of x, their names, and how to put others in their place."""
+    paths, tree = jax.tree_util.tree_flatten_with_path(x)
+    fixed: list[Any] = []
+    leaves: list[Any] = []
+    names: list[str] = []
+    for path, leaf in paths:
+        if isinstance(leaf, float):
+            leaf = np.asarray(leaf, jax.dtypes.canonicalize_dtype(float))
+        if not isinstance(leaf, int | np.ndarray | np.generic | Array | complex):
+            raise TypeError(
+                f"x must be a pytree of arrays, but leaf {leaf_name(path)!r} is a "
+                f"{type(leaf).__name__}: pass it to fun as a further argument, g(key, x, ...)"
+            )
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"complex leaves are not supported (leaf {leaf_name(path)!r} is {dtype}); "
+                "split it into its real and imaginary parts"
+            )
+        if jnp.issubdtype(dtype, jnp.floating):
+            if isinstance(leaf, np.ndarray | np.generic):
+                leaf = _on_device(np.asarray(leaf, dtype))
+            leaves.append(leaf)
+            names.append(leaf_name(path))
+            fixed.append(None)
+        else:
+            fixed.append(leaf)
+    if paths and not leaves:
+        raise TypeError(
+            "x has no floating leaf to perturb: its leaves are "
+            f"{', '.join(sorted({str(jnp.result_type(v)) for v in fixed}))}"
+        )
+
+    def merge(perturbed: Any) -> Any:
+        perturbed = iter(perturbed)
+        return tree.unflatten([next(perturbed) if v is None else v for v in fixed])
+
+    return leaves, names, merge
+
+
+def scale_leaves(sigma: Any, x: Any, leaves: list[Array], names: list[str]) -> list[Array]:
+    """One scale for each floating leaf of x, or a single scalar for all of them."""
+    if not isinstance(sigma, dict | list | tuple) and jax.tree_util.all_leaves([sigma]):
+        scales = [sigma] * (1 if np.ndim(sigma) == 0 else len(leaves))
+    else:
+        try:
+            spread = jax.tree.broadcast(sigma, x)
+        except ValueError as error:
+            raise ValueError(
+                f"sigma has structure {jax.tree.structure(sigma)}, which is neither that of x, "
+                f"{jax.tree.structure(x)}, nor a prefix of it"
+            ) from error
+        scales = [
+            s
+            for s, v in zip(jax.tree.leaves(spread), jax.tree.leaves(x), strict=True)
+            if jnp.issubdtype(jnp.result_type(v), jnp.floating)
+        ]
+    if len(scales) == len(leaves):
+        for scale, leaf, name in zip(scales, leaves, names, strict=True):
+            shape = np.shape(scale)
+            tail = leaf.shape[len(leaf.shape) - len(shape) :]
+            fits = all(a in (1, b) for a, b in zip(shape, tail, strict=False))
+            if len(shape) > len(leaf.shape) or not fits:
+                raise ValueError(
+                    f"sigma of shape {shape} does not broadcast into leaf {name!r} of shape "
+                    f"{leaf.shape}; it must not enlarge the leaf"
+                )
+        scales = [_with_rank(s, leaf.ndim) for s, leaf in zip(scales, leaves, strict=True)]
+    for scale in scales:
+        _check_range(scale, noise_dtype(leaves))
+    _warn_if_lost(scales, leaves, names)
+    return [_on_device(s) for s in scales]
+
+
+def noise_dtype(leaves: list[Array]) -> np.dtype:
+    """Dtype of noise, scores and weights for these leaves: at least single precision."""
+    return np.dtype(np.float64 if any(v.dtype == np.float64 for v in leaves) else np.float32)
+
+
+def _check_range(scale: Any, dtype: np.dtype) -> None:
+    if isinstance(scale, np.ndarray):
+        range_ = np.finfo(dtype)
+        wrong = (scale < range_.tiny) | (scale > range_.max)
+        if wrong.any():
+            raise ValueError(
+                f"sigma must be within the range of {dtype} numbers, {range_.tiny:.2g} to "
+                f"{range_.max:.2g}, got {_first(scale, wrong):.2g}; rescale x, or make it float64"
+            )
+
+
+def _with_rank(scale: Any, rank: int) -> Any:
+    """With as many axes as its leaf, unless it has none, for `jax_numpy_rank_promotion='raise'`."""
+    shape = np.shape(scale)
+    return scale.reshape((1,) * (rank - len(shape)) + shape) if shape else scale
+
+
+def nan_unless_positive(value: list[Array], scales: list[Array]) -> list[Array]:
+    """The value; NaN if a scale that was traced, so could not be checked, is not > 0 and finite."""
+    traced = [s for s in scales if isinstance(s, Tracer)]
+    return _poisoned(value, traced) if traced else value
+
+
+@jax.jit
+def _poisoned(value: list[Array], scales: list[Array]) -> list[Array]:
+    valid = jnp.stack([jnp.all((s > 0) & jnp.isfinite(s)) for s in scales]).all()
+    # A factor, so that derivatives become NaN as well.
+    return [v * jnp.where(valid, 1.0, jnp.nan).astype(v.dtype) for v in value]
+
+
+def _warn_if_lost(scales: list[Any], leaves: list[Array], names: list[str]) -> None:
+    """Warns where x + sigma z rounds to x, so that fun would see no perturbation at all."""
+    for i, (leaf, name) in enumerate(zip(leaves, names, strict=True)):
+        scale = scales[i] if len(scales) > 1 else scales[0]
+        if not leaf.size or not all(map(_is_known, (leaf, scale))):
+            continue
+        values, scale = jax.device_get((leaf, scale))
+        values = np.abs(values).astype(np.promote_types(leaf.dtype, np.float32))
+        spacing = np.where(np.isfinite(values), values, 0) * float(jnp.finfo(leaf.dtype).eps) / 4
+        if (scale < spacing).any():
+            warnings.warn(
+                f"sigma is below the spacing of {leaf.dtype} numbers at leaf {name!r}: fun sees "
+                "the same input at every sample, and the gradient is noise. Use a larger sigma, "
+                "rescale x, or use a wider dtype.",
+                stacklevel=4,
+            )
+
+
+def share_axes(
+    key: Array, leaves: list[Array], scales: list[Array]
+) -> tuple[Array, list[Array], list[Array]]:
+    """Inside `shard_map`: makes all arguments vary over the mesh axes that any of them varies over.
+
+    Samples do, and fun has to be traced for arguments of their type.
+    """
+    axes = frozenset().union(*map(varying_axes, (key, *leaves, *scales)))
+    if not axes:
+        return key, leaves, scales
+
+    def share(value: Array) -> Array:
+        missing = tuple(axes - varying_axes(value))
+        return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+    impl = jax.random.key_impl(key)
+    key = jax.random.wrap_key_data(share(jax.random.key_data(key)), impl=impl)
+    return key, [share(v) for v in leaves], [share(v) for v in scales]
+
+
+def varying_axes(value: Any) -> frozenset[Any]:
+    """The mesh axes that an array, or a described one, varies over inside `shard_map`."""
+    kind: Any = value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
+    kind = getattr(kind, "manual_axis_type", kind)  # its name since jax 0.10
+    return frozenset(getattr(kind, "varying", None) or getattr(kind, "vma", None) or ())
+
+
+def _is_known(value: Any) -> bool:
+    return not isinstance(value, Tracer) and getattr(value, "is_fully_addressable", True)
+
+
+@contextlib.contextmanager
+def explained_vmap(batch_size: int | None) -> Iterator[None]:
+    """Adds the remedy to the error of a function that cannot be vmapped."""
+    try:
+        yield
+    except (NotImplementedError, ValueError) as error:
+        if batch_size != 1 and ("vmap" in str(error) or "atching rule" in str(error)):
+            error.add_note(
+                "fun is vmapped over the samples. With batch_size=1, make_perturbed_fun calls it "
+                "sample by sample instead, as it is."
+            )
+        raise
+
+
+def trace_fun(
+    fun: Callable[..., Any], leaves: list[Array], has_aux: bool
+) -> tuple[TracedFunction, tuple[Any, ...], int, Any, Any]:
+    """Traces fun(leaves), with hints where that fails.
+
+    Returns the function, what it closes over, how many of its results are its value, and the
+    structures of value and aux.
+    """
+    structures: list[Any] = []
+
+    def flat(*values: Array) -> list[Any]:
+        out = fun(list(values))
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(
+                "with has_aux=True fun must return a pair (value, aux), got "
+                f"{jax.tree.structure(out)}"
+            )
+        value, aux = out if has_aux else (out, None)
+        for name, tree in (("value", value), ("aux", aux)):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                if not isinstance(
+                    leaf, bool | int | float | complex | np.generic | np.ndarray | Array
+                ):
+                    raise TypeError(
+                        f"fun's {name} must be a pytree of arrays, but its leaf "
+                        f"'{name}{jax.tree_util.keystr(path)}' is a {type(leaf).__name__}"
+                    )
+        structures[:] = [jax.tree.structure(value), jax.tree.structure(aux)]
+        return [*jax.tree.leaves(value), *jax.tree.leaves(aux)]
+
+    try:
+        traced, operands = trace(flat, *leaves)
+    except (
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerBoolConversionError,
+        jax.errors.TracerIntegerConversionError,
+        jax.errors.ConcretizationTypeError,
+    ) as error:
+        error.add_note(
+            "fun is traced and vmapped over the samples, so it cannot use numpy, float() or `if` "
+            "on its argument. Call such code through jax.pure_callback; what cannot be vmapped "
+            "is evaluated one sample at a time with batch_size=1."
+        )
+        raise
+    value_tree, aux_tree = structures
+    return traced, tuple(map(_on_device, operands)), value_tree.num_leaves, value_tree, aux_tree
+
+
+class TracedNoise:
+    """A user's noise, traced: what it closes over is an operand, and equal traces are equal."""
+
+    def __init__(
+        self,
+        sample: TracedFunction,
+        log_prob: TracedFunction,
+        icdf: TracedFunction | None,
+        noise: Any,
+    ):
+        """Wraps the traced methods, for one shape, and takes over the moments of `noise`."""
+        self._methods = (sample, log_prob, icdf)
+        self._moments = (getattr(noise, "mean", None), getattr(noise, "variance", None))
+
+    def __hash__(self) -> int:
+        """A hash of the methods' operations."""
+        return hash(self._methods)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all methods perform the same operations."""
+        return (
+            isinstance(other, TracedNoise)
+            and self._methods == other._methods
+            and self._moments == other._moments
+        )
+
+    def bind(self, operands: Any) -> "BoundNoise":
+        """The noise, given what its methods closed over."""
+        return BoundNoise(self, operands)
+
+
+class BoundNoise:
+    """A traced noise with its operands: draws and log-densities for the shape it was traced at."""
+
+    def __init__(self, traced: TracedNoise, operands: Any):
+        """Binds the operands of sample, log_prob and, if there is one, icdf."""
+        self._sample, self._log_prob, icdf = traced._methods
+        self._operands = operands
+        self.mean, self.variance = traced._moments
+        if icdf is not None:
+            self.icdf = lambda u: jax.vmap(lambda row: icdf(operands[2], row)[0].astype(u.dtype))(u)
+
+    def sample(self, key: Array, sample_shape: Any, dtype: Any) -> Array:
+        """One draw of the traced shape."""
+        del sample_shape
+        return self._sample(self._operands[0], key)[0].astype(dtype)
+
+    def log_prob(self, inputs: Array) -> Array:
+        """Log-density of one draw."""
+        return self._log_prob(self._operands[1], inputs)[0].astype(inputs.dtype)
+
+
+def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[TracedNoise, Any]:
+    """Traces a user's noise for `dim` coordinates, and checks shapes and its use of the key."""
+    what = f"noise.sample(key, ({dim},), {np.dtype(dtype).name})"
+    like_key: Any = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+    like_z: Any = jax.ShapeDtypeStruct((dim,), dtype)
+    axes = tuple(varying_axes(key))
+    if axes:  # inside shard_map, where only an array has the axes in its type
+        like_key = jax.random.wrap_key_data(jax.random.bits(key, (2,)), impl="threefry2x32")
+        like_z = jax.lax.pcast(jnp.zeros((dim,), dtype), axes, to="varying")
+    try:
+        sample, sample_operands = trace(lambda k: noise.sample(k, (dim,), dtype), like_key)
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+        error.add_note(f"{what} must compute with jax.random, not with numpy")
+        raise
+    except TypeError as error:
+        error.add_note(f"raised by {what}, a call that perturbax.NoiseDistribution describes")
+        raise
+    [aval] = _only_leaf(sample, what)
+    if aval.shape != (dim,):
+        raise ValueError(f"{what} returned shape {aval.shape}, expected ({dim},)")
+    if not jnp.issubdtype(aval.dtype, jnp.floating):
+        raise TypeError(f"{what} returned dtype {aval.dtype}, expected a floating dtype")
+    if dim and not sample.depends_on_inputs():
+        raise TypeError(
+            f"{what} does not depend on key: all samples would share one draw. Return a traced "
+            "JAX array drawn with jax.random from the key"
+        )
+    log_prob, log_prob_operands = trace(lambda v: noise.log_prob(v), like_z)
+    [aval] = _only_leaf(log_prob, "noise.log_prob(inputs)")
+    if aval.shape not in ((dim,), ()):
+        raise ValueError(
+            f"noise.log_prob(inputs) returned shape {aval.shape} for inputs of shape ({dim},), "
+            f"expected ({dim},), or () for the log-density of all coordinates together"
+        )
+    icdf, icdf_operands = None, ()
+    if hasattr(noise, "icdf"):
+        icdf, icdf_operands = trace(lambda u: noise.icdf(u), like_z)
+        [aval] = _only_leaf(icdf, "noise.icdf(u)")
+        if aval.shape != (dim,):
+            raise ValueError(
+                f"noise.icdf(u) returned shape {aval.shape} for u of shape ({dim},), expected "
+                f"({dim},)"
+            )
+    operands = (sample_operands, log_prob_operands, icdf_operands)
+    operands = tuple(tuple(map(_on_device, v)) for v in operands)
+    return TracedNoise(sample, log_prob, icdf, noise), operands
+
+
+def _only_leaf(traced: TracedFunction, what: str) -> Any:
+    if len(traced.out_avals) != 1:
+        raise TypeError(f"{what} must return one array, got {traced.out_tree}")
+    return traced.out_avals
+
+
+def num_elements(leaves: list[Array]) -> int:
+    """Number of coordinates of the leaves together."""
+    return sum(math.prod(leaf.shape) for leaf in leaves)

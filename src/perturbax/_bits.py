@@ -1,0 +1,73 @@
+"""Random bits addressed by (key, row, column): no state, no storage, the same on every device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = np.uint32(0x1BD11BDA)
+
+
+def _rotate_left(word: Array, amount: int) -> Array:
+    left = lax.shift_left(word, lax.full_like(word, amount))
+    return lax.bitwise_or(left, lax.shift_right_logical(word, lax.full_like(word, 32 - amount)))
+
+
+@jax.jit  # traced once for each shape, not at each use
+def threefry(key: Array, row: Array, column: Array) -> tuple[Array, Array]:
+    """Threefry-2x32 with 20 rounds: the two words that `key` assigns to the counter (row, column).
+
+    Written as plain element-wise operations, so that XLA fuses the generator with whatever consumes
+    its output; a table of random numbers need never exist in memory.
+
+    Args:
+      key: two uint32 words, shape (2,).
+      row: uint32 array.
+      column: uint32 array that broadcasts with `row`.
+
+    Returns:
+      Two uint32 arrays of the common shape.
+
+    References:
+      Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, 2011,
+      doi:10.1145/2063384.2063405
+    """
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    a, b = jnp.broadcast_arrays(row, column)
+    a, b = a + schedule[0], b + schedule[1]
+    for block in range(5):
+        for amount in _ROTATIONS[block % 2]:
+            # Not by operators: these 60 operations are half of what it takes to trace a call.
+            a = lax.add(a, b)
+            b = lax.bitwise_xor(_rotate_left(b, amount), a)
+        a = a + schedule[(block + 1) % 3]
+        b = b + schedule[(block + 2) % 3] + np.uint32(block + 1)
+    return a, b
+
+
+def words32(key: Array, row: Array, column: Array) -> Array:
+    """Uniform 32-bit words."""
+    return threefry(key, row, column)[0]
+
+
+def words(key: Array, row: Array, column: Array, dtype: np.dtype) -> Array:
+    """Uniform words, wide enough for noise of the given floating dtype (uint32, or uint64)."""
+    first, second = threefry(key, row, column)
+    if dtype.itemsize <= 4:
+        return first
+    return (first.astype(jnp.uint64) << np.uint64(32)) | second.astype(jnp.uint64)
+
+
+def root(key: Array) -> Array:
+    """Two words that stand for `key`, whatever its implementation; consumes the key."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def child(key: Array, index: Array) -> Array:
+    """The two-word key of the `index`-th child of `key`, for scalar `index`.
+
+    The column lies beyond any coordinate that `words` is asked for, so the child's key never
+    repeats a word that the parent hands out as noise.
+    """
+    return jnp.stack(threefry(key, jnp.asarray(index, jnp.uint32), jnp.uint32(0xFFFFFFFF)))

@@ -1,0 +1,70 @@
+"""The rule that chooses a sampler and a surrogate's degree where the user leaves them open."""
+
+import math
+
+from ._noise import NoiseDistribution, is_invertible
+from ._sampling import Antithetic, Independent, Orthogonal, Sampler, Sobol
+from ._surrogate import num_features
+
+# Degree, most coordinates, and samples for each coefficient. A fit pays if there are enough of them,
+# and its equations, which take num_features**2 operations a sample, are not dearer than drawing it.
+_RULE = ((2, 6, 5), (1, 100, 3))
+# Independent samples are cut into this many groups where a surrogate is fitted.
+_BLOCKS = 8
+
+
+def choose(
+    sampler: Sampler | None,
+    degree: int | None,
+    num_samples: int,
+    dim: int,
+    noise: NoiseDistribution,
+) -> tuple[Sampler, int]:
+    """Sampler and degree for `num_samples` evaluations of a function of `dim` coordinates.
+
+    Quasi-random nets and polynomials pay while there are several evaluations for each coefficient;
+    beyond that nothing beats independent samples, each against the mean of the others.
+
+    Raises:
+      TypeError: if the sampler needs an inverse distribution function that the noise lacks.
+      ValueError: if a surrogate needs moments that the noise lacks.
+    """
+    name = getattr(noise, "law", type(noise).__name__)
+    invertible = is_invertible(noise)
+    polynomial = _has_moments(noise) and isinstance(dim, int)
+    if isinstance(sampler, Antithetic | Orthogonal | Sobol) and not invertible:
+        raise TypeError(
+            f"{type(sampler).__name__}() needs noise with an inverse distribution function, which "
+            f"{name} lacks: define noise.icdf(u), or use Independent()"
+        )
+    if degree and not polynomial:
+        raise ValueError(
+            f"degree={degree} needs noise with a finite mean and variance, given as noise.mean and "
+            f"noise.variance; {name} has none: use degree=0"
+        )
+    if degree is None:
+        degree = _degree(num_samples, dim) if polynomial else 0
+        if sampler is not None and sampler.group_size(num_samples, dim) >= num_samples:
+            degree = 0
+        if sampler is None and not invertible:
+            degree = 0
+    if sampler is None:
+        nets = invertible and isinstance(dim, int) and 0 < 4 * dim <= num_samples
+        sampler = Sobol() if nets else Independent()
+    if degree and sampler == Independent():
+        sampler = Independent(block=-(-num_samples // _BLOCKS))
+    return sampler, degree
+
+
+def _degree(num_samples: int, dim: int) -> int:
+    """The degree whose coefficients half of the samples determine well, at little cost."""
+    for degree, most_dim, per_coefficient in _RULE:
+        enough = num_samples >= 2 * per_coefficient * num_features(dim, degree)
+        if dim <= most_dim and enough:
+            return degree
+    return 0
+
+
+def _has_moments(noise: NoiseDistribution) -> bool:
+    moments = (getattr(noise, name, math.nan) for name in ("mean", "variance"))
+    return all(isinstance(m, int | float) and math.isfinite(m) for m in moments)

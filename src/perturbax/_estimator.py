@@ -1,0 +1,631 @@
+r"""The estimator: evaluate, weigh, combine.
+
+Notation, used throughout (`docs/theory.md` derives it):
+
+    x, sigma    the point and the scale at which the function is evaluated, held fixed
+    a, r        (x0 - x) / sigma and sigma0 / sigma, where x0 and sigma0 are x and sigma held fixed:
+                always 0 and 1, but with derivatives; a has shape (D,), r has shape () or (D,)
+    z           noise of a chunk of samples, shape (C, D);  y = x0 + sigma0 z
+    f           values of the function at y, flattened, shape (C, M); f0 its value at x0
+    l           log p(a + r z) + sum log r: the log-density of y under x + sigma eps, y held fixed
+    w           exp(l - stop_gradient(l)): 1, but with the derivatives of the score function
+    b           baseline of each sample: the mean of f over all other groups and of f0, which is the
+                surrogate of degree 0; for higher degrees see `_surrogate`
+    s           score -d log p / dz of the noise, shape (C, D)
+
+    V = mean_i [ w_i (f_i - b_i) + b_i ]
+
+The value of V is the plain mean of the f_i. Its derivatives in x and sigma, which it has through a
+and r alone, are unbiased at every order, because b_i does not depend on the noise of sample i.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from . import _bits, _surrogate
+from ._arguments import varying_axes
+from ._sampling import draw
+from ._trace import TracedFunction
+
+# Numbers in flight at a time: a chunk of noise should stay in the cache of a core, and fill a GPU.
+_CHUNK = {"cpu": 2**19}
+_CHUNK_ACCELERATOR = 2**26
+# Up to this many outputs, the Jacobian is accumulated while evaluating: the noise is drawn once.
+_MAX_ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is static about an estimate: what to evaluate, how often, with what noise."""
+
+    fun: TracedFunction
+    noise: Any
+    sampler: Any
+    num_samples: int
+    batch_size: int | None
+    degree: int | None  # of the surrogate; None for none
+    num_outputs: int  # leaves of fun's result that are its value; the rest is aux
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[np.dtype, ...]
+    dtype: np.dtype  # of the noise, the scores and the weights: at least float32
+
+    @property
+    def dim(self) -> int:
+        """Number D of perturbed coordinates."""
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def group_size(self) -> int:
+        """Samples in a group."""
+        return self.sampler.group_size(self.num_samples, self.dim)
+
+    @property
+    def num_groups(self) -> int:
+        """Independent groups of samples."""
+        return -(-self.num_samples // self.group_size)
+
+    @property
+    def output_dtypes(self) -> list[np.dtype]:
+        """Dtypes of the estimate's leaves: those of fun's values, at least float32."""
+        avals: Any = self.fun.out_avals[: self.num_outputs]
+        # By hand: with jax_numpy_dtype_promotion='strict' JAX refuses to promote.
+        wide = {np.dtype(jnp.bfloat16): np.dtype(np.float32), np.dtype("f2"): np.dtype("f4")}
+        return [
+            wide.get(np.dtype(a.dtype), np.dtype(a.dtype))
+            if jnp.issubdtype(a.dtype, jnp.inexact)
+            else self.dtype
+            for a in avals
+        ]
+
+    @property
+    def value_dtype(self) -> np.dtype:
+        """Dtype in which values are combined."""
+        return np.result_type(self.dtype, *self.output_dtypes)
+
+    @property
+    def num_rows(self) -> int:
+        """Number M of scalar outputs."""
+        return sum(a.size for a in self.fun.out_avals[: self.num_outputs])
+
+    def groups_at_a_time(self) -> int:
+        """How many groups a chunk holds."""
+        if not isinstance(self.dim, int):  # a symbolic shape, while exporting
+            most = 16
+        elif self.batch_size is None:
+            budget = _CHUNK.get(jax.default_backend(), _CHUNK_ACCELERATOR)
+            most = budget // (self.group_size * max(self.dim, self.fun.widest, 1))
+        else:
+            most = self.batch_size // self.group_size
+        most = min(max(most, 1), self.num_groups)
+        if self.batch_size is None:
+            # A divisor saves the last, smaller chunk a compilation of its own.
+            for count in range(most, most // 2, -1):
+                if self.num_groups % count == 0:
+                    return count
+        return most
+
+
+@partial(jax.jit, static_argnums=0)
+def estimate(plan: Plan, key: Array, x: list[Array], sigma: list[Array], operands: Any):
+    """The Monte-Carlo estimate of E[fun(x + sigma eps)]; differentiable in x, sigma and operands.
+
+    Args:
+      plan: the static part.
+      key: one typed PRNG key.
+      x: the perturbed leaves.
+      sigma: one scale a leaf, each of which broadcasts into the leaf; or a single one for all.
+      operands: what fun and the noise close over, a pair of tuples.
+
+    Returns:
+      The leaves of the value, and of aux stacked over samples.
+    """
+    point = Point(*lax.stop_gradient((x, [v.astype(plan.dtype) for v in sigma])))
+    shared = len(sigma) == 1 and sigma[0].ndim == 0
+    scales = [v.astype(plan.dtype) for v in sigma] * (len(x) if shared else 1)
+    a = [-_departure(v).astype(plan.dtype) / s for v, s in zip(x, scales, strict=True)]
+    r = [lax.stop_gradient(s) / s for s in scales]
+    if shared:
+        flat_r = r[0] if r else jnp.ones((), plan.dtype)
+    else:
+        flat_r = _concatenate(
+            [jnp.broadcast_to(v, shape) for v, shape in zip(r, plan.shapes, strict=True)],
+            plan.dtype,
+        )
+    flat_a = _concatenate(a, plan.dtype)
+    words = _bits.root(key)
+    has_aux = len(plan.fun.out_avals) > plan.num_outputs
+    if has_aux or plan.fun.jaxpr.effects:
+        # JAX allows no side effects inside a custom derivative rule.
+        flat, aux = _differentiable(plan, words, point, flat_a, flat_r, operands)
+    else:
+        flat, aux = _expectation(plan, words, point, flat_a, flat_r, operands), []
+    return _split(flat, plan.fun.out_avals[: plan.num_outputs], plan.output_dtypes), aux
+
+
+class Point(NamedTuple):
+    """Where the function is evaluated: the leaves of x and their scales, held fixed."""
+
+    x: list[Array]
+    sigma: list[Array]
+
+
+@jax.custom_jvp
+def _departure(x: Array) -> Array:
+    """x - stop_gradient(x): zero, also where x is infinite or NaN; such x have no derivative."""
+    # Chosen by x, so that under vmap it has x's batch axis, which its derivative has too.
+    return jnp.where(jnp.isnan(x), jnp.zeros_like(x), jnp.zeros_like(x))
+
+
+@_departure.defjvp
+def _departure_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x,), (x_dot,) = primals, tangents
+    return _departure(x), jnp.where(jnp.isfinite(x), x_dot, jnp.zeros_like(x_dot))
+
+
+def _concatenate(leaves: list[Array], dtype: np.dtype) -> Array:
+    flat = [leaf.reshape(-1) for leaf in leaves]
+    return jnp.concatenate(flat) if flat else jnp.zeros((0,), dtype)
+
+
+def _split(flat: Array, avals: Any, dtypes: list[np.dtype]) -> list[Array]:
+    """Cuts the last axis of `flat` into leaves of the given shapes and dtypes."""
+    leaves, start = [], 0
+    for aval, dtype in zip(avals, dtypes, strict=True):
+        part = lax.slice_in_dim(flat, start, start + aval.size, axis=-1)
+        part = part if jnp.issubdtype(dtype, jnp.complexfloating) else _real(part)
+        leaves.append(part.reshape(flat.shape[:-1] + aval.shape).astype(dtype))
+        start += aval.size
+    return leaves
+
+
+def _real(value: Array) -> Array:
+    return value.real if jnp.iscomplexobj(value) else value
+
+
+# --- Evaluate
+
+
+def _noise(plan: Plan, operands: Any) -> Any:
+    return plan.noise.bind(operands[1]) if operands[1] is not None else plan.noise
+
+
+def _draw(plan: Plan, key: Array, operands: Any, first: Array, count: int) -> Array:
+    noise = _noise(plan, operands)
+    z = draw(noise, plan.sampler, key, first, count, plan.group_size, plan.dim, plan.dtype)
+    return lax.stop_gradient(z)
+
+
+def _drawer(plan: Plan, key: Array, operands: Any) -> Callable[[Array, int], Array]:
+    """`_draw` for several passes over the groups: drawn once where one chunk holds them all."""
+    if plan.groups_at_a_time() < plan.num_groups:
+        return lambda first, count: _draw(plan, key, operands, first, count)
+    z = _draw(plan, key, operands, jnp.uint32(0), plan.num_groups)
+    return lambda first, count: z
+
+
+def _evaluate(plan: Plan, operands: Any, point: Point, z: Array) -> tuple[Array, list[Array]]:
+    """Values (C, M) and stacked aux of the function at x + sigma z for the rows z of (C, D)."""
+    specs = [jax.ShapeDtypeStruct(shape, plan.dtype) for shape in plan.shapes]
+
+    def one(row: Array) -> tuple[Array, list[Array]]:
+        noise = _split(row, specs, [plan.dtype] * len(specs))
+        scales = point.sigma * (len(point.x) if len(point.sigma) == 1 else 1)
+        leaves = [
+            (x.astype(plan.dtype) + sigma * v).astype(x.dtype)
+            for x, sigma, v in zip(point.x, scales, noise, strict=True)
+        ]
+        return _call(plan, operands, leaves)
+
+    if z.shape[0] == 1:  # as it is: fun may hold what cannot be vmapped
+        return jax.tree.map(lambda v: v[None], one(z[0]))
+    if plan.batch_size is not None and plan.batch_size < z.shape[0]:
+        return lax.map(one, z, batch_size=plan.batch_size if plan.batch_size > 1 else None)
+    return jax.vmap(one)(z)
+
+
+def _call(plan: Plan, operands: Any, leaves: list[Array]) -> tuple[Array, list[Array]]:
+    """Flat value (M,) and aux of the function at one point."""
+    out = [jnp.asarray(v) for v in plan.fun(operands[0], *leaves)]
+    values = [v.astype(plan.value_dtype) for v in out[: plan.num_outputs]]
+    return _concatenate(values, plan.value_dtype), out[plan.num_outputs :]
+
+
+def _over_groups(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> tuple[Any, Any]:
+    """Sums the first and stacks the second result of body(first, count, rows, xs of these).
+
+    `body` sees all groups, a chunk of `count` at a time, which hold `rows` samples: all but the
+    last group, which may lack some, are whole. `xs` and stacked results have one row a sample or
+    one row a group.
+    """
+    size, total, count = plan.group_size, plan.num_groups, plan.groups_at_a_time()
+    if count == total:
+        return body(jnp.uint32(0), total, plan.num_samples, xs)
+    # Without this, reverse mode would keep the noise of all chunks; it is drawn again instead.
+    if not plan.fun.jaxpr.effects:
+        body = jax.checkpoint(body, static_argnums=(1, 2), prevent_cse=False)
+    steps = plan.num_samples // (count * size)
+    rest = plan.num_samples - steps * count * size
+
+    def rows_of(v: Any) -> int:  # in the part that the scan covers
+        return steps * count * (size if v.shape[0] == plan.num_samples else 1)
+
+    def step(carry: Any, step_xs: Any) -> tuple[Any, Any]:
+        index, part = step_xs
+        sums, stacked = body(index * np.uint32(count), count, count * size, part)
+        return jax.tree.map(jnp.add, carry, sums), stacked
+
+    def chunked(v: Any) -> Array:
+        return v[: rows_of(v)].reshape(steps, rows_of(v) // steps, *v.shape[1:])
+
+    chunks = jax.tree.map(chunked, xs)
+    steps_xs = (lax.iota(jnp.uint32, steps), chunks)
+    head = jax.tree.map(lambda v: v[0], steps_xs)
+    shapes = jax.eval_shape(lambda h: body(h[0], count, count * size, h[1])[0], head)
+    sums, stacked = lax.scan(step, jax.tree.map(_zeros, shapes), steps_xs)
+    stacked = jax.tree.map(lambda v: v.reshape(steps * v.shape[1], *v.shape[2:]), stacked)
+    if rest:
+        tail = jax.tree.map(lambda v: v[rows_of(v) :], xs)
+        more, last = body(jnp.uint32(steps * count), total - steps * count, rest, tail)
+        sums = jax.tree.map(jnp.add, sums, more)
+        stacked = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stacked, last)
+    return sums, stacked
+
+
+def _grouped(plan: Plan, rows: Array) -> Array:
+    """Rows (C, ...) cut into groups (count, n, ...), zeros for what the last one lacks."""
+    missing = -rows.shape[0] % plan.group_size
+    if missing:
+        rows = jnp.concatenate([rows, jnp.zeros((missing, *rows.shape[1:]), rows.dtype)])
+    return rows.reshape(-1, plan.group_size, *rows.shape[1:])
+
+
+def _zeros(aval: Any) -> Array:
+    zeros = jnp.zeros(aval.shape, aval.dtype)
+    axes = tuple(varying_axes(aval))
+    return lax.pcast(zeros, axes, to="varying") if axes else zeros  # inside shard_map
+
+
+# --- Weigh
+
+
+@jax.custom_jvp
+def _unit_weight(log_density: Array) -> Array:
+    """exp(l - stop_gradient(l)) without the exponential: it cannot overflow, and l need not exist.
+
+    References:
+      Foerster et al., DiCE: The Infinitely Differentiable Monte Carlo Estimator, 2018,
+      arXiv:1802.05098
+    """
+    return jnp.ones_like(log_density)
+
+
+@_unit_weight.defjvp
+def _unit_weight_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    weight = _unit_weight(*primals)
+    return weight, weight * tangents[0]
+
+
+def _log_prob(noise: Any, z: Array) -> Array:
+    """Log-density of each row of z."""
+    return jax.vmap(lambda row: jnp.sum(noise.log_prob(row)))(z)
+
+
+def _log_density(plan: Plan, operands: Any, z: Array, a: Array, r: Array) -> Array:
+    """l: the log-density of y = x0 + sigma0 z under x + sigma eps, shape (C,)."""
+    log_r = jnp.log(r)
+    log_scale = jnp.sum(log_r) if r.ndim else plan.dim * log_r
+    return _log_prob(_noise(plan, operands), _row(a) + _row(r) * z) + log_scale
+
+
+def _row(value: Array) -> Array:
+    """With an axis for the samples: explicit, for `jax_numpy_rank_promotion='raise'`."""
+    return value[None] if value.ndim else value
+
+
+# --- Combine
+
+
+@jax.custom_jvp
+def _with_value(value: Array, derivatives: Array) -> Array:
+    """`value`, with the derivatives of `derivatives`, which has the same expectation."""
+    del derivatives
+    return value
+
+
+@_with_value.defjvp
+def _with_value_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _with_value(*primals), tangents[1]
+
+
+def _sizes(plan: Plan) -> np.ndarray:
+    """Samples in each group."""
+    sizes = np.full(plan.num_groups, plan.group_size)
+    sizes[-1] = plan.num_samples - plan.group_size * (plan.num_groups - 1)
+    return sizes
+
+
+def _centre(f0: Array) -> tuple[Array, Array]:
+    """What to subtract from values before summing them, and whether f0 is finite."""
+    finite = jnp.isfinite(f0)
+    return jnp.where(finite, f0, jnp.zeros_like(f0)), jnp.all(finite)
+
+
+def _share(plan: Plan, finite: Array, sizes: Any, dtype: np.dtype) -> Array:
+    """The weight of one value in the baseline of a group of the given size; 0 if there is none."""
+    count = plan.num_samples - sizes + finite.astype(np.int32)
+    return jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0).astype(dtype)
+
+
+def _baselines(plan: Plan, f: Array, f0: Array) -> Array:
+    """b: for each group, the mean of f0, if finite, and of f over the other groups, (groups, M)."""
+    centre, finite = _centre(f0)
+    sums = jnp.sum(_grouped(plan, f - centre[None]), axis=1)
+    others = jnp.sum(sums, axis=0)[None] - sums
+    share = _share(plan, finite, _sizes(plan), f.dtype)
+    return centre[None] + others * share[:, None]
+
+
+def _fit(
+    plan: Plan, noise: Any, noise_of: Callable[[Array, int], Array], f: Array, f0: Array
+) -> tuple[Array, Callable[[Array], Array]]:
+    """Coefficients of each group's surrogate (groups, P, M), and the features of noise."""
+
+    def phi(z: Array) -> Array:
+        return _surrogate.features(z, plan.degree or 0, noise.mean).astype(f.dtype)
+
+    centre, finite = _centre(f0)
+
+    def equations(first: Array, count: int, rows: int, values: Array) -> tuple[tuple[()], Any]:
+        z = noise_of(first, count)[:rows]
+        weight = jnp.mean(_slope(noise, z) ** 2, axis=1).astype(f.dtype)
+        grouped = [_grouped(plan, v) for v in (phi(z), values - centre[None], weight)]
+        return (), _surrogate.normal_equations(*grouped)
+
+    _, (gram, moment) = _over_groups(plan, equations, f)
+    origin = phi(jnp.zeros((1, plan.dim), plan.dtype))[0]
+    others = np.maximum(plan.num_samples - _sizes(plan), 1)
+    shares = jnp.where(finite, jnp.asarray(1 / others, f.dtype), jnp.zeros((), f.dtype))
+    beta = _surrogate.fit(gram, moment, origin, jnp.zeros_like(centre), shares)
+    return beta.at[:, 0].add(centre), phi
+
+
+def _differentiable(
+    plan: Plan, key: Array, point: Point, a: Array, r: Array, operands: Any
+) -> tuple[Array, list[Array]]:
+    """V, shape (M,), as an expression that JAX differentiates in everything, to any order."""
+    noise = _noise(plan, operands)
+    noise_of = _drawer(plan, key, operands)
+
+    def evaluate(first: Array, count: int, rows: int, _: Any) -> tuple[tuple[()], Any]:
+        z = noise_of(first, count)[:rows]
+        return (), _evaluate(plan, operands, point, z)
+
+    _, (f, aux) = _over_groups(plan, evaluate)
+    share = jnp.asarray(_sizes(plan) / plan.num_samples, f.dtype)
+    phi, beta = None, None
+    if plan.degree is None:
+        residual, expected = f, jnp.zeros(f.shape[1], f.dtype)
+    else:
+        f0, _ = _call(plan, operands, point.x)
+        if plan.degree == 0:
+            b = _baselines(plan, f, f0)
+            residual = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
+            expected = share @ b
+        else:
+            residual = f
+            beta, phi = _fit(plan, noise, noise_of, f, f0)
+            mean_phi = _surrogate.expected_features(a, r, plan.degree, noise).astype(f.dtype)
+            expected = mean_phi @ jnp.tensordot(share, beta, axes=1)
+
+    def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[Array, tuple[()]]:
+        residual, beta = xs
+        z = noise_of(first, count)[:rows]
+        if phi is not None:
+            q = _surrogate.predict(_grouped(plan, phi(z)), beta)
+            residual = residual - q.reshape(-1, plan.num_rows)[:rows]
+        w = _unit_weight(_log_density(plan, operands, z, a, r))
+        return jnp.sum(w[:, None].astype(residual.dtype) * residual, axis=0), ()
+
+    total, _ = _over_groups(plan, weigh, (residual, beta))
+    derivatives = total / plan.num_samples + expected
+    return _with_value(jnp.mean(lax.stop_gradient(f), axis=0), derivatives), aux
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _expectation(plan: Plan, key: Array, point: Point, a: Array, r: Array, operands: Any) -> Array:
+    """The value of V alone, with derivatives by the cheapest way that serves."""
+    del a, r
+
+    def evaluate(first: Array, count: int, rows: int, _: Any) -> tuple[Array, tuple[()]]:
+        z = _draw(plan, key, operands, first, count)[:rows]
+        return jnp.sum(_evaluate(plan, operands, point, z)[0], axis=0), ()
+
+    return _over_groups(plan, evaluate)[0] / plan.num_samples
+
+
+@partial(_expectation.defjvp, symbolic_zeros=True)
+def _expectation_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    *_, a_dot, r_dot, operands_dot = tangents
+    real = not jnp.issubdtype(plan.value_dtype, jnp.complexfloating)
+    if plan.num_rows <= _MAX_ROWS and real and not _any_live(operands_dot):
+        wrt = (_is_live(a_dot), _is_live(r_dot))
+        value, *jacobians = _jacobian(plan, wrt, *primals)
+        dots = [t.astype(plan.value_dtype) for t in (a_dot, r_dot) if _is_live(t)]
+        steps = [j @ t if t.ndim else j * t for j, t in zip(jacobians, dots, strict=True)]
+        return value, functools.reduce(jnp.add, steps)
+    return _jvp(lambda *args: _differentiable(plan, *args)[0], primals, tangents)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _jacobian(
+    plan: Plan,
+    wrt: tuple[bool, bool],
+    key: Array,
+    point: Point,
+    a: Array,
+    r: Array,
+    operands: Any,
+) -> tuple[Array, ...]:
+    """The value, and the Jacobians in a (M, D) and r (M,) or (M, D), as far as `wrt` asks.
+
+    One pass for baselines (degree 0) or none: with c = f0 and 1 / n_g the weight of a value in
+    the baseline of group g,
+
+        sum_i (f_i - b_i) dl_i = sum_i (f_i - c) dl_i - S sum_g B_g / n_g + sum_g S_g B_g / n_g,
+
+    where S_g and B_g are the sums of f_i - c and of dl_i over group g, and S is the sum of all S_g.
+    """
+    if plan.degree:
+        return _jacobian_of_surrogates(plan, wrt, key, point, a, r, operands)
+    noise = _noise(plan, operands)
+    centre, finite = jnp.zeros((plan.num_rows,), plan.value_dtype), None
+    if plan.degree is not None:
+        centre, finite = _centre(_call(plan, operands, point.x)[0])
+
+    def accumulate(first: Array, count: int, rows: int, _: Any) -> tuple[Any, tuple[()]]:
+        z = _draw(plan, key, operands, first, count)[:rows]
+        f = _evaluate(plan, operands, point, z)[0] - centre[None]
+        slopes = _slopes(plan, wrt, noise, z, r)
+        if finite is None:
+            sums = [(_product(f.T, v), ()) for v in slopes]
+        else:
+            sizes = jnp.where(
+                first + lax.iota(jnp.uint32, count) < plan.num_groups - 1, *_sizes(plan)[[0, -1]]
+            )
+            share = _share(plan, finite, sizes, f.dtype)
+            if plan.group_size == 1:
+                # One product yields the sums of (f_i - c) dl_i (1 + 1 / n_g) and of dl_i / n_g.
+                columns = jnp.concatenate([f * (1 + share[:, None]), share[:, None]], axis=1)
+                products = [_product(columns.T, v) for v in slopes]
+            else:
+                own = jnp.sum(_grouped(plan, f), axis=1) * share[:, None]
+                own = jnp.concatenate([own, share[:, None]], axis=1)
+                columns = jnp.concatenate([f, jnp.zeros_like(f[:, :1])], axis=1)
+                products = [
+                    _product(columns.T, v) + _product(own.T, jnp.sum(_grouped(plan, v), axis=1))
+                    for v in slopes
+                ]
+            sums = [(v[:-1], v[-1:]) for v in products]
+        return (jnp.sum(f, axis=0), sums), ()
+
+    (total, sums), _ = _over_groups(plan, accumulate)
+    jacobians = []
+    for product, score in sums:
+        if finite is not None:
+            # A matrix product, lest XLA recompute f0, part of total, for every leaf of the result.
+            eye = jnp.eye(plan.num_rows, dtype=total.dtype)
+            weights = jnp.concatenate([eye, -total[:, None]], axis=1)
+            product = _product(weights, jnp.concatenate([product, score]))
+        jacobians.append(product / plan.num_samples)
+    if wrt[1] and not r.ndim:
+        jacobians[-1] = jacobians[-1][:, 0]
+    return (centre + total / plan.num_samples, *jacobians)
+
+
+def _jacobian_of_surrogates(
+    plan: Plan,
+    wrt: tuple[bool, bool],
+    key: Array,
+    point: Point,
+    a: Array,
+    r: Array,
+    operands: Any,
+) -> tuple[Array, ...]:
+    """`_jacobian` for degrees 1 and 2: sum_i (f_i - q(z_i)) dl_i, and the derivatives of E q."""
+    noise = _noise(plan, operands)
+    noise_of = _drawer(plan, key, operands)
+
+    def evaluate(first: Array, count: int, rows: int, _: Any) -> tuple[tuple[()], Array]:
+        return (), _evaluate(plan, operands, point, noise_of(first, count)[:rows])[0]
+
+    _, f = _over_groups(plan, evaluate)
+    f0, _ = _call(plan, operands, point.x)
+    beta, phi = _fit(plan, noise, noise_of, f, f0)
+
+    def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[Any, tuple[()]]:
+        f, beta = xs
+        z = noise_of(first, count)[:rows]
+        q = _surrogate.predict(_grouped(plan, phi(z)), beta).reshape(-1, plan.num_rows)[:rows]
+        return [_product((f - q).T, v) for v in _slopes(plan, wrt, noise, z, r)], ()
+
+    sums, _ = _over_groups(plan, weigh, (f, beta))
+    mean_beta = jnp.tensordot(jnp.asarray(_sizes(plan) / plan.num_samples, f.dtype), beta, axes=1)
+
+    def expected(a: Array, r: Array) -> Array:
+        return _surrogate.expected_features(a, r, plan.degree or 0, noise).astype(f.dtype)
+
+    jacobians = []
+    for argnum in np.flatnonzero(wrt):
+        slope = jax.jacfwd(expected, argnums=int(argnum))(a, r)  # (P, D), or (P,) in a scalar r
+        weighed = sums[len(jacobians)] / plan.num_samples
+        jacobians.append(weighed.reshape(-1, *slope.shape[1:]) + _product(mean_beta.T, slope))
+    return (jnp.mean(f, axis=0), *jacobians)
+
+
+def _slopes(plan: Plan, wrt: tuple[bool, bool], noise: Any, z: Array, r: Array) -> list[Array]:
+    """dl/da (C, D) and dl/dr, (C, 1) or (C, D), of each row of z, as far as `wrt` asks."""
+    dl_da = _slope(noise, z)
+    slopes = [dl_da] if wrt[0] else []
+    if wrt[1]:
+        dl_dr = 1 + z * dl_da
+        slopes.append(dl_dr if r.ndim else jnp.sum(dl_dr, axis=1, keepdims=True))
+    return [v.astype(plan.value_dtype) for v in slopes]
+
+
+def _slope(noise: Any, z: Array) -> Array:
+    """d log p / dz, at each row of z: the score, less its sign."""
+    return jax.grad(lambda z: jnp.sum(_log_prob(noise, z)))(z)
+
+
+def _product(left: Array, right: Array) -> Array:
+    """A matrix product in full precision, whatever the accelerator's default."""
+    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
+
+
+@partial(_jacobian.defjvp, symbolic_zeros=True)
+def _jacobian_jvp(plan: Plan, wrt: tuple[bool, bool], primals: Any, tangents: Any) -> Any:
+    def jacobian(key: Array, point: Point, a: Array, r: Array, operands: Any) -> tuple[Array, ...]:
+        def value(a: Array, r: Array) -> Array:
+            return _differentiable(plan, key, point, a, r, operands)[0]
+
+        out, pullback = jax.vjp(value, a, r)
+        basis = jnp.eye(plan.num_rows, dtype=out.dtype)
+        axes = tuple(varying_axes(out))
+        basis = lax.pcast(basis, axes, to="varying") if axes else basis  # inside shard_map
+        rows = jax.vmap(pullback)(basis)
+        return (out, *(v for v, asked in zip(rows, wrt, strict=True) if asked))
+
+    return _jvp(jacobian, primals, tangents)
+
+
+def _is_live(tangent: Any) -> bool:
+    return not isinstance(tangent, SymbolicZero)
+
+
+def _any_live(tangents: Any) -> bool:
+    return any(map(_is_live, jax.tree.leaves(tangents)))
+
+
+def _jvp(fun: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """jax.jvp along the arguments whose tangents are not known to be zero, and those alone."""
+    leaves, tree = jax.tree.flatten(primals)
+    dots = jax.tree.leaves(tangents)
+    live = [i for i, t in enumerate(dots) if _is_live(t)]
+
+    def restricted(*values: Array) -> Any:
+        merged = list(leaves)
+        for i, value in zip(live, values, strict=True):
+            merged[i] = value
+        return fun(*jax.tree.unflatten(tree, merged))
+
+    return jax.jvp(restricted, [leaves[i] for i in live], [dots[i] for i in live])

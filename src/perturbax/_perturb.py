@@ -1,0 +1,131 @@
+"""make_perturbed_fun: a smoothed, differentiable version of any function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+
+from . import _arguments, _defaults, _estimator
+from ._interop import as_noise
+from ._noise import Gumbel, NoiseDistribution
+from ._sampling import Sampler
+
+
+def make_perturbed_fun(
+    fun: Callable[..., Any],
+    num_samples: int = 1000,
+    sigma: Any = 0.1,
+    noise: NoiseDistribution = Gumbel(),
+    use_baseline: bool = True,
+    *,
+    batch_size: int | None = None,
+    has_aux: bool = False,
+    sampler: Sampler | None = None,
+    degree: int | None = None,
+) -> Callable[..., Any]:
+    r"""Smooths a function by averaging it over noise added to its input.
+
+    The perturbed function is :math:`F(x) = E[f(x + \sigma \epsilon)]`, with noise :math:`\epsilon`
+    of the given law. It has derivatives of every order in x and sigma even where f has none. The
+    returned function estimates F(x) by a mean over `num_samples` draws; JAX's own transformations
+    (`grad`, `jacfwd`, `hessian`, `vmap`, `jit`, ...) of it give unbiased estimates of the
+    derivatives of F, from values of f alone.
+
+    Args:
+      fun: the function, from a pytree (and any further arguments) to a pytree of arrays. It may be
+        discontinuous; its derivative in the perturbed argument is never used. It is traced, then
+        vmapped over the samples.
+      num_samples: how often fun is evaluated, a static int of at least 1.
+      sigma: scale of the noise, > 0: a number; an array that broadcasts into a leaf of x; or a
+        pytree of them with the structure of x, or a prefix of it. May be traced, and differentiated
+        with respect to. A traced sigma that is not > 0 gives NaN.
+      noise: law of the noise, an object with the methods of `NoiseDistribution`.
+      use_baseline: subtract from each value a prediction of it, made from other samples' values and
+        from fun(x) (where finite), before weighing it by the score; see degree. Changes no
+        expectation, and not the value, but lowers the variance of derivatives.
+      batch_size: how many samples are evaluated at a time; None chooses. With 1, fun is not vmapped
+        but called sample by sample, for what cannot be vmapped (ordered callbacks, say). The
+        result is the same but for rounding.
+      sampler: how samples depend on each other: `Independent()`, `Antithetic()`, `Orthogonal()`,
+        `Sobol()` or any object with the methods of `Sampler`; None chooses by num_samples, the
+        number of coordinates and noise (see the guide to samplers).
+      degree: 0, 1 or 2, that of the polynomial that is fitted to fun's values, always on other
+        samples than those it is subtracted from, and added back as its exact mean; None chooses.
+        Needs noise with a mean and a variance unless 0, which stands for the mean of the values.
+        Unused where use_baseline is False.
+      has_aux: whether fun returns a pair (value, aux). The perturbed function then returns a pair
+        too, with aux as it is, stacked over the samples.
+
+    Returns:
+      A function `g(key, x, *args, **kwargs)` that returns an estimate of
+      `E[fun(x + sigma eps, *args, **kwargs)]`, with the structure and shapes of fun's result, in
+      its floating dtypes of at least single precision. `key` is one PRNG key; it is consumed. All
+      floating leaves of x are perturbed, all others handed to fun as they are; so are further
+      arguments, in which g is differentiable as fun is.
+
+    Raises:
+      TypeError: at construction or call, where an argument is not of the kind described.
+      ValueError: where num_samples or batch_size is below 1, sigma is not positive and finite or
+        does not fit x, or noise returns arrays of another shape than asked for.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import perturbax as px
+      >>> steps = lambda x: jnp.sum(jnp.where(x > 0, 1.0, 0.0))
+      >>> smooth_steps = px.make_perturbed_fun(steps, 10_000, sigma=0.5, noise=px.Normal())
+      >>> x = jnp.array([-0.5, 0.0, 1.0])
+      >>> with jnp.printoptions(precision=1, suppress=True):
+      ...     print(jax.grad(smooth_steps, argnums=1)(jax.random.key(0), x))
+      [0.5 0.8 0.1]
+
+    References:
+      Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
+      Foerster et al., DiCE: The Infinitely Differentiable Monte Carlo Estimator, 2018,
+      arXiv:1802.05098
+    """
+    _arguments.check_fun(fun)
+    num_samples = _arguments.check_count(num_samples, "num_samples")
+    sigma = _arguments.check_sigma(sigma)
+    _arguments.check_noise(noise)
+    noise = as_noise(noise)
+    use_baseline = _arguments.check_bool(use_baseline, "use_baseline")
+    if batch_size is not None:
+        batch_size = _arguments.check_count(batch_size, "batch_size")
+    has_aux = _arguments.check_bool(has_aux, "has_aux")
+    _arguments.check_sampler(sampler)
+    _arguments.check_degree(degree)
+
+    def perturbed_fun(key: Array, x: Any, /, *args: Any, **kwargs: Any) -> Any:
+        key = _arguments.check_key(key, x)
+        leaves, names, merge = _arguments.perturbed_leaves(x)
+        scales = _arguments.scale_leaves(sigma, x, leaves, names)
+        key, leaves, scales = _arguments.share_axes(key, leaves, scales)
+        fun_traced, operands, num_outputs, value_tree, aux_tree = _arguments.trace_fun(
+            lambda values: fun(merge(values), *args, **kwargs), leaves, has_aux
+        )
+        dtype = _arguments.noise_dtype(leaves)
+        law, law_operands = noise, None
+        dim = _arguments.num_elements(leaves)
+        chosen = _defaults.choose(sampler, degree, num_samples, dim, noise)
+        if not hasattr(noise, "from_bits"):
+            law, law_operands = _arguments.trace_noise(noise, key, dim, dtype)
+        plan = _estimator.Plan(
+            fun=fun_traced,
+            noise=law,
+            sampler=chosen[0],
+            num_samples=num_samples,
+            batch_size=batch_size,
+            degree=chosen[1] if use_baseline else None,
+            num_outputs=num_outputs,
+            shapes=tuple(v.shape for v in leaves),
+            dtypes=tuple(v.dtype for v in leaves),
+            dtype=dtype,
+        )
+        with _arguments.explained_vmap(batch_size):
+            value, aux = _estimator.estimate(plan, key, leaves, scales, (operands, law_operands))
+        value = _arguments.nan_unless_positive(value, scales)
+        value = jax.tree.unflatten(value_tree, value)
+        return (value, jax.tree.unflatten(aux_tree, aux)) if has_aux else value
+
+    return perturbed_fun

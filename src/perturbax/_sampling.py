@@ -1,0 +1,337 @@
+"""Samplers: how the noise of a group of samples is drawn together.
+
+Inside a group samples may depend on each other in any way; each has exactly the law of the noise;
+groups are independent of each other. That is all the estimator relies on.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from scipy.stats import qmc
+
+from . import _bits
+from ._noise import Normal, from_normal, from_words
+
+# A group is drawn as a whole; this bounds the memory that it takes.
+_MAX_GROUP = 2**13
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What an object must offer to draw noise in groups.
+
+    It must be hashable, for it is a static part of the compiled program.
+    """
+
+    def group_size(self, num_samples: int, dim: int) -> int:
+        """Samples in a group, when `num_samples` of `dim` coordinates are wanted in all."""
+        ...
+
+    def sample_group(
+        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+    ) -> Array:
+        """Noise of one group, shape (group_size, dim), each row with the law of `noise`.
+
+        `key` is a Threefry key of the group's own; `dtype` is float32 or float64.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Independent:
+    """Independent samples.
+
+    Attributes:
+      block: samples in a group. More than one makes no difference to the samples, only to what is
+        left out when a surrogate is fitted.
+    """
+
+    block: int = 1
+
+    def group_size(self, num_samples: int, dim: int) -> int:
+        """Samples in a group."""
+        del dim
+        return min(self.block, num_samples)
+
+    def sample_group(
+        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+    ) -> Array:
+        """Noise of one group, shape (group_size, dim)."""
+        if not hasattr(noise, "from_bits"):
+            one = lambda k: noise.sample(k, (dim,), dtype)  # noqa: E731
+            return jax.vmap(one)(jax.random.split(key, group_size)).astype(dtype)
+        return noise.from_bits(_grid(jax.random.key_data(key), group_size, dim, dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Antithetic:
+    """Pairs of opposite samples: z and -z for a symmetric law, opposite quantiles for any other.
+
+    Halves the variance of what is odd about x, doubles that of what is even: good for gradients of
+    nearly linear functions, bad for Hessians.
+    """
+
+    def group_size(self, num_samples: int, dim: int) -> int:
+        """Samples in a group: two."""
+        del dim
+        return min(2, num_samples)
+
+    def sample_group(
+        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+    ) -> Array:
+        """Noise of one group, shape (group_size, dim)."""
+        bits = _grid(jax.random.key_data(key), 1, dim, dtype)
+        return from_words(noise, jnp.concatenate([bits, ~bits])[:group_size])
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonal:
+    """Blocks of orthogonal Gaussian directions, carried to other laws coordinate by coordinate.
+
+    Directions are Haar-distributed, lengths chi-distributed and independent, so that each sample
+    is exactly Gaussian. Costs a QR factorisation a block.
+
+    Attributes:
+      block: directions in a block, at most the number of coordinates; None for as many as that.
+      antithetic: whether each direction comes with its opposite.
+
+    References:
+      Choromanski et al., Structured Evolution with Compact Architectures for Scalable Policy
+      Optimization, 2018, arXiv:1804.02395
+    """
+
+    block: int | None = None
+    antithetic: bool = False
+
+    def group_size(self, num_samples: int, dim: int) -> int:
+        """Samples in a group."""
+        directions = min(dim, self.block or dim, _MAX_GROUP)
+        return min(num_samples, max(1, directions) * (2 if self.antithetic else 1))
+
+    def sample_group(
+        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+    ) -> Array:
+        """Noise of one group, shape (group_size, dim)."""
+        rows = -(-group_size // 2) if self.antithetic else group_size
+        gauss = Normal().from_bits(_grid(jax.random.key_data(key), rows, dim, dtype))
+        # Orthogonalisation sees the directions of the rows only, so their lengths are independent
+        # of its result, and serve as the lengths that it takes away.
+        q, triangle = jnp.linalg.qr(gauss.T)
+        signs = jnp.where(jnp.diagonal(triangle) < 0, -1, 1).astype(dtype)
+        z = (q * signs[None]).T * jnp.linalg.norm(gauss, axis=1, keepdims=True)
+        if self.antithetic:
+            z = jnp.concatenate([z, -z])[:group_size]
+        return z if isinstance(noise, Normal) else from_normal(noise, z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sobol:
+    """Scrambled Sobol nets: each group is a net of its own, randomised independently.
+
+    Randomised by a random linear scramble and a digital shift, so that each point is exactly
+    uniform before it is carried to the law of the noise. Nets are best at a power of two points.
+
+    Attributes:
+      num_groups: number of nets; more where a net would exceed 8,192 points.
+
+    References:
+      Joe and Kuo, Constructing Sobol sequences with better two-dimensional projections, 2008,
+      doi:10.1137/070709359
+      Matousek, On the L2-discrepancy for anchored boxes, 1998, doi:10.1006/jcom.1998.0489
+    """
+
+    num_groups: int = 2
+
+    def group_size(self, num_samples: int, dim: int) -> int:
+        """Samples in a group."""
+        del dim
+        groups = max(min(self.num_groups, num_samples), -(-num_samples // _MAX_GROUP))
+        return -(-num_samples // groups)
+
+    def sample_group(
+        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+    ) -> Array:
+        """Noise of one group, shape (group_size, dim)."""
+        points = _net(jax.random.key_data(key), group_size, dim)
+        return from_words(noise, _widen(points, key, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _net(key: Array, size: int, dim: int) -> Array:
+    """The first `size` points of a scrambled Sobol net, uniform uint32 words (size, dim)."""
+    levels = max(1, (size - 1).bit_length())
+    generators = _sobol_generators(dim, levels)  # (levels, dim), numpy
+    words = _bits.words32(key, lax.iota(jnp.uint32, levels + 1)[:, None], _columns(dim))
+    # Column q of the scramble has a one at bit q and random bits below it.
+    top = np.uint32(1) << np.arange(31, 31 - levels, -1, dtype=np.uint32)[:, None]
+    columns = (words[:levels] & (top - np.uint32(1))) | top
+    hit = (generators[:, None] & top[None]) != 0  # generator k has bit q
+    scrambled = lax.reduce(
+        jnp.where(hit, columns[None], np.uint32(0)), np.uint32(0), lax.bitwise_xor, (1,)
+    )
+    # A point is the sum, bit by bit, of the generators at the binary digits of its index: one
+    # operation a number, from the sums for the low digits and those for the high ones.
+    half = levels // 2
+    low = _sums(words[levels:], scrambled[:half])
+    high = _sums(jnp.zeros_like(low[:1]), scrambled[half:])
+    return (high[:, None] ^ low[None]).reshape(2**levels, dim)[:size]
+
+
+def _sums(offset: Array, generators: Array) -> Array:
+    """The offset (1, dim) plus each subset of the generators (levels, dim): (2**levels, dim)."""
+    sums = offset
+    for k in range(generators.shape[0]):
+        sums = jnp.concatenate([sums, sums ^ generators[k : k + 1]])
+    return sums
+
+
+def _columns(dim: int) -> Array:
+    return lax.iota(jnp.uint32, dim)[None, :]
+
+
+def _grid(key: Array, rows: int, dim: int, dtype: Any) -> Array:
+    """Independent uniform words, shape (rows, dim)."""
+    return _bits.words(key, lax.iota(jnp.uint32, rows)[:, None], _columns(dim), dtype)
+
+
+def _widen(points: Array, key: Array, dtype: np.dtype) -> Array:
+    """Fills 64-bit words up with random low bits where the noise is double precision."""
+    if dtype.itemsize <= 4:
+        return points
+    low = _bits.child(jax.random.key_data(key), jnp.uint32(0))
+    rows, dim = points.shape
+    fill = _grid(low, rows, dim, np.dtype(np.float32)).astype(jnp.uint64)
+    return (points.astype(jnp.uint64) << np.uint64(32)) | fill
+
+
+@functools.lru_cache(maxsize=64)
+def _sobol_generators(dim: int, levels: int) -> np.ndarray:
+    """Direction numbers of the first `dim` Sobol coordinates, uint32 (levels, dim)."""
+    if dim > qmc.Sobol.MAXDIM:
+        raise ValueError(
+            f"Sobol nets have at most {qmc.Sobol.MAXDIM} coordinates, x has {dim}; "
+            "use Independent() or Orthogonal(block=8)"
+        )
+    points = qmc.Sobol(dim, scramble=False, bits=32).random(2**levels) * 2.0**32
+    points = points.astype(np.uint64).astype(np.uint32)
+    generators = np.zeros((levels, dim), np.uint32)
+    previous = np.zeros(dim, np.uint32)
+    for k in range(levels):  # scipy lists points in the order of the Gray code
+        previous = points[2**k] ^ previous
+        generators[k] = previous
+    return generators
+
+
+def draw(
+    noise: Any,
+    sampler: Any,
+    key: Array,
+    first: Array,
+    count: int,
+    group_size: int,
+    dim: int,
+    dtype: np.dtype,
+) -> Array:
+    """Noise of the groups first, ..., first + count - 1: shape (count * group_size, dim).
+
+    A function of the key and of each group's number alone, so that it is the same however many
+    groups are drawn at a time and wherever they are.
+
+    Args:
+      noise: the distribution.
+      sampler: how samples of a group depend on each other.
+      key: two uint32 words (see `_bits.root`).
+      first: number of the first group, uint32 scalar.
+      count: number of groups, static.
+      group_size: samples in a group, static.
+      dim: number of coordinates of a sample, static.
+      dtype: floating dtype of the result.
+    """
+    # Traced once for value and derivative, where everything but key and first can be hashed.
+    static = isinstance(dim, int) and hasattr(noise, "from_bits")
+    return (_draw_traced_once if static else _draw)(
+        noise, sampler, key, first, count, group_size, dim, dtype
+    )
+
+
+def _draw(
+    noise: Any,
+    sampler: Any,
+    key: Array,
+    first: Array,
+    count: int,
+    group_size: int,
+    dim: int,
+    dtype: np.dtype,
+) -> Array:
+    if count == 1 and isinstance(sampler, Independent) and isinstance(dim, int):
+        half = -(-dim // 2)
+
+        def columns(start: Array) -> Array:
+            return _draw_block(noise, sampler, key, first, 1, group_size, half, dtype, start)
+
+        if hasattr(noise, "from_bits") and dim > 1:
+            halves = _materialise(columns, half, key, (group_size, half), dtype)
+            return jnp.swapaxes(halves, 0, 1).reshape(group_size, 2 * half)[:, :dim]
+    half = -(-count // 2)
+
+    def rows(start: Array) -> Array:
+        return _draw_block(noise, sampler, key, first + start, half, group_size, dim, dtype)
+
+    blocks = _materialise(rows, half, key, (half * group_size, dim), dtype)
+    return blocks.reshape(2 * half * group_size, dim)[: count * group_size]
+
+
+_draw_traced_once = jax.jit(_draw, static_argnums=(0, 1, 4, 5, 6, 7))
+
+
+def _materialise(
+    block: Callable[[Array], Array], size: int, key: Array, shape: Any, dtype: np.dtype
+) -> Array:
+    """Stacks block(0) and block(size), drawn by a loop.
+
+    XLA fuses the generator, which it holds for cheap, into every consumer of its numbers that is
+    not a loop, and draws each number again for each time that it is read: ten times slower where
+    a function broadcasts a part of its argument. It does not fuse across a loop. The loop carries
+    whole blocks, for a kernel that writes into a part of an array would run on one core only.
+    """
+    # A zero of the key's type: the carry varies over the mesh axes that the key varies over.
+    empty = jnp.full(shape, (key[0] & np.uint32(0)).astype(dtype))
+
+    def step(i: Array, blocks: tuple[Array, Array]) -> tuple[Array, Array]:
+        return blocks[1], block(jnp.asarray(i, jnp.uint32) * np.uint32(size))
+
+    return jnp.stack(lax.fori_loop(0, 2, step, (empty, empty)))
+
+
+def _draw_block(
+    noise: Any,
+    sampler: Any,
+    key: Array,
+    first: Array,
+    count: int,
+    group_size: int,
+    dim: int,
+    dtype: np.dtype,
+    column: Array | None = None,
+) -> Array:
+    """`draw`, in one piece, of the coordinates column, ..., column + dim - 1."""
+    groups = first + lax.iota(jnp.uint32, count)
+    if isinstance(sampler, Independent) and hasattr(noise, "from_bits"):
+        samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, count * group_size)
+        columns = _columns(dim) if column is None else column + _columns(dim)
+        return noise.from_bits(_bits.words(key, samples[:, None], columns, dtype))
+
+    def one(group: Array) -> Array:
+        typed = jax.random.wrap_key_data(_bits.child(key, group), impl="threefry2x32")
+        if group_size == 1 and isinstance(sampler, Independent):
+            return noise.sample(typed, (dim,), dtype)[None].astype(dtype)
+        return sampler.sample_group(typed, noise, group_size, dim, dtype)
+
+    return jax.vmap(one)(groups).reshape(count * group_size, dim)

@@ -1,0 +1,108 @@
+r"""Polynomial surrogates of the function, one for each group, fitted on all the other groups.
+
+    q_g(z) = sum_p beta_gp phi_p(z),   phi = 1, z_j - m_j, and for degree 2 (z_j - m_j)(z_k - m_k)
+
+where m is the mean of the noise. Each q_g minimises the sum of |s_i|^2 (f_i - q_g(z_i))^2 over the
+samples i of other groups and the unperturbed point, plus a small ridge: what the variance of a
+derivative sees of a residual is its product with the score s.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+RIDGE = 1e-3
+_PRECISION = jax.lax.Precision.HIGHEST
+# Above this many coordinates a surrogate of degree 2 keeps the squares alone.
+_MAX_FULL = 20
+
+
+def num_features(dim: int, degree: int) -> int:
+    """Number of coefficients of a surrogate for each output."""
+    if degree < 2:
+        return 1 + degree * dim
+    return 1 + dim + (dim * (dim + 1) // 2 if dim <= _MAX_FULL else dim)
+
+
+def features(z: Array, degree: int, mean: float) -> Array:
+    """phi at each row of z (C, D): shape (C, P)."""
+    centred = z - mean
+    columns = [jnp.ones_like(z[:, :1]), centred]
+    if degree == 2:
+        j, k = _pairs(z.shape[1])
+        columns.append(centred[:, j] * centred[:, k])
+    return jnp.concatenate(columns, axis=1)
+
+
+def expected_features(a: Array, r: Array, degree: int, noise: Any) -> Array:
+    """E phi(u) at u = (eps - a) / r, the place of x + sigma eps in terms of z: shape (P,)."""
+    dim = a.shape[0]
+    shift = (noise.mean - a) / r - noise.mean
+    columns = [jnp.ones((1,), a.dtype), shift]
+    if degree == 2:
+        j, k = _pairs(dim)
+        variance = jnp.broadcast_to(noise.variance / r**2, (dim,))
+        columns.append(shift[j] * shift[k] + jnp.where(j == k, variance[j], 0))
+    return jnp.concatenate(columns)
+
+
+def _pairs(dim: int) -> tuple[np.ndarray, np.ndarray]:
+    if dim <= _MAX_FULL:
+        return np.triu_indices(dim)
+    return np.arange(dim), np.arange(dim)
+
+
+def normal_equations(phi: Array, f: Array, weight: Array) -> tuple[Array, Array]:
+    """Sums over the samples of each group: (groups, P, P) and (groups, P, M).
+
+    Args:
+      phi: (groups, n, P).
+      f: (groups, n, M).
+      weight: (groups, n).
+    """
+    weighted = phi * weight[..., None]
+    return _matmul(jnp.swapaxes(weighted, 1, 2), phi), _matmul(jnp.swapaxes(weighted, 1, 2), f)
+
+
+def fit(gram: Array, moment: Array, origin: Array, f0: Array, shares: Array) -> Array:
+    """beta, shape (groups, P, M), from the other groups' equations and the unperturbed point.
+
+    Args:
+      gram: (groups, P, P), of each group.
+      moment: (groups, P, M), of each group.
+      origin: phi at z = 0, shape (P,).
+      f0: value there, (M,).
+      shares: (groups,); that point counts as `shares` samples of the mean weight of the others.
+    """
+    # Summed over the others, not taken from the total: a group of large weight would leave nothing
+    # but rounding.
+    others = jnp.ones((gram.shape[0],) * 2, gram.dtype) - jnp.eye(gram.shape[0], dtype=gram.dtype)
+    gram = jnp.tensordot(others, gram, axes=1, precision=_PRECISION)
+    moment = jnp.tensordot(others, moment, axes=1, precision=_PRECISION)
+    # phi starts with 1, so this entry is the sum of the weights.
+    weight = (shares * gram[:, 0, 0])[:, None, None]
+    gram = gram + weight * (origin[:, None] * origin[None, :])[None]
+    moment = moment + weight * (origin[:, None] * f0[None])[None]
+    diagonal = jnp.einsum("gpp->gp", gram)
+    # The ridge is relative to each feature's own size; the tiny floor is for features never seen.
+    ridge = RIDGE * diagonal + jnp.finfo(gram.dtype).tiny * 1e10
+    eye = jnp.eye(gram.shape[1], dtype=gram.dtype)
+    gram = gram + ridge[:, None, :] * eye[None]
+    scale = jax.lax.rsqrt(diagonal + ridge)
+    scaled = gram * scale[:, :, None] * scale[:, None, :]
+    factor = jax.lax.linalg.cholesky(scaled, symmetrize_input=False)
+    solve = functools.partial(jax.lax.linalg.triangular_solve, factor, left_side=True, lower=True)
+    return scale[:, :, None] * solve(solve(moment * scale[:, :, None]), transpose_a=True)
+
+
+def predict(phi: Array, beta: Array) -> Array:
+    """q at each sample, (groups, n, M), of phi (groups, n, P) and beta (groups, P, M)."""
+    return _matmul(phi, beta)
+
+
+def _matmul(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=_PRECISION)

@@ -1,0 +1,234 @@
+"""A user's function as data: traced once a call, compared by structure.
+
+Eager calls trace the function afresh, so a value that it closes over is never stale, and still meet
+the program compiled for the call before: a trace equal in structure is an equal argument to
+`jax.jit`. Everything that the function closes over, tracers included, becomes an explicit operand.
+"""
+
+import enum
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Trace, eval_jaxpr
+from jax.extend import core
+
+
+class TracedFunction:
+    """A pure function of flat arrays, hashable and comparable by the operations it consists of.
+
+    Attributes:
+      jaxpr: the operations; its constants are operands that `__call__` expects first.
+      out_tree: structure of the result.
+      out_avals: shapes and dtypes of the result's leaves.
+    """
+
+    def __init__(self, jaxpr: core.Jaxpr, out_tree: Any):
+        """Wraps an open jaxpr and the structure of its results."""
+        self.jaxpr = jaxpr
+        self.out_tree = out_tree
+        self.out_avals: tuple[Any, ...] = tuple(v.aval for v in jaxpr.outvars)
+        # Taken now, not when it is compared: by then, an array may have changed in place.
+        self._signature = out_tree, _of_jaxpr(jaxpr)
+        self._hash = hash(self._signature)
+
+    def __call__(self, operands: Sequence[Any], *leaves: Any) -> list[Any]:
+        """Flat results for the constants `operands` and the arguments `leaves`."""
+        return eval_jaxpr(self.jaxpr, operands, *leaves)
+
+    def __hash__(self) -> int:
+        """A hash of the operations and of the types that go in and out."""
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both perform the same operations on the same types."""
+        return self is other or (
+            isinstance(other, TracedFunction)
+            and self._hash == other._hash
+            and self._signature == other._signature
+        )
+
+    @property
+    def widest(self) -> int:
+        """Elements of the largest intermediate array."""
+        sizes = [
+            getattr(v.aval, "size", 1)
+            for e in self.jaxpr.eqns
+            for v in e.outvars
+            if hasattr(v.aval, "size")
+        ]
+        return max(sizes, default=1)
+
+    def depends_on_inputs(self) -> bool:
+        """Whether any result can change with the arguments, the constants being fixed."""
+        reached = set(self.jaxpr.invars)
+        for eqn in self.jaxpr.eqns:
+            if any(isinstance(v, core.Var) and v in reached for v in eqn.invars):
+                reached.update(eqn.outvars)
+        return any(isinstance(v, core.Var) and v in reached for v in self.jaxpr.outvars)
+
+
+def trace(fun: Callable[..., Any], *leaves: Any) -> tuple[TracedFunction, tuple[Any, ...]]:
+    """Traces fun(*leaves), arrays; returns it with the constants that it closed over."""
+    closed, shape = jax.make_jaxpr(fun, return_shape=True)(*leaves)
+    operands = tuple(np.asarray(c) if isinstance(c, np.ndarray) else c for c in closed.consts)
+    return TracedFunction(closed.jaxpr, jax.tree.structure(shape)), operands
+
+
+# --- Signatures: hashable values that are equal only where what they stand for acts alike. A new
+# object, equal to nothing else, stands for what cannot be compared; that costs a compilation.
+
+
+class _Same:
+    """Equal to another one of the same object, which it keeps alive."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def _of_jaxpr(jaxpr: core.Jaxpr) -> Any:
+    """Of operations, whatever the names of their variables."""
+    number: dict[core.Var, int] = {}
+
+    def bind(variables: Sequence[core.Var]) -> Any:
+        for v in variables:
+            number[v] = len(number)
+        return tuple(v.aval for v in variables)
+
+    def atom(v: Any) -> Any:
+        return (v.aval, _of(v.val)) if isinstance(v, core.Literal) else number[v]
+
+    inputs = bind(jaxpr.constvars), bind(jaxpr.invars)
+    eqns = []
+    for eqn in jaxpr.eqns:
+        params = tuple((k, _of(v, live=k == "callback")) for k, v in sorted(eqn.params.items()))
+        setting = eqn.ctx.compute_type, eqn.ctx.threefry_partitionable, str(eqn.ctx.xla_metadata)
+        operands = tuple(map(atom, eqn.invars))
+        effects = frozenset(eqn.effects)
+        eqns.append((eqn.primitive, operands, params, setting, effects, bind(eqn.outvars)))
+    return inputs, tuple(eqns), tuple(map(atom, jaxpr.outvars))
+
+
+def _of(value: Any, live: bool = False) -> Any:
+    """Of a parameter of an operation; `live` if it is a function called while the program runs."""
+    if value is None or type(value) in (bool, int, str):
+        return type(value), value
+    if isinstance(value, core.Jaxpr):
+        return _of_jaxpr(value)
+    if isinstance(value, core.ClosedJaxpr):
+        return _of_jaxpr(value.jaxpr), _of(value.consts)
+    if isinstance(value, list | tuple):
+        return type(value), tuple(_of(v, live) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _of(v, live)) for k, v in value.items())
+    if hasattr(value, "f") and hasattr(value, "transforms"):  # JAX's wrapper of a function
+        return _of((value.f, value.transforms, value.params), live)
+    if hasattr(value, "callback_func"):  # and that of a callback
+        return _of((value.callback_func, value.in_tree), live)
+    if isinstance(value, types.FunctionType) and _is_library(value):
+        # Rules of jax.custom_jvp and the like are wrapped in a new closure at every trace.
+        contents = [v for k, v in _contents(value).items() if not _is_bookkeeping(k, v)]
+        return value.__code__, _of([value.__defaults__, value.__kwdefaults__, contents], live)
+    return _of_captured(value, live, {}, by_value=not live)
+
+
+def _of_captured(value: Any, live: bool, seen: dict[int, int], by_value: bool = False) -> Any:
+    """Of a user's function, and of what functions refer to.
+
+    A live function reads what it refers to when the program runs: that has to be the same object.
+    Any other is only traced, and has read it by then: that has to have the same value.
+
+    Args:
+      value: the function, or something that one refers to.
+      live: as in `_of`.
+      seen: numbers of the functions on the way, by id; functions may refer to themselves.
+      by_value: whether equality of hashable objects is to be trusted.
+    """
+    if type(value).__name__ == "Unhashable" and _is_library(type(value)):
+        value = value.val  # JAX's wrapper of a static argument
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, types.FunctionType) and not _is_library(value):
+        seen[id(value)] = len(seen)
+        defaults = (value.__defaults__, tuple((value.__kwdefaults__ or {}).items()))
+        if live:
+            refers = tuple(map(_Same, (value.__globals__, *(value.__closure__ or ()))))
+        else:
+            refers = _of_captured(_references(value), live, seen)
+        return value.__code__, _of_captured(defaults, live, seen), refers
+    if isinstance(value, types.MethodType):
+        return _of_captured((value.__func__, value.__self__), live, seen)
+    if isinstance(value, functools.partial):
+        parts = (value.func, value.args, tuple(value.keywords.items()))
+        return _of_captured(parts, live, seen)
+    if isinstance(value, jax.custom_jvp | jax.custom_vjp) and not live:
+        seen[id(value)] = len(seen)
+        parts = ("fun", "jvp", "fwd", "bwd", "nondiff_argnums", "symbolic_zeros")
+        return _of_captured(tuple(getattr(value, name, None) for name in parts), live, seen)
+    if isinstance(value, tuple):
+        return type(value), tuple(_of_captured(v, live, seen) for v in value)
+    if isinstance(value, np.ndarray | np.generic) and not live and not value.dtype.hasobject:
+        return value.dtype, value.shape, value.tobytes()
+    if isinstance(value, float | complex):
+        return type(value), repr(value)  # tells -0.0 from 0.0
+    if isinstance(value, jax.Array | type | types.ModuleType | types.FunctionType | enum.Enum):
+        return _Same(value)
+    if by_value or _is_library(type(value)):
+        try:
+            hash(value)
+            return type(value), value
+        except TypeError:
+            pass
+    return _Same(value) if live else object()
+
+
+def _references(function: types.FunctionType) -> Any:
+    """What a function may read: its closure, its globals, what it names of modules and classes."""
+    names = _names(function.__code__)
+    known = function.__globals__
+    values = [*_contents(function).values(), *(known[n] for n in names if n in known)]
+    for owner in tuple(values):
+        if isinstance(owner, types.ModuleType | type) and not _is_library(owner):
+            values.extend(vars(owner)[n] for n in names if n in vars(owner))
+    return tuple(values)
+
+
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return (*code.co_names, *(name for c in inner for name in _names(c)))
+
+
+def _contents(function: types.FunctionType) -> dict[str, Any]:
+    """What a function closes over."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    try:
+        return {name: cell.cell_contents for name, cell in cells}
+    except ValueError:  # a cell that is still empty
+        return {"": object()}
+
+
+def _is_library(value: Any) -> bool:
+    """Whether a function, class or module is part of Python, numpy, JAX or this package."""
+    name = getattr(value, "__name__" if isinstance(value, types.ModuleType) else "__module__", None)
+    return str(name).split(".")[0] in ("builtins", "jax", "jaxlib", "numpy", "perturbax")
+
+
+def _is_bookkeeping(name: str, value: Any) -> bool:
+    """Whether JAX renews this part of a closure at every trace; `cells` is a memo."""
+    return (
+        name == "cells"
+        or type(value) is object
+        or isinstance(value, Trace)
+        or type(value).__name__ in ("Store", "EqualStore", "DebugInfo")
+    )
