@@ -1,0 +1,232 @@
+"""The distribution of a solver's solutions under noise: which ones there are, and how often."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.core import Tracer
+
+from . import _arguments, _bits, _defaults, _estimator
+from ._interop import as_noise
+from ._noise import Gumbel, NoiseDistribution
+from ._perturb import make_perturbed_fun
+from ._perturbation import Perturbation, check_multiplicative, scales_of, score_leaves
+from ._sampling import Sampler
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EmpiricalDistribution:
+    """Distinct solutions and their weights, by falling weight.
+
+    There are as many places as samples, so that shapes do not depend on chance. Places beyond the
+    number of distinct solutions repeat the first one, with the weight 0.
+
+    Attributes:
+      solutions: a pytree of arrays, each with a leading axis of places.
+      weights: their relative frequencies, which add up to 1; shape (places,).
+    """
+
+    solutions: Any
+    weights: Array
+
+    def expectation(self, cost: Callable[..., Any], *args: Any) -> Any:
+        """The mean of `cost(solution, *args)`, a pytree of arrays, under the weights.
+
+        Its derivative in the scores is that of the weights; in further arguments and in whatever
+        `cost` closes over it is that of the cost. The cost, vmapped, may be any function of a
+        solution; it is not differentiated in it, where the solver is not.
+        """
+        costs = jax.vmap(lambda y: cost(y, *args))(self.solutions)
+
+        def mean(values: Array) -> Array:
+            dtype = np.result_type(self.weights.dtype, np.asarray(0, values.dtype))
+            values = values.astype(dtype)
+            weights = self.weights.astype(dtype).reshape(-1, *[1] * (values.ndim - 1))
+            return jnp.sum(weights * values, axis=0)
+
+        return jax.tree.map(mean, costs)
+
+
+def make_perturbed_distribution(
+    argmax_fun: Callable[..., Any],
+    num_samples: int = 1000,
+    sigma: Any = 0.1,
+    noise: NoiseDistribution = Gumbel(),
+    use_baseline: bool = True,
+    *,
+    maximize: bool = True,
+    multiplicative: bool = False,
+    batch_size: int | None = None,
+    sampler: Sampler | None = None,
+) -> Callable[..., Any]:
+    r"""Gives the distribution of a solver's solutions when its scores are perturbed.
+
+    .. math:: p_\theta(y) = P(y^*(\theta + \sigma Z) = y)
+
+    It answers which solutions compete, how sure the choice is, and what the expected cost of the
+    choice is, for any cost of a hard solution (regret, say). The weights are differentiable in
+    theta and sigma by the score of the noise, to every order and without bias.
+
+    To train on one expected cost alone, `make_perturbed_fun` of the cost of the solution does the
+    same with less variance where a surrogate helps, and without storing solutions.
+
+    Args:
+      argmax_fun: the solver, `argmax_fun(theta, *args, **kwargs)`; solutions may have any
+        structure, shapes and dtypes. Equal means equal in all bits.
+      num_samples: how many problems are solved, and how many places the result has.
+      sigma: as in `make_perturbed_argmax`.
+      noise: as in `make_perturbed_argmax`.
+      use_baseline: weigh each solution against the frequencies among the samples of other groups,
+        which lowers the variance of derivatives; for a cost c, that is the baseline of the mean
+        of the others' costs.
+      maximize: False for a solver that minimises costs theta, which sees theta - sigma Z.
+      multiplicative: as in `make_perturbed_argmax`.
+      batch_size: as in `make_perturbed_argmax`.
+      sampler: as in `make_perturbed_argmax`; None stands for independent samples.
+
+    Returns:
+      A function `g(key, theta, *args, **kwargs)` that returns an `EmpiricalDistribution`. `key` is
+      one PRNG key; it is consumed.
+
+    Raises:
+      TypeError: at construction or call, where an argument is not of the kind described.
+      ValueError: as in `make_perturbed_fun`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import perturbax as px
+      >>> distribution = px.make_perturbed_distribution(
+      ...     px.solvers.one_hot_argmax, 10_000, sigma=0.5
+      ... )
+      >>> theta, prices = jnp.array([0.0, 0.0, 0.5]), jnp.array([1.0, 2.0, 4.0])
+      >>> found = distribution(jax.random.key(0), theta)
+      >>> print(found.solutions[0], found.weights[:4].round(1))
+      [0. 0. 1.] [0.6 0.2 0.2 0. ]
+      >>> print(found.expectation(lambda y: y @ prices).round(1))
+      2.9
+
+    References:
+      Dalle et al., Learning with Combinatorial Optimization Layers: a Probabilistic Approach, 2022,
+      arXiv:2207.13513
+    """
+    _arguments.check_fun(argmax_fun, "argmax_fun")
+    options: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler}
+    make_perturbed_fun(argmax_fun, num_samples, sigma, noise, use_baseline, **options)
+    sigma = _arguments.check_sigma(sigma)
+    law = as_noise(noise)
+    maximize = _arguments.check_bool(maximize, "maximize")
+    multiplicative = check_multiplicative(multiplicative, law)
+
+    def perturbed_distribution(
+        key: Array, theta: Any, /, *args: Any, **kwargs: Any
+    ) -> EmpiricalDistribution:
+        key = _arguments.check_key(key, theta)
+        leaves, names, tree = score_leaves(theta)
+        scales = scales_of(sigma, theta, leaves, names, multiplicative)
+        scores = leaves if maximize else [-v for v in leaves]
+        dtype = _arguments.noise_dtype(leaves)
+        perturbation = Perturbation(scores, scales, multiplicative, dtype)
+
+        def solve(v: list[Array]) -> Any:
+            u = perturbation.point(v)
+            u = jax.tree.unflatten(tree, u if maximize else [-one for one in u])
+            return jnp.zeros((), dtype), (v, argmax_fun(u, *args, **kwargs))
+
+        location, scale = perturbation.location(), perturbation.scale()
+        draw = make_perturbed_fun(
+            solve, num_samples, scale, law, use_baseline=False, has_aux=True, **options
+        )
+        _, (v, solutions) = draw(key, location)
+        density = _log_density(law, v, location, scale)
+        dim = _arguments.num_elements(leaves)
+        chosen, _ = _defaults.choose(sampler, 0, num_samples, dim, law)
+        size = chosen.group_size(num_samples, dim) if use_baseline else num_samples
+        distinct, weights = _tabulate(size, solutions, density)
+        if any(isinstance(s, Tracer) for s in scales):
+            [weights] = _arguments.nan_unless_positive([weights], scales)
+        return EmpiricalDistribution(distinct, weights)
+
+    return perturbed_distribution
+
+
+def _log_density(noise: Any, v: list[Array], location: list[Array], scale: Any) -> Array:
+    """Log-density of each sample v, held fixed, under m + r Z: shape (N,)."""
+    scales = scale if isinstance(scale, list) else [scale] * len(location)
+    rows, log_scale = [], jnp.zeros((), v[0].dtype)
+    for one, m, r in zip(v, location, scales, strict=True):
+        spread = jnp.broadcast_to(r, m.shape)
+        rows.append(((lax.stop_gradient(one) - m[None]) / spread[None]).reshape(len(one), -1))
+        log_scale += jnp.sum(jnp.log(spread))
+    return _estimator._log_prob(noise, jnp.concatenate(rows, axis=1)) - log_scale
+
+
+@partial(jax.jit, static_argnums=0)
+def _tabulate(group_size: int, solutions: Any, density: Array) -> tuple[Any, Array]:
+    """Distinct solutions, by falling frequency, and the frequencies, with derivatives."""
+    num = len(density)
+    place, counts, first = _classes(jax.tree.leaves(lax.stop_gradient(solutions)), num)
+    distinct = jax.tree.map(lambda y: jnp.asarray(y)[first], solutions)
+    # Zero, with the derivatives of the samples' weights.
+    weight = _estimator._unit_weight(density)
+    change = weight - lax.stop_gradient(weight)
+    counts = counts.astype(density.dtype)
+    if group_size < num:
+        # Less b, the frequency among the other groups: with n_k of all samples and n_gk of group g
+        # in class k, and e the changes, sum_i e_i b_gk = sum_g E_g (n_k - n_gk) / (N - n_g).
+        group = np.arange(num) // group_size
+        others = num - np.bincount(group)
+        by_group = jax.ops.segment_sum(change, group, len(others)) / others.astype(density.dtype)
+        change_of_class = jax.ops.segment_sum(change + by_group[group], place, num)
+        change_of_class -= counts * jnp.sum(by_group)
+    else:
+        change_of_class = jax.ops.segment_sum(change, place, num)
+    return distinct, (counts + change_of_class) / num
+
+
+def _classes(leaves: list[Any], num: int) -> tuple[Array, Array, Array]:
+    """The class of each of `num` samples, the size of each class, and a member of each.
+
+    Classes of equal samples, the largest first. Samples are sorted by a hash of 64 bits and
+    compared with their neighbours in full, so unequal ones are never taken for equal.
+    """
+    words = [_words(jnp.asarray(v)).reshape(num, -1) for v in leaves]
+    rows = jnp.concatenate([*words, jnp.zeros((num, 1), jnp.uint32)], axis=1)
+    columns = lax.iota(jnp.uint32, rows.shape[1])[None]
+    hashes = [
+        jnp.sum(h, axis=1, dtype=jnp.uint32)
+        for h in _bits.threefry(jnp.asarray(_HASH), rows, columns)
+    ]
+    index = lax.iota(jnp.int32, num)
+    *_, order = lax.sort((*hashes, index), num_keys=2)
+    rows = rows[order]
+    new = jnp.any(rows[1:] != rows[:-1], axis=1)
+    label = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(new, dtype=jnp.int32)])
+    counts = jax.ops.segment_sum(jnp.ones(num, jnp.int32), label, num)
+    first = jax.ops.segment_min(order, label, num)
+    counts, first, old = lax.sort((-counts, first, index), num_keys=2)
+    counts = -counts
+    place = jnp.zeros(num, jnp.int32).at[old].set(index)[label]
+    first = jnp.where(counts > 0, first, first[0])
+    return jnp.zeros(num, jnp.int32).at[order].set(place), counts, first
+
+
+_HASH = np.array([0x9E3779B9, 0x7F4A7C15], np.uint32)
+
+
+def _words(values: Array) -> Array:
+    """The bits of each number, as uint32; the two zeros count as one."""
+    if jnp.issubdtype(values.dtype, jnp.complexfloating):
+        return jnp.stack([_words(values.real), _words(values.imag)], axis=-1)
+    if jnp.issubdtype(values.dtype, jnp.floating):
+        values = jnp.where(values == 0, jnp.zeros_like(values), values)
+        if values.dtype.itemsize < 4:
+            values = values.astype(jnp.float32)
+    elif values.dtype.itemsize < 4:
+        values = values.astype(jnp.int32)
+    return lax.bitcast_convert_type(values, jnp.uint32)

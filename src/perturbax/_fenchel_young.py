@@ -1,0 +1,116 @@
+"""The Fenchel-Young loss of a perturbed optimizer: learning scores from solutions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ._argmax import make_perturbed_max, objective_value
+from ._noise import Gumbel, NoiseDistribution
+from ._perturbation import inner_product, same_shapes
+from ._sampling import Sampler
+
+
+def make_fenchel_young_loss(
+    argmax_fun: Callable[..., Any],
+    *,
+    num_samples: int = 1,
+    sigma: Any = 0.1,
+    noise: NoiseDistribution = Gumbel(),
+    maximize: bool = True,
+    multiplicative: bool = False,
+    objective: Callable[..., Any] | None = None,
+    use_baseline: bool = True,
+    symmetrize: bool = True,
+    batch_size: int | None = None,
+    sampler: Sampler | None = None,
+    degree: int | None = None,
+) -> Callable[..., Any]:
+    r"""A convex loss for scores whose best solution is known, from a solver alone.
+
+    .. math:: L(\theta, y) = E\left[\max_{y' \in \mathcal{Y}} \langle \theta + \sigma Z, y' \rangle
+        \right] - \langle \theta, y \rangle, \quad
+        \nabla_\theta L = E[y^*(\theta + \sigma Z)] - y
+
+    The gradient vanishes where the mean solution is y. Value and gradient are unbiased for every
+    number of samples, so that one, drawn afresh at each step, will do: together they take exactly
+    num_samples solutions. The value is the true one (up to the convex conjugate of the perturbed
+    maximum at y, which does not depend on theta), so it can be monitored, and compared between
+    steps. With one-hot solutions and Gumbel noise, it is the cross-entropy of softmax(theta /
+    sigma), times sigma, plus sigma times Euler's constant.
+
+    Args:
+      argmax_fun: the solver, as in `make_perturbed_max`.
+      num_samples: how many problems are solved for a value and a gradient.
+      sigma: as in `make_perturbed_argmax`.
+      noise: as in `make_perturbed_argmax`.
+      maximize: False for a solver that minimises costs theta. The loss is then
+        `<theta, y> - E min <theta - sigma Z, y'>`, convex in the costs, with the gradient
+        `y - E[y*]`.
+      multiplicative: as in `make_perturbed_argmax`. The gradient is
+        `E[exp(sigma Z - sigma^2 / 2) y*] - y`.
+      objective: as in `make_perturbed_max`; for `<theta, g(y)> + h(y)` the gradient is
+        `E[g(y*)] - g(y)`.
+      use_baseline: serves derivatives of second order and above, as do the options that follow.
+      symmetrize: as in `make_perturbed_max`.
+      batch_size: as in `make_perturbed_argmax`.
+      sampler: as in `make_perturbed_argmax`; of first derivatives too.
+      degree: as in `make_perturbed_argmax`.
+
+    Returns:
+      A function `loss(key, theta, y_true, *args, **kwargs)` that returns an estimate of L, a
+      scalar. y_true has the structure and shapes of theta (where an objective is given, those of
+      solutions), in any dtype; a mean of solutions will do as well. `key` is one PRNG key; it is
+      consumed. For a batch, `jax.vmap` over keys, scores and solutions, and average.
+
+    Raises:
+      TypeError: at construction or call, where an argument is not of the kind described.
+      ValueError: where argmax_fun's result or y_true does not have the shape of theta, and as in
+        `make_perturbed_max`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import perturbax as px
+      >>> loss = px.make_fenchel_young_loss(px.solvers.one_hot_argmax, num_samples=1, sigma=1.0)
+      >>> theta, y_true = jnp.array([0.1, -0.2, 0.3]), jnp.array([0, 1, 0])
+      >>> for key in jax.random.split(jax.random.key(0), 200):  # gradient descent
+      ...     theta = theta - 0.1 * jax.grad(loss, argnums=1)(key, theta, y_true)
+      >>> print(jnp.argmax(theta))
+      1
+
+    References:
+      Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
+      Blondel, Martins and Niculae, Learning with Fenchel-Young Losses, 2019, arXiv:1901.02324
+    """
+    perturbed_max = make_perturbed_max(
+        argmax_fun,
+        num_samples,
+        sigma,
+        noise,
+        use_baseline,
+        objective=objective,
+        maximize=maximize,
+        multiplicative=multiplicative,
+        symmetrize=symmetrize,
+        batch_size=batch_size,
+        sampler=sampler,
+        degree=degree,
+    )
+
+    def fenchel_young_loss(
+        key: Array, theta: Any, y_true: Any, /, *args: Any, **kwargs: Any
+    ) -> Array:
+        expected = perturbed_max(key, theta, *args, **kwargs)
+        if objective is None:
+            y = same_shapes("y_true", y_true, theta)
+            chosen = inner_product(
+                [jnp.asarray(v) for v in jax.tree.leaves(theta)], y, expected.dtype
+            )
+        else:
+            value = objective_value(objective, expected.dtype)
+            chosen = value(theta, y_true, *args, **kwargs)
+        return expected - chosen if maximize else chosen - expected
+
+    return fenchel_young_loss

@@ -1,0 +1,249 @@
+"""Implicit maximum likelihood estimation: a gradient from a second, better set of scores."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
+
+from . import _arguments
+from ._noise import Gumbel, NoiseDistribution, Shape
+from ._perturb import make_perturbed_fun
+from ._perturbation import same_shapes, score_leaves
+from ._sampling import Sampler
+from ._smoothness import Limit, limit_derivatives
+from ._trace import TracedFunction, trace
+
+
+def make_implicit_mle(
+    argmax_fun: Callable[..., Any],
+    num_samples: int = 10,
+    sigma: Any = 1.0,
+    noise: NoiseDistribution = Gumbel(),
+    *,
+    lam: float = 10.0,
+    two_sided: bool = False,
+    maximize: bool = True,
+    batch_size: int | None = None,
+    sampler: Sampler | None = None,
+) -> Callable[..., Any]:
+    r"""A perturbed argmax whose gradient is a difference of two mean solutions.
+
+    Forward, the value is that of `make_perturbed_argmax`. Backward, the cotangent dL/dy moves the
+    scores towards a target with a lower loss, and the gradient is
+
+    .. math:: \frac{\partial L}{\partial \theta} \approx \frac{1}{\lambda} \left(
+        \bar y(\theta) - \bar y\left(\theta - \lambda \frac{\partial L}{\partial y}\right)\right),
+        \quad \bar y(\theta) = \frac{1}{N} \sum_i y^*(\theta + \sigma Z_i)
+
+    with the same noise in both means. It needs no density of the noise, and has a small variance
+    where lam is large, at the price of a bias: it is a difference quotient of the mean solution,
+    and tends to the gradient of `make_perturbed_argmax` as lam goes to 0.
+
+    Args:
+      argmax_fun: the solver, as in `make_perturbed_argmax`.
+      num_samples: how many problems are solved for a value, and again for a gradient.
+      sigma: scale of the noise, as in `make_perturbed_fun`.
+      noise: law of the noise, an object with the methods of `NoiseDistribution`; `SumOfGamma` is
+        made for solutions with a fixed number of ones.
+      lam: length of the step to the target, lambda in the formula, > 0. May be traced.
+      two_sided: take the central difference, of theta + lam dL/dy and theta - lam dL/dy over
+        2 lam: twice the solutions, and a bias of higher order in lam.
+      maximize: False for a solver that minimises costs theta; the solver sees theta - sigma Z.
+      batch_size: as in `make_perturbed_fun`.
+      sampler: as in `make_perturbed_fun`.
+
+    Returns:
+      A function `g(key, theta, *args, **kwargs)` that returns the mean solution. Reverse mode of
+      first order only, in theta; in sigma and further arguments it is that of
+      `make_perturbed_fun`. `key` is one PRNG key; it is consumed.
+
+    Raises:
+      TypeError: at construction or call, where an argument is not of the kind described.
+      ValueError: where lam is not positive and finite, where argmax_fun returns another shape than
+        that of theta, and as in `make_perturbed_fun`. A traced lam that is not > 0 gives NaN.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import perturbax as px
+      >>> top = lambda theta: px.solvers.top_k_mask(theta, 2)
+      >>> choose = px.make_implicit_mle(top, 100, noise=px.SumOfGamma(2), lam=1.0)
+      >>> loss = lambda key, theta: jnp.sum((choose(key, theta) - jnp.array([1, 1, 0, 0.0])) ** 2)
+      >>> print(jnp.sign(jax.grad(loss, argnums=1)(jax.random.key(0), jnp.zeros(4))))
+      [-1. -1.  1.  1.]
+
+    References:
+      Niepert, Minervini and Franceschi, Implicit MLE: Backpropagating Through Discrete Exponential
+      Family Distributions, 2021, arXiv:2106.01798
+      Minervini, Franceschi and Niepert, Adaptive Perturbation-Based Gradient Estimation for
+      Discrete Latent Variable Models, 2022, arXiv:2209.04862 (1 / lambda, and the two-sided form)
+    """
+    _arguments.check_fun(argmax_fun, "argmax_fun")
+    lam = _check_step(lam)
+    two_sided = _arguments.check_bool(two_sided, "two_sided")
+    maximize = _arguments.check_bool(maximize, "maximize")
+    sign = 1 if maximize else -1
+
+    def mean_of(solve: Callable[..., Any]) -> Callable[..., Any]:
+        # With a baseline, should sigma or a further argument be differentiated.
+        return make_perturbed_fun(
+            solve, num_samples, sigma, noise, batch_size=batch_size, sampler=sampler, degree=0
+        )
+
+    mean_of(argmax_fun)  # for its checks
+
+    def implicit_mle(key: Array, theta: Any, /, *args: Any, **kwargs: Any) -> Any:
+        key = _arguments.check_key(key, theta)
+        leaves, _, tree = score_leaves(theta)
+
+        def solve(scores: Any) -> Any:
+            scores = jax.tree.map(lambda v: sign * v, scores)
+            y = argmax_fun(scores, *args, **kwargs)
+            y = same_shapes("the result of argmax_fun", y, scores)
+            return jax.tree.unflatten(tree, y)
+
+        mean = mean_of(solve)
+        traced, operands = trace(
+            lambda key, *v: mean(key, jax.tree.unflatten(tree, v)), key, *leaves
+        )
+        scores = [sign * v for v in leaves]
+        value = traced(operands, key, *lax.stop_gradient(scores))
+        fixed = lax.stop_gradient((value, operands, jnp.asarray(lam, value[0].dtype)))
+        # The same noise again: the key is used a second time on purpose.
+        change: Any = _zeros(traced, two_sided, scores, *fixed, jax.random.clone(key))
+        return jax.tree.unflatten(tree, [v + c for v, c in zip(value, change, strict=True)])
+
+    return implicit_mle
+
+
+def _check_step(lam: Any) -> Any:
+    if isinstance(lam, Tracer):
+        return lam
+    if isinstance(lam, bool) or not isinstance(lam, int | float | np.ndarray | np.generic | Array):
+        raise TypeError(f"lam must be a positive number, got {type(lam).__name__}")
+    if np.ndim(lam) or not (0 < float(lam) < math.inf):
+        raise ValueError(f"lam must be one positive finite number, got {lam}")
+    return lam
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _zeros(
+    traced: TracedFunction,
+    two_sided: bool,
+    scores: list[Array],
+    value: list[Array],
+    operands: Any,
+    lam: Array,
+    key: Array,
+) -> list[Array]:
+    """Zeros of the shapes of `value`, whose derivative in the scores is the implicit one."""
+    del traced, two_sided, scores, operands, lam, key
+    return [jnp.zeros_like(v) for v in value]
+
+
+def _zeros_fwd(traced: TracedFunction, two_sided: bool, *inputs: Any) -> Any:
+    return _zeros(traced, two_sided, *inputs), inputs
+
+
+def _zeros_bwd(traced: TracedFunction, two_sided: bool, inputs: Any, y_bar: list[Array]) -> Any:
+    scores, value, operands, lam, key = inputs
+
+    def mean(step: Array, key: Array) -> list[Array]:
+        moved = [
+            (v.astype(g.dtype) + step * g).astype(v.dtype)
+            for v, g in zip(scores, y_bar, strict=True)
+        ]
+        return traced(operands, key, *moved)
+
+    if two_sided:
+        start, width = mean(lam, jax.random.clone(key)), 2 * lam
+    else:
+        start, width = value, lam
+    width = jnp.where((lam > 0) & jnp.isfinite(lam), width, jnp.nan)
+    scores_bar = [
+        ((y - target) / width).astype(v.dtype)
+        for v, y, target in zip(scores, start, mean(-lam, key), strict=True)
+    ]
+    return scores_bar, *jax.tree.map(_no_cotangent, (value, operands, lam, key))
+
+
+def _no_cotangent(value: Any) -> Any:
+    if jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        return jnp.zeros_like(value)
+    return np.zeros(np.shape(value), jax.dtypes.float0)
+
+
+_zeros.defvjp(_zeros_fwd, _zeros_bwd)
+
+
+_SUM_OF_GAMMA = Limit(
+    "SumOfGamma()",
+    0,
+    "has no closed form",
+    "; make_implicit_mle takes its gradient without a density",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SumOfGamma:
+    r"""Noise of which k independent draws add up to one Gumbel draw, if num_terms is infinite.
+
+    .. math:: Z = \frac{1}{k} \left( \sum_{i=1}^{s} \Gamma_i - \log s \right), \quad
+        \Gamma_i \sim \mathrm{Gamma}(\text{shape } 1 / k, \text{scale } k / i)
+
+    With it the score of every solution with k ones is perturbed by Gumbel noise. Good for **values
+    only**, as its density is not known: it serves `make_implicit_mle`.
+
+    Attributes:
+      k: number of ones of a solution, at least 1.
+      num_terms: s in the formula.
+
+    Example:
+      >>> import perturbax as px
+      >>> round(px.SumOfGamma(k=2, num_terms=10).mean, 3)
+      0.313
+
+    References:
+      Niepert, Minervini and Franceschi, Implicit MLE: Backpropagating Through Discrete Exponential
+      Family Distributions, 2021, arXiv:2106.01798, section 4.2
+    """
+
+    k: int
+    num_terms: int = 10
+
+    derivatives: ClassVar[float] = 0
+
+    def __post_init__(self) -> None:
+        """Checks the parameters."""
+        _arguments.check_count(self.k, "k")
+        _arguments.check_count(self.num_terms, "num_terms")
+
+    @property
+    def mean(self) -> float:
+        """E[Z]: (1 + 1/2 + ... + 1/s - log s) / k."""
+        harmonic = sum(1 / i for i in range(1, self.num_terms + 1))
+        return (harmonic - math.log(self.num_terms)) / self.k
+
+    @property
+    def variance(self) -> float:
+        """Variance of Z: (1 + 1/4 + ... + 1/s^2) / k."""
+        return sum(1 / i**2 for i in range(1, self.num_terms + 1)) / self.k
+
+    def sample(self, key: Array, sample_shape: Shape = (), dtype: DTypeLike = float) -> Array:
+        """Independent draws, an array of shape `sample_shape`; consumes `key`."""
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+        shape = tuple(np.atleast_1d(np.asarray(sample_shape, int)))
+        gammas = jax.random.gamma(key, 1 / self.k, (*shape, self.num_terms), dtype)
+        scales = np.asarray(1 / np.arange(1, self.num_terms + 1), dtype)
+        return gammas @ scales - np.asarray(math.log(self.num_terms) / self.k, dtype)
+
+    def log_prob(self, inputs: ArrayLike) -> Array:
+        """NaN: the density is not known. Its derivatives raise."""
+        return jnp.full_like(limit_derivatives(inputs, _SUM_OF_GAMMA), jnp.nan)

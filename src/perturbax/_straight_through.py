@@ -1,0 +1,129 @@
+"""Straight-through estimation: the value of a function itself, derivatives of it smoothed."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from . import _arguments, _estimator
+from ._noise import Gumbel, NoiseDistribution
+from ._perturb import make_perturbed_fun
+from ._sampling import Sampler
+from ._trace import TracedFunction, trace
+
+
+def make_straight_through_fun(
+    fun: Callable[..., Any],
+    num_samples: int = 1000,
+    sigma: Any = 0.1,
+    noise: NoiseDistribution = Gumbel(),
+    use_baseline: bool = True,
+    *,
+    batch_size: int | None = None,
+    sampler: Sampler | None = None,
+    degree: int | None = None,
+) -> Callable[..., Any]:
+    r"""Gives a function the derivatives of its smoothed version, and leaves its value as it is.
+
+    Forward, the result is `fun(x)` exactly: hard choices stay hard. Backward, all derivatives, of
+    every order and in every argument, are those that `make_perturbed_fun` estimates. In a longer
+    computation that is a biased gradient: the functions that follow are differentiated at `fun(x)`
+    and not at the mean.
+
+    Args:
+      fun: as in `make_perturbed_fun`.
+      num_samples: how often fun is evaluated for derivatives; a value takes one evaluation.
+      sigma: as in `make_perturbed_fun`.
+      noise: as in `make_perturbed_fun`.
+      use_baseline: as in `make_perturbed_fun`.
+      batch_size: as in `make_perturbed_fun`.
+      sampler: as in `make_perturbed_fun`.
+      degree: as in `make_perturbed_fun`.
+
+    Returns:
+      A function `g(key, x, *args, **kwargs)` that returns `fun(x, *args, **kwargs)`, in floating
+      dtypes of at least single precision. `key` is one PRNG key; it is consumed.
+
+    Raises:
+      TypeError: at construction or call, as in `make_perturbed_fun`.
+      ValueError: as in `make_perturbed_fun`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import perturbax as px
+      >>> round_off = px.make_straight_through_fun(jnp.round, 4000, sigma=0.5, noise=px.Normal())
+      >>> x = jnp.array([0.2, 1.7])
+      >>> print(round_off(jax.random.key(0), x))
+      [0. 2.]
+      >>> slope = jax.grad(lambda x: jnp.sum(round_off(jax.random.key(0), x)))(x)
+      >>> print(jnp.round(slope))
+      [1. 1.]
+
+    References:
+      Bengio, Leonard and Courville, Estimating or Propagating Gradients Through Stochastic Neurons
+      for Conditional Computation, 2013, arXiv:1308.3432
+    """
+    perturbed = make_perturbed_fun(
+        fun,
+        num_samples,
+        sigma,
+        noise,
+        use_baseline,
+        batch_size=batch_size,
+        sampler=sampler,
+        degree=degree,
+    )
+
+    def straight_through_fun(key: Array, x: Any, /, *args: Any, **kwargs: Any) -> Any:
+        key = _arguments.check_key(key, x)
+        leaves, _, merge = _arguments.perturbed_leaves(x)
+        soft, operands = trace(lambda *v: perturbed(key, merge(v), *args, **kwargs), *leaves)
+        hard, hard_operands = trace(lambda *v: fun(merge(v), *args, **kwargs), *leaves)
+        operands = (operands, hard_operands)
+        if soft.jaxpr.effects:  # which JAX does not allow inside a custom derivative rule
+            values = _value(soft, hard, leaves, operands)
+            means = soft(operands[0], *leaves)
+            out = [
+                _estimator._with_value(jax.lax.stop_gradient(v), mean)
+                for v, mean in zip(values, means, strict=True)
+            ]
+        else:
+            out = _straight_through(soft, hard, leaves, operands)
+        return jax.tree.unflatten(soft.out_tree, out)
+
+    return straight_through_fun
+
+
+def _value(soft: TracedFunction, hard: TracedFunction, leaves: Any, operands: Any) -> list[Array]:
+    return [
+        jnp.asarray(v).astype(aval.dtype)
+        for v, aval in zip(hard(operands[1], *leaves), soft.out_avals, strict=True)
+    ]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _hard_value(
+    soft: TracedFunction, hard: TracedFunction, leaves: Any, operands: Any
+) -> list[Array]:
+    """The results of `hard`, with the derivatives of `soft`."""
+    return _value(soft, hard, leaves, operands)
+
+
+@partial(_hard_value.defjvp, symbolic_zeros=True)
+def _hard_value_jvp(
+    soft: TracedFunction, hard: TracedFunction, primals: Any, tangents: Any
+) -> tuple[list[Array], list[Array]]:
+    leaves, operands = primals
+    leaves_dot, operands_dot = tangents
+    _, out_dot = _estimator._jvp(
+        lambda leaves, operands: soft(operands, *leaves),
+        (leaves, operands[0]),
+        (leaves_dot, operands_dot[0]),
+    )
+    return _hard_value(soft, hard, leaves, operands), out_dot
+
+
+_straight_through = jax.jit(_hard_value, static_argnums=(0, 1))
