@@ -1,0 +1,172 @@
+"""Checks that need two devices, run by test_transforms.py in a process of their own.
+
+A process fixes its number of devices before anything else. As a program, this file runs all checks
+and prints, as JSON, the traceback of each that fails.
+"""
+
+import json
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import perturbax as px
+from helpers import assert_trees_close
+
+KEYS = jax.random.split(jax.random.key(0), 2)
+POINTS = jnp.arange(6.0).reshape(2, 3) / 3.0
+
+
+def fun(y):
+    return jnp.sum(y**2) + jnp.sum(y > 0)
+
+
+def smooth(**settings):
+    return px.make_perturbed_fun(fun, 10, 0.5, px.Normal(), **settings)
+
+
+def one_by_one(transformed):
+    """The results for each key and point, stacked."""
+    results = [transformed(key, x) for key, x in zip(KEYS, POINTS, strict=True)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def mesh(axis_type=AxisType.Auto):
+    return jax.make_mesh((2,), ("devices",), axis_types=(axis_type,))
+
+
+def each_on_a_device(transformed):
+    """The same, each point on a device of its own, by shard_map."""
+
+    def local(key, x):
+        return jax.tree.map(lambda v: v[None], transformed(key[0], x[0]))
+
+    spec = P("devices")
+    mapped = jax.shard_map(local, mesh=mesh(), in_specs=(spec, spec), out_specs=spec)
+    return jax.jit(mapped)(KEYS, POINTS)
+
+
+def agrees(transformed):
+    assert_trees_close(each_on_a_device(transformed), one_by_one(transformed), rtol=1e-5, atol=1e-5)
+
+
+def derivatives(**settings):
+    """Value, gradient and Hessian."""
+    g = smooth(**settings)
+
+    def run(key, x):
+        return jax.value_and_grad(g, argnums=1)(key, x), jax.hessian(g, argnums=1)(key, x)
+
+    return run
+
+
+def check_shard_map():
+    agrees(derivatives())
+
+
+def check_shard_map_in_batches():
+    agrees(derivatives(batch_size=5))
+
+
+class OwnNoise:
+    """Noise that is known by its two methods alone."""
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return jax.random.logistic(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -jnp.abs(inputs) - 2.0 * jnp.log1p(jnp.exp(-jnp.abs(inputs)))
+
+
+def check_own_noise():
+    agrees(jax.value_and_grad(px.make_perturbed_fun(fun, 10, 0.5, OwnNoise()), argnums=1))
+
+
+def check_what_only_some_arguments_differ_in():
+    """Only x differs from device to device, or only the key: types then do, too."""
+
+    def shared_key(_, x):
+        return jax.value_and_grad(smooth(), argnums=1)(KEYS[0], x)
+
+    def shared_point(key, _):
+        return jax.value_and_grad(smooth(), argnums=1)(key, POINTS[0])
+
+    agrees(shared_key)
+    value, _ = each_on_a_device(shared_point)
+    np.testing.assert_allclose(value, one_by_one(shared_point)[0], rtol=1e-5)
+
+
+def check_pmap():
+    gradient = jax.value_and_grad(smooth(), argnums=1)
+    assert_trees_close(jax.pmap(gradient)(KEYS, POINTS), one_by_one(gradient), rtol=1e-5, atol=1e-5)
+
+
+def check_samples_shared_by_devices():
+    """Each device averages samples of its own, from a key folded with the device's number."""
+    g, x = smooth(), POINTS[1]
+
+    def local(key, x):
+        key = jax.random.fold_in(key, jax.lax.axis_index("devices"))
+        return jax.lax.pmean(g(key, x), "devices")
+
+    shared = jax.shard_map(local, mesh=mesh(), in_specs=(P(), P()), out_specs=P())
+    value, gradient = jax.jit(jax.value_and_grad(shared, argnums=1))(KEYS[0], x)
+    parts = [
+        jax.value_and_grad(g, argnums=1)(jax.random.fold_in(KEYS[0], device), x)
+        for device in range(2)
+    ]
+    assert_trees_close(value, (parts[0][0] + parts[1][0]) / 2, rtol=1e-5)
+    assert_trees_close(gradient, (parts[0][1] + parts[1][1]) / 2, rtol=1e-5, atol=1e-5)
+    assert abs(float(parts[0][0] - parts[1][0])) > 1e-3
+
+
+def check_point_split_over_devices():
+    x = jnp.arange(4.0)
+    for batch_size in (None, 5):
+        gradient = jax.value_and_grad(smooth(batch_size=batch_size), argnums=1)
+        expected = gradient(KEYS[0], x)
+        for axis_type in (AxisType.Auto, AxisType.Explicit):
+            where = mesh(axis_type)
+            with jax.set_mesh(where):
+                split = jax.device_put(x, NamedSharding(where, P("devices")))
+                value, slope = jax.jit(gradient)(KEYS[0], split)
+            np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+            np.testing.assert_allclose(slope, expected[1], rtol=1e-5, atol=1e-5)
+
+
+def check_eager_call_with_a_point_split_over_devices():
+    x = jnp.arange(4.0)
+    gradient = jax.value_and_grad(smooth(), argnums=1)
+    split = jax.device_put(x, NamedSharding(mesh(), P("devices")))
+    assert_trees_close(gradient(KEYS[0], split), gradient(KEYS[0], x), rtol=1e-5, atol=1e-5)
+
+
+def check_vmap_with_an_axis_of_the_mesh():
+    gradient = jax.value_and_grad(smooth(batch_size=5), argnums=1)
+    where = mesh()
+    with jax.set_mesh(where):
+        split = NamedSharding(where, P("devices"))
+        mapped = jax.jit(jax.vmap(gradient, spmd_axis_name="devices"))
+        actual = mapped(jax.device_put(KEYS, split), jax.device_put(POINTS, split))
+    assert_trees_close(actual, one_by_one(gradient), rtol=1e-5, atol=1e-5)
+
+
+CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
+
+
+def run_all():
+    """The traceback of every check that fails, by name."""
+    assert jax.device_count() == 2
+    failed = {}
+    for name, check in CHECKS.items():
+        try:
+            check()
+        except Exception:
+            failed[name] = traceback.format_exc()
+    return failed
+
+
+if __name__ == "__main__":
+    print(json.dumps({"ran": len(CHECKS), "failed": run_all()}))

@@ -1,0 +1,571 @@
+"""Perturbed optimizers: closed forms, Danskin's rule, symmetry, and what solvers may return."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+import closed_forms as cf
+import perturbax as px
+from helpers import assert_biased, assert_trees_close, assert_unbiased
+
+KEY = jax.random.key(0, impl="threefry2x32")
+SCORES = np.array([0.5, 0.0625, -0.3125])
+X = jnp.array(SCORES, jnp.float32)
+SIGMA = 0.5
+LAWS = {
+    "gumbel": (px.Gumbel(), cf.gumbel),
+    "normal": (px.Normal(), cf.normal),
+    "laplace": (px.Laplace(), cf.laplace),
+    "cauchy": (px.Cauchy(), cf.cauchy),
+    "logistic": (px.Logistic(), cf.logistic),
+}
+SAMPLERS = {
+    "independent": px.Independent(),
+    "antithetic": px.Antithetic(),
+    "orthogonal": px.Orthogonal(),
+    "sobol": px.Sobol(),
+}
+one_hot = px.solvers.one_hot_argmax
+
+
+def argmax(solver=one_hot, num_samples=64, sigma=SIGMA, noise=px.Gumbel(), **options):
+    return px.make_perturbed_argmax(solver, num_samples, sigma, noise, **options)
+
+
+def maximum(solver=one_hot, num_samples=64, sigma=SIGMA, noise=px.Gumbel(), **options):
+    return px.make_perturbed_max(solver, num_samples, sigma, noise, **options)
+
+
+# --- Closed forms
+
+
+def argmax_estimates(layer, hessian):
+    """Value and derivatives of a layer whose scale is its second argument."""
+
+    def estimates(key, x, sigma):
+        def value(x, sigma):
+            return layer(sigma)(key, x)
+
+        found = {
+            "value": value(x, sigma),
+            "gradient": jax.jacrev(value)(x, sigma),
+            "dsigma": jax.jacfwd(value, argnums=1)(x, sigma),
+        }
+        if hessian:
+            found["hessian"] = jax.jacfwd(jax.jacrev(value))(x, sigma)
+        return found
+
+    return estimates
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_argmax_is_a_softmax(sampler):
+    """Value, Jacobian, second derivatives and the derivative in sigma, by every sampler."""
+    exact = cf.smooth_argmax_gumbel(SCORES, SIGMA).as_dict("value", "gradient", "dsigma", "hessian")
+    estimates = argmax_estimates(lambda s: argmax(sigma=s, sampler=SAMPLERS[sampler]), True)
+    promise = {"value": 0.01, "gradient": 0.03, "dsigma": 0.05, "hessian": 0.15}
+    assert_unbiased(estimates, exact, seed=11, num_keys=8192, args=(X, SIGMA), promise=promise)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_argmax_and_ranks_under_other_noise(law):
+    noise, exact_noise = LAWS[law]
+    hessian = law != "laplace"
+    names = ("value", "gradient", "dsigma", *(["hessian"] if hessian else []))
+    layers = {
+        "choice": (one_hot, cf.smooth_argmax),
+        "ranks": (px.solvers.ranks, cf.smooth_ranks),
+    }
+
+    def estimates(key, x, sigma):
+        return {
+            name: argmax_estimates(
+                functools.partial(argmax_of, solver=solver, noise=noise),
+                name == "ranks" and hessian,
+            )(key, x, sigma)
+            for name, (solver, _) in layers.items()
+        }
+
+    exact = {
+        "choice": cf.smooth_argmax(SCORES, SIGMA, exact_noise).as_dict(*names[:3]),
+        "ranks": cf.smooth_ranks(SCORES, SIGMA, exact_noise).as_dict(*names),
+    }
+    assert_unbiased(estimates, exact, seed=22, num_keys=8192, args=(X, SIGMA), promise=0.25)
+
+
+def argmax_of(sigma, solver, noise):
+    return argmax(solver, sigma=sigma, noise=noise)
+
+
+def max_estimates(layer):
+    def estimates(key, x, sigma):
+        def value(x, sigma):
+            return layer(sigma)(key, x)
+
+        by_x = jax.grad(value)
+        return {
+            "value": value(x, sigma),
+            "gradient": by_x(x, sigma),
+            "dsigma": jax.grad(value, argnums=1)(x, sigma),
+            "hessian": jax.jacfwd(by_x)(x, sigma),
+            "mixed": jax.jacrev(by_x, argnums=1)(x, sigma),
+            "dsigma2": jax.grad(jax.grad(value, argnums=1), argnums=1)(x, sigma),
+            "third": jax.jacfwd(jax.jacfwd(by_x))(x, sigma),
+        }
+
+    return estimates
+
+
+MAX_PROMISE = {
+    "value": 0.01,
+    "gradient": 0.01,
+    "dsigma": 0.03,
+    "hessian": 0.05,
+    "mixed": 0.1,
+    "dsigma2": 0.25,
+    "third": 0.25,
+}
+
+
+@pytest.mark.parametrize("law", ["gumbel", "normal"])
+def test_max_at_every_order(law):
+    noise, exact_noise = LAWS[law]
+    exact = cf.smooth_max(SCORES, SIGMA, exact_noise)
+    if law == "gumbel":
+        assert_trees_close(
+            exact.as_dict(), cf.smooth_max_gumbel(SCORES, SIGMA).as_dict(), atol=1e-8
+        )
+    estimates = max_estimates(lambda s: maximum(sigma=s, noise=noise))
+    assert_unbiased(
+        estimates, exact.as_dict(), seed=13, num_keys=16384, args=(X, SIGMA), promise=MAX_PROMISE
+    )
+
+
+@pytest.mark.parametrize("sampler", ["antithetic", "orthogonal", "sobol"])
+def test_max_by_every_sampler(sampler):
+    names = ("value", "gradient", "dsigma", "mixed")
+    exact = cf.smooth_max(SCORES, SIGMA, cf.normal).as_dict(*names)
+    layer = max_estimates(
+        lambda s: maximum(sigma=s, noise=px.Normal(), sampler=SAMPLERS[sampler], degree=0)
+    )
+
+    def estimates(key, x, sigma):
+        return {name: layer(key, x, sigma)[name] for name in names}
+
+    assert_unbiased(estimates, exact, seed=14, num_keys=4096, args=(X, SIGMA), promise=0.15)
+
+
+def two_way(theta, sigma):
+    """E max(theta W) for two positive scores with independent log-normal factors of mean 1."""
+    one, two = theta
+    spread = sigma * np.sqrt(2)
+    near = np.log(one / two) / spread
+    first, second = near + spread / 2, -near + spread / 2
+    cdf, pdf = scipy.stats.norm.cdf, scipy.stats.norm.pdf
+    cross = -pdf(first) / (two * spread)
+    slope = pdf(near) / spread
+    choice = {
+        "value": np.array([cdf(near), cdf(-near)]),
+        "gradient": np.array([[slope / one, -slope / two], [-slope / one, slope / two]]),
+        "dsigma": -near / sigma * pdf(near) * np.array([1, -1]),
+    }
+    best = {
+        "value": one * cdf(first) + two * cdf(second),
+        "gradient": np.array([cdf(first), cdf(second)]),
+        "dsigma": np.sqrt(2) * one * pdf(first),
+        "hessian": np.array(
+            [[pdf(first) / (one * spread), cross], [cross, pdf(second) / (two * spread)]]
+        ),
+        # d/dsigma of Phi(first): first' = (-near / sigma + 1 / sqrt(2)).
+        "mixed": np.array(
+            [
+                pdf(first) * (-near / sigma + np.sqrt(0.5)),
+                pdf(second) * (near / sigma + np.sqrt(0.5)),
+            ]
+        ),
+    }
+    return choice, best
+
+
+def test_multiplicative_perturbation():
+    """Two positive scores: closed forms of the choice and of the maximum."""
+    theta, sigma = np.array([1.5, 1.0]), 0.6
+    choice, best = two_way(theta, sigma)
+    options = {"noise": px.Normal(), "multiplicative": True}
+    layers = (
+        argmax_estimates(lambda s: argmax(sigma=s, **options), False),
+        max_estimates(lambda s: maximum(sigma=s, **options)),
+    )
+
+    def estimates(key, x, sigma):
+        found = layers[1](key, x, sigma)
+        return {
+            "choice": layers[0](key, x, sigma),
+            "best": {name: found[name] for name in best},
+        }
+
+    args = (jnp.asarray(theta, jnp.float32), sigma)
+    exact = {"choice": choice, "best": best}
+    assert_unbiased(estimates, exact, seed=15, num_keys=8192, args=args, promise=0.1)
+
+    def without_factor(key, x, sigma):
+        return {"gradient": argmax(sigma=sigma, **options)(key, x)}
+
+    mutant = {"gradient": best["gradient"]}
+    assert_biased(without_factor, mutant, seed=15, num_keys=8192, args=args)
+
+
+def test_symmetrizing_what_is_no_gradient_is_noticed():
+    """The tests above would see a wrong transpose: here the true Jacobian is not symmetric."""
+
+    def no_argmax(x):
+        return one_hot(x) * jnp.array([1.0, 0.0, 0.0])
+
+    exact = cf.smooth_argmax_gumbel(SCORES, SIGMA).gradient * np.array([[1.0], [0.0], [0.0]])
+
+    def jacobian(key, x, symmetrize):
+        return jax.jacrev(argmax(no_argmax, symmetrize=symmetrize), argnums=1)(key, x)
+
+    settings = {"seed": 16, "num_keys": 8192, "args": (X,)}
+    assert_unbiased(functools.partial(jacobian, symmetrize=False), exact, promise=0.05, **settings)
+    assert_biased(functools.partial(jacobian, symmetrize=True), exact, **settings)
+
+
+def test_objective_with_features_and_an_offset():
+    """<theta, g(P)> + h(P) over permutation matrices, with h = 0: the gradient is the mean rank."""
+    places = jnp.arange(1.0, 4.0)
+
+    def objective(theta, matrix, weight):
+        return weight * (theta @ (places @ matrix.astype(theta.dtype)))
+
+    def solver(theta, weight):
+        del weight
+        return px.solvers.ranks(theta)[None, :] == places[:, None]
+
+    layer = maximum(solver, objective=objective)
+    exact = cf.smooth_ranks(SCORES, SIGMA, cf.gumbel)
+
+    def estimates(key, x):
+        by_x = jax.grad(layer, argnums=1)
+        return {
+            "gradient": by_x(key, x, 1.0),
+            "hessian": jax.jacfwd(by_x, argnums=1)(key, x, 1.0),
+            "weight": jax.grad(layer, argnums=2)(key, x, 2.0) - layer(key, x, 1.0),
+        }
+
+    exact = {"gradient": exact.value, "hessian": exact.gradient, "weight": np.zeros(())}
+    scale = {"gradient": None, "hessian": None, "weight": 1.0}
+    assert_unbiased(estimates, exact, seed=17, num_keys=4096, args=(X,), promise=0.05, scale=scale)
+
+
+# --- Identities that hold sample by sample
+
+
+def test_the_value_is_that_of_make_perturbed_fun():
+    plain = px.make_perturbed_fun(one_hot, 64, SIGMA)
+    assert_trees_close(argmax()(KEY, X), plain(KEY, X), atol=1e-6)
+
+
+def test_danskin():
+    """At the same key the gradient is the mean solution, for one sample as for many."""
+    for num_samples in (1, 7):
+        gradient = jax.grad(maximum(num_samples=num_samples), argnums=1)(KEY, X)
+        assert_trees_close(gradient, argmax(num_samples=num_samples)(KEY, X))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batch_size": 5},
+        {"num_samples": 3, "batch_size": 1},
+        {"sampler": px.Sobol(), "degree": 1},
+        {"use_baseline": False, "sigma": jnp.array([0.3, 0.5, 0.9])},
+    ],
+    ids=str,
+)
+def test_the_jacobian_is_the_symmetric_part(options):
+    symmetric = argmax(**options)
+
+    @jax.jit
+    def derivatives(x):
+        plain = jax.jacrev(argmax(**options, symmetrize=False), argnums=1)(KEY, x)
+        return plain, [
+            jax.jacrev(symmetric, argnums=1)(KEY, x),
+            jax.jacfwd(symmetric, argnums=1)(KEY, x),
+            jax.hessian(maximum(**options), argnums=1)(KEY, x),
+        ]
+
+    jacobian, found = derivatives(X)
+    assert np.abs(jacobian - jacobian.T).max() > 1e-3
+    for one in found:
+        assert_trees_close(one, (jacobian + jacobian.T) / 2, atol=2e-6)
+
+
+def test_many_scores():
+    """Beyond eight outputs the estimator takes another way."""
+    x = jnp.linspace(-1, 1, 12)
+    jacobian = jax.jacrev(argmax(symmetrize=False), argnums=1)(KEY, x)
+    found = jax.jacrev(argmax(batch_size=10), argnums=1)(KEY, x)
+    assert_trees_close(found, (jacobian + jacobian.T) / 2, atol=1e-5)
+
+
+def test_other_derivatives_are_not_touched():
+    """Those in sigma and in further arguments are what they are without symmetry."""
+
+    def solver(x, shift):
+        return one_hot(x) * shift
+
+    def value(shift, sigma, symmetrize):
+        return argmax(solver, sigma=sigma, symmetrize=symmetrize)(KEY, X, shift)
+
+    @jax.jit
+    def derivatives(shift, sigma):
+        pairs = [
+            [transform(value, argnums=(0, 1))(shift, sigma, s) for s in (True, False)]
+            for transform in (jax.jacfwd, jax.jacrev)
+        ]
+        along = jax.jvp(lambda x, s: argmax(solver)(KEY, x, s), (X, shift), (jnp.ones(3), 1.0))[1]
+        by_x = jax.jvp(lambda x: argmax(solver)(KEY, x, shift), (X,), (jnp.ones(3),))[1]
+        return pairs, along, by_x
+
+    pairs, along, by_x = derivatives(1.5, SIGMA)
+    for one, two in pairs:
+        assert_trees_close(one, two, atol=1e-6)
+    # Along the scores and an argument at once.
+    assert_trees_close(along, by_x + pairs[0][0][0], atol=1e-5)
+
+
+def test_trees_of_scores():
+    x = {"a": X[:2], "b": X[2:].reshape(1, 1)}
+    sigma = {"a": jnp.array([0.5, 0.25]), "b": 0.75}
+
+    def solver(tree):
+        y = one_hot(jnp.concatenate([tree["a"], tree["b"].ravel()]))
+        return {"a": y[:2], "b": y[2:].reshape(1, 1)}
+
+    flat_sigma = jnp.array([0.5, 0.25, 0.75])
+    value = argmax(solver, sigma=sigma)(KEY, x)
+    expected = argmax(sigma=flat_sigma)(KEY, X)
+    assert_trees_close(value, {"a": expected[:2], "b": expected[2:].reshape(1, 1)}, atol=1e-6)
+    found = jax.jit(jax.jacrev(argmax(solver, sigma=sigma), argnums=1))(KEY, x)
+    expected = jax.jit(jax.jacrev(argmax(sigma=flat_sigma), argnums=1))(KEY, X)
+    assert_trees_close(found["a"]["b"].reshape(2), expected[:2, 2], atol=2e-6)
+    assert_trees_close(found["b"]["a"].reshape(2), expected[2, :2], atol=2e-6)
+    best = jax.grad(maximum(solver, sigma=sigma), argnums=1)(KEY, x)
+    assert_trees_close(best, value)
+
+    def by_sigma(sigma, solver, x):
+        return maximum(solver, sigma=sigma)(KEY, x)
+
+    found = jax.grad(by_sigma)(sigma, solver, x)
+    expected = jax.grad(by_sigma)(flat_sigma, one_hot, X)
+    assert_trees_close(found["a"], expected[:2], atol=1e-5)
+    assert_trees_close(found["b"], expected[2], atol=1e-5)
+
+
+def value_and_jacobian(layer):
+    return lambda x: (layer(KEY, x), jax.jacrev(layer, argnums=1)(KEY, x))
+
+
+@pytest.mark.parametrize("options", [{}, {"noise": px.Normal(), "multiplicative": True}], ids=str)
+def test_minimising_is_maximising_the_opposite(options):
+    def cheapest(costs):
+        return one_hot(-costs)
+
+    for make in (argmax, maximum):
+        found = make(cheapest, maximize=False, **options)
+        mirror = make(**options)
+        sign = 1 if make is argmax else -1
+        value, derivative = jax.jit(value_and_jacobian(found))(X)
+        mirrored, expected = jax.jit(value_and_jacobian(mirror))(-X)
+        assert_trees_close(value, sign * mirrored, atol=1e-6)
+        assert_trees_close(derivative, -sign * expected, atol=1e-6)
+
+
+def test_transforms_and_modes():
+    xs = jnp.stack([X, -X])
+    keys = jax.random.split(KEY, 2)
+    for layer in (argmax(), maximum()):
+        jacobian = jax.jit(jax.jacrev(layer, argnums=1))
+        single = jnp.stack([jacobian(k, x) for k, x in zip(keys, xs, strict=True)])
+        batch = jax.jit(jax.vmap(jacobian))(keys, xs)
+        assert_trees_close(batch, single, atol=1e-5)
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.debug_key_reuse(True),
+    ):
+        jax.jit(jax.hessian(maximum(), argnums=1))(jax.random.key(1), X)
+        jax.jit(jax.jacrev(argmax(), argnums=1))(jax.random.key(2), X)
+        by_sigma = jax.jit(jax.grad(lambda key, s: maximum(sigma=s)(key, X), argnums=1))
+        by_sigma(jax.random.key(3), SIGMA)
+
+
+def test_eager_calls_compile_once():
+    def gradients():
+        jax.block_until_ready(jax.grad(maximum(), argnums=1)(KEY, X))
+        jax.block_until_ready(jax.jacrev(argmax(), argnums=1)(KEY, X))
+
+    gradients()
+    sizes = [f._cache_size() for f in (px._argmax._symmetrized, px._argmax._best)]
+    gradients()
+    assert sizes == [f._cache_size() for f in (px._argmax._symmetrized, px._argmax._best)]
+
+
+# --- Solvers
+
+
+class HostSolver:
+    """A solver outside JAX that counts its calls."""
+
+    def __init__(self):
+        self.solves = 0
+
+    def __call__(self, x):
+        like = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        return jax.pure_callback(self.solve, like, x, vmap_method="sequential")
+
+    def solve(self, x):
+        self.solves += 1
+        return np.eye(len(x), dtype=np.float32)[np.argmax(x)]
+
+
+@pytest.mark.parametrize("num_samples", [1, 6])
+def test_number_of_solves(num_samples):
+    """A value and the derivatives of a maximum take num_samples, a score takes one more."""
+    solver = HostSolver()
+
+    def solves(call):
+        solver.solves = 0
+        jax.block_until_ready(call())
+        return solver.solves
+
+    choose, best = argmax(solver, num_samples), maximum(solver, num_samples)
+    assert solves(lambda: choose(KEY, X)) == num_samples
+    assert solves(lambda: best(KEY, X)) == num_samples
+    assert solves(lambda: jax.value_and_grad(best, argnums=1)(KEY, X)) == num_samples
+    loss = jax.jit(jax.value_and_grad(best, argnums=1))
+    assert solves(lambda: loss(KEY, X)) == num_samples
+    by_score = jax.jit(jax.jacrev(choose, argnums=1))
+    assert solves(lambda: by_score(KEY, X)) == num_samples + 1
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int32, np.uint8, np.float16])
+def test_solutions_of_any_dtype(dtype):
+    found = argmax(lambda x: one_hot(x).astype(dtype))(KEY, X)
+    assert_trees_close(found, argmax()(KEY, X))
+    found = jax.grad(maximum(lambda x: one_hot(x).astype(dtype)), argnums=1)(KEY, X)
+    assert_trees_close(found, argmax()(KEY, X))
+
+
+def test_scores_of_low_precision():
+    x = X.astype(jnp.bfloat16)
+    assert argmax()(KEY, x).dtype == jnp.float32
+    jacobian = jax.jacrev(argmax(), argnums=1)(KEY, x)
+    assert jacobian.dtype == jnp.bfloat16
+    assert jax.grad(maximum(), argnums=1)(KEY, x).dtype == jnp.bfloat16
+
+
+def test_masked_scores():
+    """A score of -inf is never chosen, and neither value nor derivatives suffer."""
+    x = jnp.array([0.5, -jnp.inf, 0.0625, -0.3125])
+    keep = np.array([0, 2, 3])
+    options = {"num_samples": 4000, "noise": px.Normal(), "sampler": px.Independent(), "degree": 0}
+    for multiplicative in (False, True):
+        layer = maximum(**options, multiplicative=multiplicative)
+        derivatives = jax.jit(
+            lambda x, layer=layer: (
+                *jax.value_and_grad(layer, argnums=1)(KEY, x),
+                jax.hessian(layer, argnums=1)(KEY, x),
+            )
+        )
+        value, gradient, hessian = derivatives(x)
+        assert np.isfinite(value)
+        assert np.isfinite(gradient).all()
+        assert gradient[1] == 0
+        assert np.isfinite(hessian).all()
+        assert not np.any(hessian[1])
+    jacobian = jax.jit(jax.jacrev(argmax(**options), argnums=1))(KEY, x)
+    exact = cf.smooth_argmax(SCORES, SIGMA, cf.normal).gradient
+    np.testing.assert_allclose(jacobian[np.ix_(keep, keep)], exact, atol=0.15)
+    assert not np.any(jacobian[1])
+
+
+def test_a_zero_score_under_multiplicative_noise():
+    """The maximum has its gradient there; the mean solution's derivative does not exist."""
+    x = jnp.array([0.0, 1.0, -1.0])
+    options = {"noise": px.Normal(), "multiplicative": True}
+    np.testing.assert_allclose(argmax(**options)(KEY, x), [0, 1, 0])
+    assert np.isfinite(jax.grad(maximum(**options), argnums=1)(KEY, x)).all()
+    assert not np.isfinite(jax.jacrev(argmax(**options), argnums=1)(KEY, x)).all()
+
+
+def test_solvers_with_side_effects():
+    """An ordered callback: no symmetry and no Danskin, but right as far as the score goes."""
+    seen = []
+
+    def solver(x):
+        jax.experimental.io_callback(lambda v: seen.append(v), None, x[0], ordered=True)
+        return one_hot(x)
+
+    options = {"num_samples": 4, "batch_size": 1}
+    assert_trees_close(argmax(solver, **options)(KEY, X), argmax(**options)(KEY, X))
+    gradient = jax.grad(maximum(solver, **options), argnums=1)(KEY, X)
+    plain = px.make_perturbed_fun(lambda u: jnp.max(u), sigma=SIGMA, **options)
+    assert_trees_close(gradient, jax.grad(plain, argnums=1)(KEY, X), atol=1e-5)
+    jax.effects_barrier()
+    assert seen
+
+
+# --- Errors
+
+
+def test_wrong_shapes_are_told():
+    with pytest.raises(ValueError, match=r"\(2,\), expected that of theta, \(3,\)"):
+        argmax(lambda x: x[:2])(KEY, X)
+    with pytest.raises(ValueError, match=r"\(\), expected that of theta, \(3,\)"):
+        maximum(jnp.argmax)(KEY, X)
+    with pytest.raises(ValueError, match=r"structure .* expected that of theta"):
+        argmax(lambda x: (x, x))(KEY, X)
+    with pytest.raises(ValueError, match=r"\['b'\] has the shape \(2,\).*theta\['b'\], \(3,\)"):
+        argmax(lambda x: {"b": x["b"][:2]})(KEY, {"b": X})
+    with pytest.raises(ValueError, match=r"objective must return a scalar.*\(3,\)"):
+        maximum(objective=lambda theta, y: theta * y)(KEY, X)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, "needs noise=Normal", {"multiplicative": True}),
+        (TypeError, "maximize must be a bool", {"maximize": 1}),
+        (TypeError, "symmetrize must be a bool", {"symmetrize": None}),
+        (TypeError, "multiplicative must be a bool", {"multiplicative": "yes"}),
+        (TypeError, "argmax_fun must be callable", {"solver": 3}),
+        (ValueError, "num_samples must be >= 1", {"num_samples": 0}),
+        (ValueError, "sigma must be > 0", {"sigma": -1.0}),
+    ],
+)
+def test_wrong_options_are_told(error, message, options):
+    for make in (argmax, maximum):
+        with pytest.raises(error, match=message):
+            make(**options)
+
+
+def test_wrong_arguments_are_told():
+    with pytest.raises(TypeError, match="objective must be callable"):
+        maximum(objective=2)
+    with pytest.raises(TypeError, match=r"'theta' is int32"):
+        argmax()(KEY, jnp.arange(3))
+    with pytest.raises(TypeError, match=r"'theta\[0\]' is str"):
+        argmax()(KEY, ["a"])
+    with pytest.raises(TypeError, match=r"did you call g\(x, key\)"):
+        argmax()(X, KEY)
+    with pytest.raises(ValueError, match="does not broadcast into leaf 'theta'"):
+        argmax(sigma=jnp.ones(2))(KEY, X)
+    assert np.isnan(jax.jit(lambda s: argmax(sigma=s)(KEY, X))(-1.0)).all()
+    assert np.isnan(jax.jit(lambda s: maximum(sigma=s)(KEY, X))(0.0))

@@ -1,0 +1,829 @@
+"""What users get wrong: every mistake ends in an error that names the remedy, or in a right number.
+
+The tables list mistakes; what must work although it looks odd has a test each, against an exact
+value. Nothing may end in a silent wrong number.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from jax.experimental import io_callback
+
+import perturbax as px
+import reference
+from helpers import assert_trees_close
+
+KEY = jax.random.key(0, impl="threefry2x32")
+X = jnp.array([0.5, -1.0, 2.0])
+NORMAL = px.Normal()
+
+
+def squares(tree):
+    """The sum of the squares of everything floating in a pytree."""
+    leaves = [v for v in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(v), jnp.floating)]
+    return sum((jnp.sum(jnp.asarray(v) ** 2) for v in leaves), jnp.zeros(()))
+
+
+def one_hot_argmax(y):
+    return jax.nn.one_hot(jnp.argmax(y), y.shape[0], dtype=jnp.float32)
+
+
+def smooth(fun=squares, num_samples=8, sigma=0.5, noise=NORMAL, **settings):
+    return px.make_perturbed_fun(fun, num_samples, sigma, noise, **settings)
+
+
+def message(error):
+    """What the user reads: the text of an exception and the notes added to it."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+
+
+def fails(kind, *parts):
+    """A context that expects an error of a kind, whose message has all of the parts."""
+
+    def check(error):
+        text = message(error)
+        missing = [part for part in parts if part not in text]
+        assert not missing, f"{missing} not in {text!r}"
+        return True
+
+    return pytest.RaisesExc(kind, check=check)
+
+
+# --- Mistakes that are found when the perturbed function is made
+
+CONSTRUCTION = {
+    "fun is a number": ({"fun": 3.0}, TypeError, ["fun must be callable", "float"]),
+    "no fun": ({"fun": None}, TypeError, ["fun must be callable", "NoneType"]),
+    "sigma zero": (
+        {"sigma": 0},
+        ValueError,
+        ["sigma must be > 0", "got 0.0", "unperturbed", "fun(x)"],
+    ),
+    "sigma negative": ({"sigma": -0.5}, ValueError, ["sigma must be > 0", "scale", "got -0.5"]),
+    "sigma negative in one place": (
+        {"sigma": {"a": 1.0, "b": np.array([1.0, -2.0])}},
+        ValueError,
+        ["sigma must be > 0", "got -2.0"],
+    ),
+    "sigma NaN": ({"sigma": float("nan")}, ValueError, ["sigma must be finite", "got nan"]),
+    "sigma infinite": ({"sigma": jnp.inf}, ValueError, ["sigma must be finite", "got inf"]),
+    "sigma a jax array with an infinity": (
+        {"sigma": jnp.array([1.0, -jnp.inf])},
+        ValueError,
+        ["sigma must be finite", "got -inf"],
+    ),
+    "sigma a bool": ({"sigma": True}, TypeError, ["sigma must be a real number", "bool"]),
+    "sigma an array of bools": (
+        {"sigma": np.array([True])},
+        TypeError,
+        ["sigma must be a real number", "array of bool"],
+    ),
+    "sigma a string": ({"sigma": "0.1"}, TypeError, ["sigma must be a positive number", "str"]),
+    "sigma missing": ({"sigma": None}, TypeError, ["sigma must be a positive number", "None"]),
+    "sigma missing for a leaf": (
+        {"sigma": [0.1, None]},
+        TypeError,
+        ["sigma must be a positive number", "None"],
+    ),
+    "sigma complex": ({"sigma": 1j}, TypeError, ["sigma must be real", "complex64"]),
+    "sigma a complex array": (
+        {"sigma": jnp.ones(3, jnp.complex64)},
+        TypeError,
+        ["sigma must be real", "complex64"],
+    ),
+    "no samples": ({"num_samples": 0}, ValueError, ["num_samples must be >= 1", "got 0"]),
+    "negative samples": ({"num_samples": -1}, ValueError, ["num_samples must be >= 1", "got -1"]),
+    "num_samples a whole float": (
+        {"num_samples": 10.0},
+        TypeError,
+        ["num_samples must be an int", "float"],
+    ),
+    "num_samples a fraction": (
+        {"num_samples": 10.5},
+        TypeError,
+        ["num_samples must be an int", "float"],
+    ),
+    "num_samples a string": ({"num_samples": "10"}, TypeError, ["num_samples must be", "str"]),
+    "num_samples None": ({"num_samples": None}, TypeError, ["num_samples must be", "NoneType"]),
+    "num_samples a bool": ({"num_samples": True}, TypeError, ["num_samples must be", "bool"]),
+    "num_samples a numpy bool": (
+        {"num_samples": np.True_},
+        TypeError,
+        ["num_samples must be", "bool"],
+    ),
+    "num_samples a shape": ({"num_samples": (10,)}, TypeError, ["num_samples must be", "tuple"]),
+    "batch_size zero": ({"batch_size": 0}, ValueError, ["batch_size must be >= 1", "got 0"]),
+    "batch_size a float": ({"batch_size": 2.0}, TypeError, ["batch_size must be an int", "float"]),
+    "use_baseline a string": (
+        {"use_baseline": "False"},
+        TypeError,
+        ["use_baseline must be a bool", "'False'", "str"],
+    ),
+    "use_baseline None": ({"use_baseline": None}, TypeError, ["use_baseline must be a bool"]),
+    "has_aux a number": ({"has_aux": 1}, TypeError, ["has_aux must be a bool", "int"]),
+    "noise None": (
+        {"noise": None},
+        TypeError,
+        ["noise must define sample and log_prob", "NoiseDistribution", "NoneType"],
+    ),
+    "noise a class": (
+        {"noise": px.Normal},
+        TypeError,
+        ["noise must be an instance", "class Normal", "pass Normal()"],
+    ),
+    "noise a string": (
+        {"noise": "normal"},
+        TypeError,
+        ["noise must define sample and log_prob", "str lacks sample and log_prob"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTION)
+def test_construction_refuses(name):
+    arguments, kind, parts = CONSTRUCTION[name]
+    with fails(kind, *parts):
+        smooth(**arguments)
+
+
+@pytest.mark.parametrize(("has", "lacks"), [("sample", "log_prob"), ("log_prob", "sample")])
+def test_noise_needs_both_methods(has, lacks):
+    noise = type("Half", (), {has: lambda self, *args: None})()
+    with fails(TypeError, "noise must define sample and log_prob", f"Half lacks {lacks}"):
+        smooth(noise=noise)
+
+
+def test_num_samples_must_be_static():
+    with fails(TypeError, "num_samples must be static", "Python int", "static_argnums"):
+        jax.jit(lambda n: smooth(num_samples=n)(KEY, X))(10)
+
+
+# --- Mistakes that are found when it is called
+
+
+class Noise:
+    """Noise made of two functions; by default, standard normal."""
+
+    def __init__(self, draw=jax.random.normal, log_prob=lambda z: -0.5 * z**2):
+        self.draw = draw
+        self.log_prob = log_prob
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return self.draw(key, sample_shape, dtype)
+
+
+def call(x=X, key=KEY, **arguments):
+    return lambda: smooth(**arguments)(key, x)
+
+
+def swapped():
+    return smooth()(X, KEY)
+
+
+CALLS = {
+    "sigma too short": (
+        call(sigma=np.array([0.1, 0.2])),
+        ValueError,
+        ["sigma of shape (2,)", "leaf 'x' of shape (3,)", "must not enlarge"],
+    ),
+    "sigma larger than x": (
+        call(sigma=np.ones((4, 3))),
+        ValueError,
+        ["sigma of shape (4, 3)", "leaf 'x' of shape (3,)", "must not enlarge"],
+    ),
+    "sigma with an axis for a scalar x": (
+        call(x=jnp.float32(1.0), sigma=np.ones(1)),
+        ValueError,
+        ["sigma of shape (1,)", "leaf 'x' of shape ()", "must not enlarge"],
+    ),
+    "sigma for one leaf does not fit": (
+        call(x={"w": X, "b": jnp.ones(2)}, sigma={"w": 1.0, "b": np.ones(3)}),
+        ValueError,
+        ["sigma of shape (3,)", "x['b']", "(2,)"],
+    ),
+    "sigma a list for an array": (
+        call(sigma=[0.1, 0.2, 0.3]),
+        ValueError,
+        ["sigma has structure PyTreeDef([*, *, *])", "that of x, PyTreeDef(*)", "prefix"],
+    ),
+    "sigma has other keys than x": (
+        call(x={"a": X}, sigma={"b": 0.1}),
+        ValueError,
+        ["PyTreeDef({'b': *})", "PyTreeDef({'a': *})", "prefix"],
+    ),
+    "sigma too small for the dtype": (
+        call(sigma=1e-300),
+        ValueError,
+        ["sigma must be within the range of float32", "got 1e-300", "rescale x"],
+    ),
+    "sigma too large for the dtype": (
+        call(sigma=np.array([1.0, 1.0, 1e300])),
+        ValueError,
+        ["sigma must be within the range of float32", "got 1e+300", "rescale x"],
+    ),
+    "several keys": (
+        call(key=jax.random.split(KEY, 3)),
+        TypeError,
+        ["key must be one PRNG key", "shape (3,)", "vmap over the keys"],
+    ),
+    "several raw keys": (
+        call(key=np.zeros((3, 2), np.uint32)),
+        TypeError,
+        ["key must be one PRNG key", "shape (3, 2)", "vmap over the keys"],
+    ),
+    "a seed for a key": (
+        call(key=0),
+        TypeError,
+        ["first argument must be a PRNG key", "jax.random.key(0)", "got int"],
+    ),
+    "no key": (call(key=None), TypeError, ["first argument must be a PRNG key", "got NoneType"]),
+    "floats for a key": (
+        call(key=jnp.zeros(2)),
+        TypeError,
+        ["first argument must be a PRNG key", "got float32[2]"],
+    ),
+    "key data of a wrong length": (
+        call(key=np.zeros(3, np.uint32)),
+        TypeError,
+        ["first argument must be a PRNG key", "got uint32[3]"],
+    ),
+    "key and x swapped": (
+        swapped,
+        TypeError,
+        ["first argument must be a PRNG key", "got float32[3]", "g(x, key)", "it is g(key, x)"],
+    ),
+    "raw key and x swapped": (
+        lambda: smooth()(X, np.zeros(2, np.uint32)),
+        TypeError,
+        ["first argument must be a PRNG key", "g(x, key)", "it is g(key, x)"],
+    ),
+    "x complex": (
+        call(x={"w": jnp.ones(3, jnp.complex64)}),
+        TypeError,
+        ["complex leaves are not supported", "x['w']", "complex64", "real and imaginary"],
+    ),
+    "x a complex Python number": (
+        call(x=1j),
+        TypeError,
+        ["complex leaves are not supported", "'x'", "real and imaginary"],
+    ),
+    "x integer": (
+        call(x=jnp.arange(3)),
+        TypeError,
+        ["x has no floating leaf to perturb", "int32"],
+    ),
+    "x a Python int": (call(x=2), TypeError, ["x has no floating leaf to perturb", "int32"]),
+    "x a string": (
+        call(x="hi"),
+        TypeError,
+        ["x must be a pytree of arrays", "leaf 'x' is a str", "further argument"],
+    ),
+    "x with a string inside": (
+        call(x={"w": [X, "hi"]}),
+        TypeError,
+        ["leaf \"x['w'][1]\" is a str", "further argument, g(key, x, ...)"],
+    ),
+    "fun uses numpy": (
+        call(fun=lambda y: np.sin(y)),
+        jax.errors.TracerArrayConversionError,
+        ["fun is traced and vmapped", "numpy", "jax.pure_callback", "batch_size=1"],
+    ),
+    "fun branches on its argument": (
+        call(fun=lambda y: 1.0 if y[0] > 0 else 0.0),
+        jax.errors.TracerBoolConversionError,
+        ["fun is traced and vmapped", "`if`", "jax.pure_callback"],
+    ),
+    "fun converts its argument to a float": (
+        call(fun=lambda y: float(y[0])),
+        jax.errors.ConcretizationTypeError,
+        ["fun is traced and vmapped", "float()", "jax.pure_callback"],
+    ),
+    "fun uses its argument as an index": (
+        call(fun=lambda y: [1.0, 2.0][jnp.argmax(y)]),
+        jax.errors.TracerIntegerConversionError,
+        ["fun is traced and vmapped", "jax.pure_callback"],
+    ),
+    "fun returns a string": (
+        call(fun=lambda y: {"a": y, "b": "hi"}),
+        TypeError,
+        ["fun's value must be a pytree of arrays", "value['b']", "str"],
+    ),
+    "aux holds a string": (
+        call(fun=lambda y: (jnp.sum(y), {"name": "hi"}), has_aux=True),
+        TypeError,
+        ["fun's aux must be a pytree of arrays", "aux['name']", "str"],
+    ),
+    "aux announced but not returned": (
+        call(has_aux=True),
+        TypeError,
+        ["has_aux=True", "pair (value, aux)", "PyTreeDef(*)"],
+    ),
+    "noise of shape ()": (
+        call(noise=Noise(lambda key, shape, dtype: jax.random.normal(key, (), dtype))),
+        ValueError,
+        ["noise.sample(key, (3,), float32) returned shape ()", "expected (3,)"],
+    ),
+    "noise of a shape of its own": (
+        call(noise=Noise(lambda key, shape, dtype: jax.random.normal(key, (2, 3), dtype))),
+        ValueError,
+        ["noise.sample(key, (3,), float32) returned shape (2, 3)", "expected (3,)"],
+    ),
+    "noise drawn by numpy": (
+        call(noise=Noise(lambda key, shape, dtype: np.random.randn(*shape).astype(dtype))),
+        TypeError,
+        ["noise.sample(key, (3,), float32)", "does not depend on key", "jax.random"],
+    ),
+    "noise the same at every sample": (
+        call(noise=Noise(lambda key, shape, dtype: jax.random.normal(jax.random.key(0), shape))),
+        TypeError,
+        ["does not depend on key", "share one draw"],
+    ),
+    "noise of integers": (
+        call(noise=Noise(lambda key, shape, dtype: jax.random.randint(key, shape, 0, 2))),
+        TypeError,
+        ["noise must be real numbers", "returned int32"],
+    ),
+    "noise of two arrays": (
+        call(noise=Noise(lambda key, shape, dtype: 2 * [jax.random.normal(key, shape)])),
+        TypeError,
+        ["noise.sample(key, (3,), float32) must return one array"],
+    ),
+    "log-density of a wrong shape": (
+        call(noise=Noise(log_prob=lambda z: -0.5 * z[:2] ** 2)),
+        ValueError,
+        ["noise.log_prob(inputs) returned shape (2,)", "shape (3,)", "expected (3,), or ()"],
+    ),
+    "callback that cannot be vmapped": (
+        call(fun=lambda y: jax.pure_callback(np.sum, jax.ShapeDtypeStruct((), np.float32), y)),
+        NotImplementedError,
+        ["vmap", "vmapped over the samples", "batch_size=1"],
+    ),
+    "ordered callback": (
+        call(
+            fun=lambda y: io_callback(np.sum, jax.ShapeDtypeStruct((), np.float32), y, ordered=True)
+        ),
+        ValueError,
+        ["Cannot `vmap` ordered IO callback", "vmapped over the samples", "batch_size=1"],
+    ),
+    "differentiated by the key": (
+        lambda: jax.grad(smooth())(KEY, X),
+        TypeError,
+        ["grad requires real- or complex-valued inputs", "key<fry>"],
+    ),
+    "an argument that fun does not take": (
+        lambda: smooth(fun=lambda y: y)(KEY, X, 1.0),
+        TypeError,
+        ["takes 1 positional argument but 2 were given"],
+    ),
+    "a seed= interface of another library": (
+        call(noise=type("Other", (Noise,), {"sample": lambda self, *, seed: None})()),
+        TypeError,
+        ["keyword argument", "noise.sample(key, (3,), float32)", "NoiseDistribution"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call_refuses(name):
+    run, kind, parts = CALLS[name]
+    with fails(kind, *parts):
+        run()
+
+
+def test_the_error_of_fun_itself_is_passed_on():
+    class OwnError(Exception):
+        pass
+
+    def fun(y):
+        raise OwnError("mine")
+
+    with pytest.raises(OwnError, match="mine"):
+        smooth(fun)(KEY, X)
+
+
+# --- sigma
+
+
+def samples(**settings):
+    """The points at which the function is evaluated, and the estimate of their mean."""
+    return smooth(lambda y: (y, y), has_aux=True, **settings)
+
+
+def test_traced_sigma_that_is_not_positive_gives_nan():
+    # The function never returns NaN, whatever it is given.
+    def value_and_gradients(sigma):
+        def value(x, sigma):
+            return smooth(lambda y: 1.0 * jnp.argmax(y), sigma=sigma)(KEY, x)
+
+        return jax.value_and_grad(value, argnums=(0, 1))(X, sigma)
+
+    sigmas = jnp.array([0.5, 0.0, -0.5, jnp.nan, jnp.inf])
+    value, (in_x, in_sigma) = jax.jit(jax.vmap(value_and_gradients))(sigmas)
+    for array in (value, in_x.sum(axis=1), in_sigma):
+        assert np.isfinite(array[0])
+        assert np.isnan(array[1:]).all()
+
+
+@pytest.mark.parametrize("sigma", [1, np.int64(1), np.float64(1.0), jnp.int32(1)], ids=repr)
+def test_sigma_of_any_real_type(sigma):
+    assert_trees_close(smooth(sigma=sigma)(KEY, X), smooth(sigma=1.0)(KEY, X))
+
+
+def test_sigma_for_each_coordinate():
+    scales = jnp.array([0.2, 0.5, 3.0])
+
+    def scaled(y, scales):
+        return squares(y * scales) + jnp.sum(y > 0)
+
+    # f(x + s z) is f(s (x / s + z)), with the chain rule for the gradient.
+    value, gradient = jax.value_and_grad(smooth(scaled, sigma=1.0), argnums=1)(
+        KEY, X / scales, scales
+    )
+    actual, (in_x, in_sigma) = jax.value_and_grad(
+        lambda x, s: smooth(lambda y: scaled(y, 1.0), sigma=s)(KEY, x), argnums=(0, 1)
+    )(X, scales)
+    assert_trees_close(actual, value, rtol=1e-5)
+    assert_trees_close(in_x, gradient / scales, rtol=1e-4, atol=1e-5)
+    # Without a baseline, the mean of f times (-1 - z d log p / dz) / s.
+    _, y = samples(sigma=scales)(KEY, X)
+    z = (y - X) / scales
+    in_sigma = jax.grad(
+        lambda s: smooth(lambda y: scaled(y, 1.0), sigma=s, use_baseline=False)(KEY, X)
+    )(scales)
+    f = jax.vmap(lambda y: scaled(y, 1.0))(y)
+    expected = jnp.mean(f[:, None] * (z**2 - 1.0) / scales, axis=0)
+    assert_trees_close(in_sigma, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sigma_as_a_pytree_or_prefix():
+    x = {"a": X, "b": (jnp.ones(2), jnp.array(3))}  # an integer leaf takes no noise
+    whole = smooth(sigma={"a": 0.5, "b": (2.0, 1.0)})(KEY, x)
+    prefix = smooth(sigma={"a": 0.5, "b": 2.0})(KEY, x)
+    arrays = smooth(sigma={"a": np.full(3, 0.5), "b": jnp.full((1,), 2.0)})(KEY, x)
+    assert_trees_close(prefix, whole)
+    assert_trees_close(arrays, whole, rtol=1e-6)
+    assert abs(float(smooth(sigma=0.5)(KEY, x) - whole)) > 1e-3
+
+
+def test_sigma_of_double_precision_leaves_single_precision_alone():
+    with jax.enable_x64(True):
+        x = jnp.asarray(X, jnp.float32)
+        value, y = samples(sigma=np.float64(0.1))(KEY, x)
+        assert value.dtype == y.dtype == jnp.float32
+        assert_trees_close(y, samples(sigma=0.1)(KEY, x)[1])
+
+
+def test_sigma_keeps_double_precision():
+    with jax.enable_x64(True):
+        x = jnp.zeros(3)
+        _, unit = samples(sigma=1.0)(KEY, x)
+        _, y = samples(sigma=0.1)(KEY, x)
+        assert y.dtype == jnp.float64
+        assert_trees_close(y, 0.1 * unit, rtol=1e-15)
+
+
+@pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel()], ids=repr)
+def test_derivative_in_sigma(noise):
+    _, y = samples(num_samples=64, sigma=0.7, noise=noise)(KEY, X)
+    f = jax.vmap(squares)(y)
+    expected = reference.differentiate_samples(f, (y - X) / 0.7, 0.7, type(noise).__name__)
+    actual = jax.grad(
+        lambda s: smooth(num_samples=64, sigma=s, noise=noise, use_baseline=False)(KEY, X)
+    )(0.7)
+    np.testing.assert_allclose(actual, expected["dsigma"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("x", "sigma"), [(X, 1e-30), (jnp.full(3, 100.0, jnp.bfloat16), 0.01), (1e4, 1e-4)], ids=str
+)
+def test_sigma_that_is_lost_in_rounding_is_warned_of(x, sigma):
+    with pytest.warns(UserWarning, match="sigma is below the spacing of .* at leaf 'x'.*larger"):
+        smooth(sigma=sigma)(KEY, x)
+
+
+def test_small_sigma_at_zero_is_not_lost():
+    gradient = jax.grad(smooth(lambda y: 3.0 * jnp.sum(y), 1000, 1e-30), argnums=1)(KEY, 0.0)
+    assert gradient == pytest.approx(3.0, abs=0.5)
+
+
+# --- Precision
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_large_x_and_small_sigma(jit):
+    # One step of x in single precision is as large as sigma.
+    gradient = jax.grad(
+        smooth(lambda y: jnp.sum(y - 1e4), 20_000, sigma=1e-3, noise=NORMAL), argnums=1
+    )
+    gradient = jax.jit(gradient) if jit else gradient
+    assert gradient(KEY, jnp.array([1e4]))[0] == pytest.approx(1.0, abs=0.04)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
+def test_half_precision(dtype):
+    seen = []
+
+    def fun(y):
+        seen.append(y.dtype)
+        return one_hot_argmax(y)
+
+    x = jnp.array([1.0, 0.5, 0.0], dtype)
+    g = smooth(fun, 20_000, sigma=1.0, noise=px.Gumbel())
+    value, pullback = jax.vjp(lambda x: g(KEY, x), x)
+    p = scipy.special.softmax([1.0, 0.5, 0.0])
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, p, atol=0.015)
+    (row,) = pullback(jnp.array([1.0, 0.0, 0.0]))
+    assert row.dtype == dtype
+    np.testing.assert_allclose(row.astype(np.float32), p[0] * (np.eye(3)[0] - p), atol=0.04)
+    assert set(seen) == {jnp.dtype(dtype)}
+
+
+def test_half_precision_in_many_dimensions():
+    g = smooth(lambda y: y.astype(jnp.float32).mean(), 4)
+    value = g(KEY, jnp.zeros(200_000, jnp.float16))
+    assert abs(value) < 5 * 0.5 / np.sqrt(4 * 200_000)
+
+
+def test_offset_of_the_values_does_not_matter():
+    def gradient(offset):
+        g = smooth(lambda y: offset + jnp.sum(y > 0), 1000)
+        return jax.grad(g, argnums=1)(KEY, jnp.zeros(2))
+
+    assert_trees_close(gradient(1e6), gradient(0.0), atol=1e-3)
+    np.testing.assert_allclose(gradient(1e6), 0.798, atol=0.15)
+
+
+# --- x
+
+
+def test_leaves_that_are_not_floating_pass_through():
+    rest = {
+        "int": jnp.arange(3),
+        "bool": np.array(True),
+        "uint8": jnp.array(7, jnp.uint8),
+        "key": jax.random.key(5),
+        "python": 3,
+        "none": None,
+    }
+    seen = []
+
+    def fun(x):
+        seen.append(x["rest"])
+        # A key inside x is one and the same for every sample.
+        drawn = jax.random.uniform(x["rest"]["key"])
+        return x["w"] * x["rest"]["int"] + x["rest"]["python"], drawn
+
+    x = {"w": X, "rest": rest}
+    (value, drawn), pullback = jax.vjp(lambda x: smooth(fun)(KEY, x), {**x, "rest": dict(rest)})
+    assert_trees_close(drawn, jax.random.uniform(rest["key"]))
+    _, w = samples()(KEY, X)
+    assert_trees_close(value, w.mean(axis=0) * rest["int"] + 3, rtol=1e-5)
+    (gradient,) = pullback((jnp.ones(3), 1.0))
+    assert gradient["w"].dtype == jnp.float32
+    assert np.isfinite(gradient["w"]).all()
+    for name in ("int", "bool", "uint8", "key", "python"):
+        assert gradient["rest"][name].dtype == jax.dtypes.float0
+    assert gradient["rest"]["none"] is None
+    assert isinstance(seen[0]["python"], int)
+
+
+def test_sigma_beside_leaves_that_are_not_floating():
+    x = {"w": X, "k": jax.random.key(1), "n": 3}
+    sigma = {"w": 0.5, "k": 1.0, "n": 1.0}
+    assert_trees_close(smooth(sigma=sigma)(KEY, x), smooth(sigma=0.5)(KEY, x))
+
+
+@pytest.mark.parametrize(
+    ("x", "like"),
+    [
+        (1.0, jnp.array(1.0)),
+        (np.float64(1.0), jnp.array(1.0)),
+        ([1.0, 2.0], [jnp.array(1.0), jnp.array(2.0)]),
+        (np.array([1.0, 2.0]), jnp.array([1.0, 2.0])),
+        ({"a": 1.0, "b": None}, {"a": jnp.array(1.0), "b": None}),
+    ],
+    ids=["float", "numpy scalar", "list of floats", "numpy array", "with None"],
+)
+def test_numbers_and_numpy_arrays_are_converted(x, like):
+    assert_trees_close(smooth()(KEY, x), smooth()(KEY, like))
+
+
+def test_gradient_in_a_python_float():
+    actual, expected = (jax.grad(smooth(), argnums=1)(KEY, x) for x in (1.0, jnp.array(1.0)))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("x", [(), {}, None, [None]], ids=str)
+def test_nothing_to_perturb(x):
+    value, gradient = jax.value_and_grad(smooth(lambda y: 3.0), argnums=1)(KEY, x)
+    assert value == 3.0
+    assert gradient == x
+
+
+def test_empty_array():
+    x = jnp.zeros((0, 2))
+    value, gradient = jax.value_and_grad(smooth(), argnums=1)(KEY, x)
+    assert value == 0.0
+    assert_trees_close(gradient, x)
+
+
+def test_nan_in_x_stays_where_it_is():
+    x = jnp.array([1.0, jnp.nan, 2.0])
+    value, gradient = jax.value_and_grad(smooth(lambda y: y[0] ** 2 + y[2]), argnums=1)(KEY, x)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient[::2]).all()
+    assert np.isnan(smooth()(KEY, x))
+
+
+def test_masked_logits():
+    x = X.at[0].set(-jnp.inf)
+    g = smooth(one_hot_argmax, 20_000, sigma=1.0, noise=px.Gumbel())
+    value = g(KEY, x)
+    jacobian = jax.jacrev(g, argnums=1)(KEY, x)
+    p = scipy.special.softmax(np.asarray(x))
+    np.testing.assert_allclose(value, p, atol=0.01)
+    np.testing.assert_allclose(jacobian[:, 1:], (np.diag(p) - np.outer(p, p))[:, 1:], atol=0.02)
+    assert_trees_close(jacobian[:, 0], jnp.zeros(3))
+
+
+# --- num_samples, batch_size and memory
+
+
+@pytest.mark.parametrize("count", [np.int64(8), jnp.int32(8), np.array(8)], ids=repr)
+def test_num_samples_of_any_integer_type(count):
+    assert_trees_close(smooth(num_samples=count)(KEY, X), smooth()(KEY, X))
+
+
+@pytest.mark.parametrize("batch_size", [None, 10], ids=["default", "batch_size=10"])
+def test_memory_is_bounded(batch_size):
+    dim, num_samples = 100_000, 1000
+    g = smooth(num_samples=num_samples, batch_size=batch_size)
+    lowered = jax.jit(jax.value_and_grad(g, argnums=1)).lower(KEY, jnp.zeros(dim))
+    memory = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert memory < 0.1 * num_samples * dim * 4
+
+
+# --- fun
+
+
+def test_further_arguments_are_forwarded():
+    def fun(y, scale, *, shift):
+        return scale * jnp.sum(y) + shift
+
+    def at_samples(x, scale, shift):
+        _, y = samples()(KEY, x)
+        return jnp.mean(scale * y.sum(axis=1) + shift)
+
+    g = smooth(fun)
+    assert_trees_close(g(KEY, X, 2.0, shift=3.0), at_samples(X, 2.0, 3.0), rtol=1e-5)
+    in_scale, in_shift = jax.grad(lambda a, b: g(KEY, X, a, shift=b), argnums=(0, 1))(2.0, 3.0)
+    expected = jax.grad(lambda a: at_samples(X, a, 3.0))(2.0)
+    np.testing.assert_allclose([in_scale, in_shift], [expected, 1.0], rtol=1e-5)
+    assert_trees_close(
+        smooth(lambda y, name: jnp.sum(y) if name == "sum" else 0.0)(KEY, X, "sum"),
+        smooth(jnp.sum)(KEY, X),
+    )
+
+
+def test_key_and_x_are_positional_so_that_fun_may_use_their_names():
+    g = smooth(lambda y, *, key, x: jnp.sum(y) + key + x)
+    assert_trees_close(g(KEY, X, key=1.0, x=2.0), smooth(jnp.sum)(KEY, X) + 3.0, rtol=1e-6)
+
+
+def test_callback_without_a_rule_for_vmap():
+    def summed(method):
+        spec = jax.ShapeDtypeStruct((), np.float32)
+        return lambda y: jax.pure_callback(lambda v: np.sum(v**2), spec, y, vmap_method=method)
+
+    def run(*args, **settings):
+        return jax.value_and_grad(smooth(*args, **settings), argnums=1)(KEY, X)
+
+    expected = run()
+    assert_trees_close(run(summed(None), batch_size=1), expected, rtol=1e-4, atol=1e-5)
+    assert_trees_close(run(summed("sequential")), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ordered_callback_sees_the_samples_in_order():
+    seen = []
+
+    def record(y):
+        seen.append(np.array(y))
+        return np.float32(np.sum(y**2))
+
+    def fun(y):
+        return io_callback(record, jax.ShapeDtypeStruct((), np.float32), y, ordered=True)
+
+    value = smooth(fun, batch_size=1, use_baseline=False)(KEY, X)
+    jax.effects_barrier()
+    _, y = samples()(KEY, X)
+    np.testing.assert_allclose(seen, y, rtol=1e-6)
+    assert_trees_close(value, smooth()(KEY, X), rtol=1e-5)
+
+
+def test_nan_at_a_sample_is_not_dropped():
+    g = smooth(lambda y: jnp.where(y[0] > 0.5, jnp.nan, 1.0))
+    value, gradient = jax.value_and_grad(g, argnums=1)(KEY, X)
+    assert np.isnan(value)
+    assert np.isnan(gradient).all()
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_fun_that_is_not_finite_at_x_itself(bad):
+    def fun(y):
+        return jnp.where(jnp.all(y == X), bad, squares(y))
+
+    value, gradient = jax.value_and_grad(smooth(fun, 1000), argnums=1)(KEY, X)
+    assert_trees_close(value, smooth(num_samples=1000)(KEY, X), rtol=1e-5)
+    np.testing.assert_allclose(gradient, 2 * X, atol=0.6)
+
+
+def test_spike_at_x_does_not_matter_much():
+    def gradients(height):
+        g = smooth(lambda y: jnp.where(jnp.all(y == X), height, jnp.sum(y)), 1000)
+        return jax.vmap(jax.grad(g, argnums=1), (0, None))(jax.random.split(KEY, 200), X)
+
+    # fun(x) weighs as one value among 1001; alone, it would raise the deviation a thousandfold.
+    spiked, plain = (np.std(gradients(height), axis=0) for height in (1000.0, 0.0))
+    assert (spiked < 2.0 * plain).all()
+
+
+def test_aux_is_stacked_and_untouched():
+    def fun(y):
+        return squares(y), {"best": jnp.argmax(y), "y": y, "on": y > 0, "none": None, "two": 2}
+
+    value, aux = smooth(fun, has_aux=True)(KEY, X)
+    assert_trees_close(value, smooth()(KEY, X), rtol=1e-6)
+    y = aux["y"]
+    assert y.shape == (8, 3)
+    assert_trees_close(aux["best"], jnp.argmax(y, axis=1))
+    assert_trees_close(aux["on"], y > 0)
+    assert aux["best"].dtype == jnp.argmax(X).dtype
+    assert aux["none"] is None
+    np.testing.assert_array_equal(aux["two"], np.full(8, 2))
+
+
+# --- Strict modes of JAX
+
+
+def test_strict_dtype_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        count = smooth(lambda y: jnp.sum(y > jnp.zeros_like(y), dtype=jnp.int32))
+        value, gradient = jax.value_and_grad(count, argnums=1)(KEY, X)
+        x = (X, jnp.ones(2, jnp.float16), jnp.ones(2, jnp.bfloat16))
+        mixed = jax.grad(smooth(lambda tree: jnp.sum(tree[0])), argnums=1)(KEY, x)
+    assert value.dtype == gradient.dtype == jnp.float32
+    assert [v.dtype for v in mixed] == [jnp.float32, jnp.float16, jnp.bfloat16]
+
+
+def test_strict_rank_promotion():
+    with jax.numpy_rank_promotion("raise"):
+        x, sigma = jnp.ones((2, 3)), jnp.array([0.1, 0.2, 0.3])
+        hessian = jax.hessian(smooth(jnp.sum, sigma=sigma), argnums=1)(KEY, x)
+        in_sigma = jax.jacrev(lambda s: smooth(lambda y: y, sigma=s)(KEY, x))(sigma)
+    assert hessian.shape == (2, 3, 2, 3)
+    assert in_sigma.shape == (2, 3, 3)
+
+
+def test_no_transfer_behind_the_scenes():
+    # jax.grad itself transfers its 1.0; a cotangent on the device is its explicit form.
+    offset, table = jnp.array([1.0, 2.0, 3.0]), np.arange(3.0, dtype=np.float32)
+    weights = np.array([3.0, 1.0, 2.0], np.float32)
+
+    def fun(y):
+        return jnp.sum(y * offset + table) + jnp.sum(jnp.array([1.0, 2.0]) * y[:2] * weights[:2])
+
+    one = jax.device_put(np.float32(1.0))
+    for sigma in (jnp.float32(0.5), 0.5, np.array([0.1, 0.2, 0.3])):
+        g = smooth(fun, sigma=sigma)
+        with jax.transfer_guard("disallow"):
+            value, pullback = jax.vjp(lambda x, g=g: g(KEY, x), X)
+            (gradient,) = pullback(one)
+        assert np.isfinite(value)
+        assert np.isfinite(gradient).all()
+
+
+# --- noise
+
+
+def test_noise_may_return_another_floating_dtype():
+    seen = []
+
+    def fun(y):
+        seen.append(y.dtype)
+        return squares(y)
+
+    noise = Noise(lambda key, shape, dtype: jax.random.normal(key, shape, jnp.float16))
+    value = smooth(fun, noise=noise)(KEY, X.astype(jnp.bfloat16))
+    assert value.dtype == jnp.float32
+    assert set(seen) == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_log_density_may_be_the_sum_over_coordinates():
+    def run(noise):
+        return jax.value_and_grad(smooth(noise=noise), argnums=1)(KEY, X)
+
+    joint = Noise(log_prob=lambda z: -0.5 * jnp.sum(z**2))
+    assert_trees_close(run(joint), run(Noise()), rtol=1e-5)

@@ -1,0 +1,179 @@
+"""The distribution of perturbed solutions: which there are, how often, and what they cost."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+import closed_forms as cf
+import perturbax as px
+from helpers import assert_biased, assert_trees_close, assert_unbiased
+from test_argmax import KEY, SAMPLERS, SCORES, SIGMA, HostSolver, X, one_hot, two_way
+
+
+def make(solver=one_hot, num_samples=64, sigma=SIGMA, **options):
+    return px.make_perturbed_distribution(solver, num_samples, sigma, **options)
+
+
+def found_by_hand(solutions):
+    rows, counts = np.unique(np.asarray(solutions), axis=0, return_counts=True)
+    return {tuple(row): count for row, count in zip(rows, counts, strict=True)}
+
+
+@pytest.mark.parametrize("dim", [3, 40])
+def test_distinct_solutions_and_their_frequencies(dim):
+    x = jnp.linspace(-1, 1, dim)
+
+    def solver(u):
+        return u > 0.4
+
+    found = make(solver, 200)(KEY, x)
+    _, drawn = px.make_perturbed_fun(
+        lambda u: (0.0, solver(u)), 200, SIGMA, use_baseline=False, has_aux=True
+    )(KEY, x)
+    expected = found_by_hand(drawn)
+    num = len(expected)
+    weights = np.asarray(found.weights)
+    assert found.solutions.shape == (200, dim)
+    assert found.solutions.dtype == bool
+    assert np.all(np.diff(weights) <= 0)
+    assert np.all(weights[num:] == 0)
+    counts = {
+        tuple(row): round(200 * w)
+        for row, w in zip(np.asarray(found.solutions)[:num], weights, strict=False)
+    }
+    assert counts == expected
+    assert np.all(np.asarray(found.solutions)[num:] == np.asarray(found.solutions)[0])
+
+
+def test_equality_is_by_value_in_every_leaf():
+    def solver(x):
+        sign = jnp.where(x[0] > 0.5, 1.0, -1.0)
+        return {
+            "zero": 0.0 * sign,  # 0 and -0 are one solution
+            "float": jnp.round(x[:2]),
+            "half": (x[1] > 0).astype(jnp.bfloat16),
+            "int": jnp.argmax(x).astype(jnp.int8),
+            "complex": jnp.sign(x[2]) * 1j,
+        }
+
+    found = make(solver, 300)(KEY, X)
+    rows = np.concatenate(
+        [np.asarray(v).astype(complex).reshape(300, -1) for v in jax.tree.leaves(found.solutions)],
+        axis=1,
+    )
+    distinct = int(np.sum(np.asarray(found.weights) > 0))
+    assert 4 < distinct < 100
+    assert len(np.unique(rows, axis=0)) == distinct
+
+
+def orders():
+    """Every order of three, best first, and its Plackett-Luce probability."""
+    p = scipy.special.softmax(SCORES / SIGMA)
+    for order in itertools.permutations(range(3)):
+        yield order, p[order[0]] * p[order[1]] / (1 - p[order[0]])
+
+
+def test_orders_follow_plackett_luce():
+    def cost(order, wanted):
+        return jnp.all(order == wanted).astype(jnp.float32)
+
+    wanted = jnp.array([order for order, _ in orders()])
+
+    def estimates(key, x):
+        found = make(lambda u: jnp.argsort(-u))(key, x)
+        return jax.vmap(lambda w: found.expectation(cost, w))(wanted)
+
+    exact = np.array([chance for _, chance in orders()])
+    assert_unbiased(estimates, exact, seed=51, num_keys=4096, args=(X,), promise=0.02)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_mean_permutation_matrix_and_its_derivatives(sampler):
+    noise = px.Normal() if sampler != "independent" else px.Gumbel()
+    law = cf.normal if sampler != "independent" else cf.gumbel
+    exact = cf.smooth_permutation(SCORES, SIGMA, law).as_dict("value", "gradient", "dsigma")
+
+    def mean(key, x, sigma):
+        layer = make(cf.permutation, sigma=sigma, noise=noise, sampler=SAMPLERS[sampler])
+        return layer(key, x).expectation(lambda y: y)
+
+    def estimates(key, x, sigma):
+        return {
+            "value": mean(key, x, sigma),
+            "gradient": jax.jacrev(mean, argnums=1)(key, x, sigma),
+            "dsigma": jax.jacfwd(mean, argnums=2)(key, x, sigma),
+        }
+
+    settings = {"seed": 52, "num_keys": 4096, "args": (X, SIGMA)}
+    assert_unbiased(estimates, exact, promise=0.12, **settings)
+    wrong = {**exact, "gradient": -exact["gradient"]}
+    assert_biased(estimates, wrong, quantities=("gradient",), **settings)
+
+
+def test_second_derivatives_and_multiplicative_noise():
+    exact = cf.smooth_argmax_gumbel(SCORES, SIGMA).hessian
+    choice, _ = two_way(np.array([1.5, 1.0]), 0.6)
+
+    def estimates(key, x):
+        layer = make()
+        other = make(sigma=0.6, noise=px.Normal(), multiplicative=True)
+        one, two = jax.random.split(key)
+        by_factor = jax.jacrev(lambda x: other(two, x).expectation(lambda y: y))
+        return {
+            "hessian": jax.hessian(lambda x: layer(one, x).expectation(lambda y: y))(x),
+            "factor": by_factor(jnp.array([1.5, 1.0])),
+        }
+
+    exact = {"hessian": exact, "factor": choice["gradient"]}
+    assert_unbiased(estimates, exact, seed=53, num_keys=16384, args=(X,), promise=0.15)
+
+
+def test_gradient_is_that_of_the_baseline_of_other_samples():
+    """Exactly what make_perturbed_fun of the cost gives, but for fun(x) among its baseline."""
+    cost = jnp.array([1.0, 5.0, -2.0])
+
+    def expected(x, use_baseline):
+        layer = make(num_samples=50, use_baseline=use_baseline)
+        return layer(KEY, x).expectation(lambda y: y @ cost)
+
+    plain = px.make_perturbed_fun(lambda u: one_hot(u) @ cost, 50, SIGMA, use_baseline=False)
+    gradient = jax.grad(plain, argnums=1)(KEY, X)
+    assert_trees_close(jax.grad(expected)(X, False), gradient, atol=1e-4)
+    # By hand, with the mean of the 49 others.
+    _, (u, y) = px.make_perturbed_fun(
+        lambda u: (0.0, (u, one_hot(u))), 50, SIGMA, use_baseline=False, has_aux=True
+    )(KEY, X)
+    score = 1 - np.exp(-(u - X) / SIGMA)
+    costs = np.asarray(y @ cost)
+    baseline = (costs.sum() - costs) / 49
+    by_hand = np.mean((costs - baseline)[:, None] * score, axis=0) / SIGMA
+    np.testing.assert_allclose(jax.grad(expected)(X, True), by_hand, atol=1e-4)
+
+
+def test_solves_transforms_and_costs_with_parameters():
+    solver = HostSolver()
+    jax.block_until_ready(jax.jit(make(solver, 7))(KEY, X))
+    assert solver.solves == 7
+    keys, xs = jax.random.split(KEY, 2), jnp.stack([X, -X])
+    batch = jax.jit(jax.vmap(make()))(keys, xs)
+    single = [make()(k, x) for k, x in zip(keys, xs, strict=True)]
+    assert_trees_close(batch, jax.tree.map(lambda *v: jnp.stack(v), *single), atol=1e-6)
+    found = single[0]
+    by_weight = jax.grad(lambda w: found.expectation(lambda y, w: y @ w, w))(jnp.ones(3))
+    assert_trees_close(by_weight, found.expectation(lambda y: y), atol=1e-6)
+    mirror = make(lambda c: one_hot(-c), maximize=False)(KEY, -X)
+    assert_trees_close(mirror, make()(KEY, X), atol=1e-6)
+    assert np.isnan(jax.jit(lambda s: make(sigma=s)(KEY, X).weights)(-1.0)).all()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="needs noise=Normal"):
+        make(multiplicative=True)
+    with pytest.raises(TypeError, match="argmax_fun must be callable"):
+        make(2)
+    with pytest.raises(TypeError, match="'theta' is int32"):
+        make()(KEY, jnp.arange(3))

@@ -1,0 +1,138 @@
+"""Runs the examples and holds what they find against exact numbers."""
+
+import importlib
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example by its name, as a script beside it would."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
+
+
+def assert_unbiased(estimates, power):
+    """Each mean within 4.5 standard errors, which no error of the size of `power` can be.
+
+    Where only one sample in thousands is on the other side of the kink, there may be no spread to
+    see: that is what the absolute allowance is for.
+    """
+    allowed = np.maximum(4.5 * estimates.standard_error, power / 50)
+    assert np.all(np.abs(estimates.mean - estimates.exact) <= allowed)
+    assert np.all(allowed < power)
+
+
+def test_relu_gradient(example):
+    result = example("relu_gradient").main(sweep_samples=1000, sweep_size=9)
+    np.testing.assert_allclose(result.gumbel.exact, [4.5398899e-5, 1.0, 1.0], rtol=1e-4)
+    np.testing.assert_allclose(result.normal.exact, [0.0, 1.0, 1.0], atol=1e-6)
+    for estimates in (result.gumbel, result.normal, result.sweep_gradient):
+        assert_unbiased(estimates, power=0.05)
+    assert_unbiased(result.sweep_value, power=0.005)
+
+
+def test_relu_gradient_exact_curves(example):
+    """The exact value by quadrature, and its slope by differences."""
+    relu = example("relu_gradient")
+    x, sigma, step = np.linspace(-0.3, 0.3, 7), 0.1, 1e-5
+    z, width = np.linspace(-8.0, 40.0, 200_001, retstep=True)
+    density = np.exp(-z - np.exp(-z))
+    values = [np.sum(np.maximum(place + sigma * z, 0.0) * density) * width for place in x]
+    np.testing.assert_allclose(relu.exact_value(x, sigma), values, rtol=1e-6)
+    rise = relu.exact_value(x + step, sigma) - relu.exact_value(x - step, sigma)
+    np.testing.assert_allclose(relu.exact_gradient_gumbel(x, sigma), rise / (2 * step), rtol=1e-6)
+
+
+def test_discrete_choice(example):
+    result = example("discrete_choice").main()
+    assert len(result.losses) == 100
+    assert result.exact[-1] < result.exact[0] - 2.5
+    assert np.all(np.diff(result.exact) < 0.01)
+    # The best option is the third one, and the optimiser has found out.
+    assert np.all(np.diff(result.weights[-1]) > 0.2)
+    difference = result.losses - result.exact
+    standard_error = difference.std(ddof=1) / np.sqrt(len(difference))
+    assert abs(difference.mean()) <= 4.5 * standard_error
+    assert standard_error < 0.01
+
+
+def test_discrete_choice_exact_objective(example):
+    choice = example("discrete_choice")
+    certain = choice.exact_objective(np.array([0.0, 0.0, 3.0]), 0.2)
+    np.testing.assert_allclose(certain, -3.0 * (3.0 + 0.2 * np.euler_gamma), rtol=1e-6)
+    weights = np.array([0.4, 0.3, 0.1])
+    noise = np.random.default_rng(1).gumbel(size=(400_000, 3))
+    draws = np.max((weights + 0.2 * noise) * [1.0, 2.0, 3.0], axis=1)
+    standard_error = draws.std() / np.sqrt(len(draws))
+    assert abs(choice.exact_objective(weights, 0.2) + draws.mean()) <= 4.5 * standard_error
+
+
+def test_digits(example):
+    result = example("digits").main()
+    assert result.weights.size == 650
+    assert len(result.test_labels) == 540
+    assert result.test_errors[-1] < 0.07
+    assert result.train_errors[-1] < 0.03
+    assert 0.01 < result.logistic_test_error < 0.05
+    # The curve's last point is what the returned predictions say, and those are the weights'.
+    assert np.mean(result.test_predictions != result.test_labels) == pytest.approx(
+        result.test_errors[-1]
+    )
+    _, test, pixels = example("digits").load()
+    scores = result.weights @ np.asarray(test.features)
+    assert np.mean(np.argmax(scores, axis=0) != result.test_predictions) < 0.005
+    np.testing.assert_array_equal(result.test_pixels.reshape(540, 64), pixels)
+
+
+def test_compare_optax(example):
+    comparison = example("compare_optax")
+    problem = comparison.problems()[1]
+    assert problem.name == "discrete choice"
+    (found,) = comparison.main([problem])
+    assert found.milliseconds > 0
+    assert found.time_ratio > 0
+    # Of the same expectation: a mean of 3 squared normal variables of variance 1 is below 7.
+    assert 0 < found.distance < 7
+    # fun(x) alone, the peer's baseline, is a poor one here.
+    assert found.variance_ratio - 3 * found.variance_ratio_error > 1
+    assert found.variance_ratio_error < 0.2 * found.variance_ratio
+
+
+def test_demo_draws_its_figure(example, tmp_path, capsys):
+    problem = example("compare_optax").problems()[0]._replace(num_turns=3)
+    path = tmp_path / "new" / "demo.png"
+    assert example("demo").main(path, num_keys=5, num_steps=8, problems=[problem]) == path
+    assert f"Figure: {path}" in capsys.readouterr().out
+    contents = path.read_bytes()
+    assert contents[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", contents[16:24])
+    assert (width, height) == (1800, 1350)
+    pixels = matplotlib.image.imread(path)[..., :3]
+    # Something is drawn in each of the four parts.
+    for part in (
+        pixels[: height // 2, : width // 2],
+        pixels[: height // 2, width // 2 :],
+        pixels[height // 2 :, : width // 2],
+        pixels[height // 2 :, width // 2 :],
+    ):
+        assert 0.02 < np.mean(part.min(axis=-1) < 0.9) < 0.5
+
+
+def test_an_example_runs_as_a_script():
+    script = EXAMPLES / "discrete_choice.py"
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [line.split() for line in run.stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["0", "20", "40", "60", "80", "99"]
+    assert float(rows[-1][1]) < float(rows[0][1]) - 2.5

@@ -1,0 +1,114 @@
+"""Implicit maximum likelihood: a difference quotient of the mean solution, and its noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+import perturbax as px
+from helpers import assert_biased, assert_distributed_as, assert_trees_close, assert_unbiased
+from test_argmax import KEY, SCORES, SIGMA, HostSolver, X, one_hot
+
+COST = np.array([1.0, -0.5, 0.25])
+
+
+def softmax(scores):
+    return scipy.special.softmax(np.asarray(scores) / SIGMA)
+
+
+def layer(solver=one_hot, num_samples=32, sigma=SIGMA, **options):
+    return px.make_implicit_mle(solver, num_samples, sigma, **options)
+
+
+@pytest.mark.parametrize("maximize", [True, False], ids=["max", "min"])
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_gradient_is_the_difference_quotient(maximize, two_sided):
+    """Under Gumbel noise, that of a softmax; and not the derivative, nor lam times it."""
+    lam, sign = 0.8, 1 if maximize else -1
+    scores = sign * SCORES
+    solver = one_hot if maximize else lambda c: one_hot(-c)
+    choose = layer(solver, lam=lam, two_sided=two_sided, maximize=maximize)
+
+    def estimates(key, x):
+        value, pull = jax.vjp(lambda x: choose(key, x), x)
+        return {"value": value, "gradient": pull(jnp.asarray(COST, jnp.float32))[0]}
+
+    low, high = softmax(scores - lam * COST), softmax(scores + lam * COST)
+    quotient = (high - low) / (2 * lam) if two_sided else (softmax(scores) - low) / lam
+    exact = {"value": softmax(scores), "gradient": sign * quotient}
+    settings = {"seed": 41, "num_keys": 16384, "args": (X,)}
+    assert_unbiased(estimates, exact, promise=0.05, **settings)
+    p = softmax(scores)
+    derivative = sign * (np.diag(p) - np.outer(p, p)) @ COST / SIGMA
+    assert_biased(
+        estimates, {**exact, "gradient": derivative}, quantities=("gradient",), **settings
+    )
+
+
+def test_both_means_share_their_noise():
+    """A step that changes no choice has the gradient zero, exactly."""
+
+    def loss(x, lam):
+        return jnp.sum(layer(lam=lam)(KEY, x) * jnp.asarray(COST))
+
+    assert_trees_close(jax.grad(loss)(X, 1e-6), jnp.zeros(3))
+    gradient = jax.grad(loss)(X, 1.0)
+    noise, _ = np.linalg.norm(gradient), None
+    assert noise > 0
+    # A shift of all scores changes no choice either.
+    shift = jax.grad(lambda x: jnp.sum(layer(lam=1.0)(KEY, x)))(X)
+    assert_trees_close(shift, jnp.zeros(3))
+
+
+def test_value_and_other_derivatives():
+    def solver(x, factor):
+        return one_hot(x) * factor
+
+    choose = layer(solver)
+    plain = px.make_perturbed_argmax(solver, 32, SIGMA)
+    assert_trees_close(choose(KEY, X, 2.0), plain(KEY, X, 2.0), atol=1e-6)
+    by_factor = jax.jacrev(choose, argnums=2)(KEY, X, 2.0)
+    assert_trees_close(by_factor, plain(KEY, X, 1.0), atol=1e-6)
+    batch = jax.jit(jax.vmap(jax.jacrev(choose, argnums=1), in_axes=(0, 0, None)))
+    assert batch(jax.random.split(KEY, 2), jnp.stack([X, -X]), 1.0).shape == (2, 3, 3)
+    with jax.debug_key_reuse(True):
+        jax.jit(jax.jacrev(choose, argnums=1))(jax.random.key(1), X, 1.0)
+
+
+@pytest.mark.parametrize(("two_sided", "solves"), [(False, 8), (True, 12)])
+def test_number_of_solves(two_sided, solves):
+    solver = HostSolver()
+    choose = layer(solver, 4, two_sided=two_sided)
+    jax.block_until_ready(jax.jit(jax.grad(lambda x: choose(KEY, x) @ COST.astype("f4")))(X))
+    assert solver.solves == solves
+
+
+def test_sum_of_gamma():
+    noise = px.SumOfGamma(k=3, num_terms=400)
+    z = noise.sample(KEY, (2000, 3), jnp.float32)
+    assert_distributed_as(z.sum(axis=1), scipy.stats.gumbel_r.cdf)
+    few = px.SumOfGamma(k=2, num_terms=5)
+    z = np.asarray(few.sample(KEY, (40_000,)))
+    error = np.sqrt(few.variance / len(z))
+    assert abs(z.mean() - few.mean) < 4.5 * error
+    np.testing.assert_allclose(z.var(), few.variance, rtol=0.05)
+    with pytest.raises(NotImplementedError, match="no closed form.*make_implicit_mle"):
+        jax.grad(px.make_perturbed_fun(jnp.sum, 4, noise=few), argnums=1)(KEY, X)
+    gradient = jax.grad(lambda x: layer(noise=few)(KEY, x) @ COST.astype("f4"))(X)
+    assert np.isfinite(gradient).all()
+
+
+def test_errors():
+    for lam in (0.0, -1.0, np.inf, jnp.ones(2)):
+        with pytest.raises(ValueError, match="lam must be one positive"):
+            layer(lam=lam)
+    with pytest.raises(TypeError, match="lam must be a positive number, got str"):
+        layer(lam="1")
+    with pytest.raises(ValueError, match=r"\(2,\), expected that of theta, \(3,\)"):
+        layer(lambda x: x[:2])(KEY, X)
+    with pytest.raises(ValueError, match="k must be >= 1"):
+        px.SumOfGamma(0)
+    traced = jax.jit(lambda lam: jax.grad(lambda x: layer(lam=lam)(KEY, x)[0])(X))
+    assert np.isnan(traced(-1.0)).all()

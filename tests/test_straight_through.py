@@ -1,0 +1,89 @@
+"""Straight-through functions: the hard value, and the derivatives of the smoothed function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import perturbax as px
+from helpers import assert_trees_close
+from test_argmax import KEY, SIGMA, HostSolver, X
+
+
+def fun(x, weight=1.0):
+    return {"steps": weight * jnp.sum(x > 0), "signs": jnp.sign(x)}
+
+
+def test_value_and_derivatives():
+    options = {"num_samples": 20, "sigma": SIGMA, "noise": px.Normal()}
+    hard = px.make_straight_through_fun(fun, **options)
+    soft = px.make_perturbed_fun(fun, **options)
+
+    @jax.jit
+    def derivatives(x, weight):
+        return [
+            [
+                jax.jacrev(g, argnums=(1, 2))(KEY, x, weight),
+                jax.jacfwd(g, argnums=(1, 2))(KEY, x, weight),
+                jax.hessian(g, argnums=1)(KEY, x, weight),
+            ]
+            for g in (hard, soft)
+        ]
+
+    value, mean = hard(KEY, X, 2.0), soft(KEY, X, 2.0)
+    assert_trees_close(value, fun(X, 2.0))
+    assert abs(mean["steps"] - value["steps"]) > 1e-3
+    of_hard, of_soft = derivatives(X, 2.0)
+    assert_trees_close(of_hard, of_soft, atol=1e-5)
+    assert max(float(jnp.max(jnp.abs(v))) for v in jax.tree.leaves(of_hard)) > 0.1
+
+
+def test_derivative_in_sigma_and_of_a_composition():
+    def loss(x, sigma, make):
+        choose = make(px.solvers.one_hot_argmax, 20, sigma, px.Normal())
+        return jnp.sum((choose(KEY, x) - 0.25) ** 2)
+
+    hard = jax.grad(loss, argnums=(0, 1))(X, SIGMA, px.make_straight_through_fun)
+    layer = px.make_perturbed_fun(px.solvers.one_hot_argmax, 20, SIGMA, px.Normal())
+    outer = 2 * (px.solvers.one_hot_argmax(X) - 0.25)
+    assert_trees_close(hard[0], outer @ jax.jacrev(layer, argnums=1)(KEY, X), atol=1e-5)
+    assert np.isfinite(hard[1])
+    assert hard[1] != 0
+
+
+def test_integers_low_precision_and_trees():
+    hard = px.make_straight_through_fun(lambda x: jnp.argmax(x["a"]), 5)
+    value = hard(KEY, {"a": X.astype(jnp.bfloat16), "b": 3})
+    assert value.dtype == jnp.float32
+    assert value == 0
+
+
+def test_a_value_takes_one_evaluation():
+    solver = HostSolver()
+    hard = px.make_straight_through_fun(solver, 6)
+    jax.block_until_ready(hard(KEY, X))
+    assert solver.solves == 1
+    jax.block_until_ready(jax.vmap(jax.jit(hard), (None, 0))(KEY, jnp.stack([X, -X])))
+    assert solver.solves == 3
+
+
+def test_side_effects():
+    seen = []
+
+    def noisy(x):
+        jax.experimental.io_callback(lambda v: seen.append(v), None, x[0], ordered=True)
+        return jnp.sign(x)
+
+    options = {"num_samples": 4, "batch_size": 1}
+    hard = px.make_straight_through_fun(noisy, **options)
+    soft = px.make_perturbed_fun(jnp.sign, **options)
+    assert_trees_close(hard(KEY, X), jnp.sign(X))
+    found = jax.jacrev(hard, argnums=1)(KEY, X)
+    assert_trees_close(found, jax.jacrev(soft, argnums=1)(KEY, X), atol=1e-5)
+
+
+def test_errors_are_those_of_make_perturbed_fun():
+    with pytest.raises(TypeError, match="fun must be callable"):
+        px.make_straight_through_fun(3)
+    with pytest.raises(TypeError, match=r"did you call g\(x, key\)"):
+        px.make_straight_through_fun(jnp.sign)(X, KEY)

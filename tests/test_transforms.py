@@ -1,0 +1,770 @@
+"""JAX's transformations, modes, keys, dtypes and callbacks: what works for a plain function works.
+
+Most checks are exact: the same samples are drawn whatever the transformation, so results agree to
+rounding; and without a baseline each derivative is the mean of fun times an explicit ratio.
+"""
+
+import collections
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import io_callback
+
+import perturbax as px
+import reference
+from helpers import EvaluationCounter, assert_trees_close
+
+KEY = jax.random.key(0, impl="threefry2x32")
+X = jnp.array([0.5, -1.0, 2.0])
+SIGMA = 0.7
+NORMAL = px.Normal()
+
+
+def fun(y):
+    """A smooth part and steps."""
+    return jnp.sum(y**2) + y[0] * y[1] + jnp.sum(y > 0)
+
+
+def smooth(fun=fun, num_samples=12, sigma=SIGMA, noise=NORMAL, **settings):
+    return px.make_perturbed_fun(fun, num_samples, sigma, noise, **settings)
+
+
+def value_and_grad(*args, **settings):
+    return jax.value_and_grad(smooth(*args, **settings), argnums=1)
+
+
+def noise_and_values(fun=fun, x=X, **settings):
+    """The noise of each sample, and the value there."""
+    with_samples = smooth(lambda y: (fun(y), (y, fun(y))), has_aux=True, **settings)
+    _, (y, f) = with_samples(KEY, x)
+    return (y - x) / settings.get("sigma", SIGMA), f
+
+
+@functools.cache
+def eager():
+    """Value and gradient without any transformation around them."""
+    return value_and_grad()(KEY, X)
+
+
+@functools.cache
+def eager_hessian():
+    return jax.hessian(smooth(), argnums=1)(KEY, X)
+
+
+def assert_like_eager(actual):
+    assert_trees_close(actual, eager(), rtol=1e-5, atol=1e-5)
+
+
+# --- Values and derivatives
+
+
+@pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel()], ids=repr)
+@pytest.mark.parametrize("use_baseline", [True, False], ids=["baseline", "no baseline"])
+def test_value_is_the_plain_mean(noise, use_baseline):
+    settings = {"noise": noise, "use_baseline": use_baseline}
+    z, f = noise_and_values(**settings)
+    at_samples = jax.vmap(fun)(X + SIGMA * z)
+    np.testing.assert_allclose(f, at_samples, rtol=1e-5)
+    np.testing.assert_allclose(smooth(**settings)(KEY, X), np.mean(f), rtol=1e-6)
+
+
+@pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel()], ids=repr)
+def test_derivatives_of_every_order(noise):
+    x = X[:2]
+    z, f = noise_and_values(x=x, noise=noise)
+    expected = reference.differentiate_samples(f, z, SIGMA, type(noise).__name__)
+
+    def value(x, sigma):
+        return smooth(sigma=sigma, noise=noise, use_baseline=False)(KEY, x)
+
+    gradient = jax.grad(value, argnums=(0, 1))
+    hessian = jax.jacfwd(gradient, argnums=(0, 1))
+
+    @jax.jit
+    def derivatives(x, sigma):
+        (second, mixed), (_, dsigma2) = hessian(x, sigma)
+        first, dsigma = gradient(x, sigma)
+        third = jax.jacfwd(lambda x: hessian(x, sigma)[0][0])(x)
+        return {
+            "value": value(x, sigma),
+            "gradient": first,
+            "hessian": second,
+            "third": third,
+            "dsigma": dsigma,
+            "mixed": mixed,
+            "dsigma2": dsigma2,
+        }
+
+    actual = derivatives(x, jnp.float32(SIGMA))
+    for name, array in actual.items():
+        scale = np.max(np.abs(expected[name]))
+        np.testing.assert_allclose(
+            array, expected[name], rtol=1e-4, atol=1e-5 * scale, err_msg=name
+        )
+
+
+def test_fourth_derivative():
+    def f(y):
+        return y**3 + (y > 0)
+
+    z, f = noise_and_values(f, jnp.float32(0.3))
+    g = smooth(lambda y: y**3 + (y > 0), use_baseline=False)
+    fourth = jax.grad(jax.grad(jax.jacfwd(jax.grad(functools.partial(g, KEY)))))
+    ratio = (np.asarray(z, np.float64) ** 4 - 6.0 * z**2 + 3.0) / SIGMA**4
+    np.testing.assert_allclose(jax.jit(fourth)(0.3), np.mean(f * ratio), rtol=1e-4)
+
+
+def test_forward_and_reverse_mode_agree():
+    # Of two outputs, with the baseline, in everything that can be differentiated.
+    def value(x, sigma, theta):
+        g = smooth(lambda y: {"a": fun(theta * y), "b": jnp.sort(y)}, sigma=sigma)
+        return g(KEY, x)
+
+    arguments = X, jnp.array([0.5, 0.6, 0.7]), jnp.float32(1.5)
+    forward = jax.jit(jax.jacfwd(value, argnums=(0, 1, 2)))(*arguments)
+    reverse = jax.jit(jax.jacrev(value, argnums=(0, 1, 2)))(*arguments)
+    assert_trees_close(forward, reverse, rtol=1e-4, atol=1e-5)
+
+
+def test_hessian_is_symmetric_in_all_modes():
+    g = functools.partial(smooth(), KEY)
+    hessian = eager_hessian()
+    assert_trees_close(hessian, hessian.T, rtol=1e-5, atol=1e-5)
+    for outer, inner in [(jax.jacrev, jax.jacfwd), (jax.jacfwd, jax.jacfwd)]:
+        assert_trees_close(outer(inner(g))(X), hessian, rtol=1e-4, atol=1e-4)
+
+
+def test_constant_function_has_no_derivatives():
+    def value(x, sigma):
+        return smooth(lambda y: 3.0, sigma=sigma)(KEY, x)
+
+    gradient = jax.grad(value, argnums=(0, 1))
+    assert_trees_close(gradient(X, 0.5), (jnp.zeros(3), jnp.zeros(())))
+    second = jax.jacfwd(gradient, argnums=(0, 1))(X, jnp.float32(0.5))
+    assert all((np.asarray(v) == 0).all() for v in jax.tree.leaves(second))
+
+
+def test_derivative_of_fun_itself_is_not_used():
+    @jax.custom_jvp
+    def step(y):
+        return jnp.sum(y > 0).astype(jnp.float32)
+
+    @step.defjvp
+    def refuse(primals, tangents):
+        raise AssertionError
+
+    assert np.isfinite(value_and_grad(step)(KEY, X)[1]).all()
+
+
+# --- Transformations
+
+
+def test_jit():
+    assert_like_eager(jax.jit(value_and_grad())(KEY, X))
+    assert_trees_close(
+        jax.jit(jax.hessian(smooth(), argnums=1))(KEY, X), eager_hessian(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_vmap():
+    keys = jax.random.split(KEY, 3)
+    points = jnp.stack([X, X + 1.0, -X])
+    function = value_and_grad()
+
+    def stacked(keys, points):
+        results = [function(key, x) for key, x in zip(keys, points, strict=True)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+    both = jax.vmap(function)(keys, points)
+    assert_trees_close(both, stacked(keys, points), rtol=1e-5, atol=1e-5)
+    over_keys = jax.vmap(function, in_axes=(0, None))(keys, X)
+    assert_trees_close(over_keys, stacked(keys, [X] * 3), rtol=1e-5, atol=1e-5)
+    over_points = jax.vmap(function, in_axes=(None, 0))(KEY, points)
+    assert_trees_close(over_points, stacked([KEY] * 3, points), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared_key", [False, True])
+def test_derivatives_of_a_batch(shared_key):
+    """The mean over a batch is differentiated, as in training, not the function of one element."""
+    points = jnp.stack([X, X + 1.0, -X])
+    keys = KEY if shared_key else jax.random.split(KEY, 3)
+    axes = (None if shared_key else 0, 0)
+
+    def mean(points):
+        return jnp.mean(jax.vmap(smooth(), axes)(keys, points))
+
+    values, gradients = jax.vmap(value_and_grad(), axes)(keys, points)
+    actual = jax.value_and_grad(mean)(points)
+    assert_trees_close(actual, (jnp.mean(values), gradients / 3), rtol=1e-5, atol=1e-5)
+    direction = jnp.ones_like(points).at[1].set(-2.0)
+    slope = jax.jvp(mean, (points,), (direction,))[1]
+    assert_trees_close(slope, jnp.sum(gradients / 3 * direction), rtol=1e-5, atol=1e-5)
+    hessian = jax.hessian(mean)(points)
+    own = jax.vmap(jax.hessian(smooth(), argnums=1), axes)(keys, points)
+    expected = jnp.stack([hessian[i, :, i] for i in range(3)])
+    assert_trees_close(expected, own / 3, rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_over_sigma_and_further_arguments():
+    def value(sigma, theta):
+        return smooth(lambda y: fun(theta * y), sigma=sigma, batch_size=4)(KEY, X)
+
+    sigmas, thetas = jnp.array([0.3, 0.7]), jnp.array([1.0, 2.0])
+    actual = jax.vmap(jax.value_and_grad(value))(sigmas, thetas)
+    expected = [jax.value_and_grad(value)(s, t) for s, t in zip(sigmas, thetas, strict=True)]
+    assert_trees_close(
+        actual, jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_jvp_vjp_and_linearize():
+    g = functools.partial(smooth(), KEY)
+    value, gradient = eager()
+    tangent = jnp.array([1.0, -2.0, 0.5])
+    assert_trees_close(jax.jvp(g, [X], [tangent]), (value, gradient @ tangent), rtol=1e-5)
+    primal, pushforward = jax.linearize(g, X)
+    assert_trees_close((primal, pushforward(tangent)), (value, gradient @ tangent), rtol=1e-5)
+    primal, pullback = jax.vjp(g, X)
+    assert_trees_close((primal, *pullback(2.0 * value)), (value, 2 * value * gradient), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "policy", [None, jax.checkpoint_policies.dots_saveable], ids=["all", "dots_saveable"]
+)
+def test_checkpoint(policy):
+    g = jax.checkpoint(lambda x: smooth()(KEY, x), policy=policy)
+    assert_like_eager(jax.value_and_grad(g)(X))
+
+
+def descend(key, x):
+    return x - 0.1 * jax.grad(smooth(), argnums=1)(key, x)
+
+
+def test_loops():
+    keys = jax.random.split(KEY, 3)
+    expected = functools.reduce(lambda x, key: descend(key, x), keys, X)
+    scanned, _ = lax.scan(lambda x, key: (descend(key, x), None), X, keys)
+    assert_trees_close(scanned, expected, rtol=1e-5, atol=1e-5)
+    looped = lax.fori_loop(0, 3, lambda i, x: descend(keys[i], x), X)
+    assert_trees_close(looped, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_derivative_through_a_scan():
+    keys = jax.random.split(KEY, 2)
+
+    def by_scan(x):
+        return lax.scan(lambda x, key: (x * smooth()(key, x), None), x, keys)[0].sum()
+
+    def by_hand(x):
+        for key in keys:
+            x = x * smooth()(key, x)
+        return x.sum()
+
+    assert_trees_close(
+        jax.value_and_grad(by_scan)(X), jax.value_and_grad(by_hand)(X), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_cond():
+    function = value_and_grad()
+
+    def run(flag):
+        return lax.cond(flag, lambda: function(KEY, X), lambda: function(KEY, -X))
+
+    assert_like_eager(run(True))
+    assert_trees_close(run(False), function(KEY, -X), rtol=1e-5, atol=1e-5)
+
+
+def test_nested():
+    inner = smooth(fun, 5, sigma=0.3)
+    key = jax.random.key(1, impl="threefry2x32")
+    z, f = noise_and_values(functools.partial(inner, key))
+    np.testing.assert_allclose(f, [inner(key, X + SIGMA * row) for row in z], rtol=1e-5)
+    expected = reference.differentiate_samples(f, z, SIGMA, "Normal")
+    value, gradient = value_and_grad(lambda y: inner(key, y), use_baseline=False)(KEY, X)
+    np.testing.assert_allclose(value, expected["value"], rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected["gradient"], rtol=1e-4, atol=1e-5)
+
+
+def test_on_two_devices():
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(Path(px.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-W", "error", str(tests / "sharding.py")],
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "2",
+            "PYTHONPATH": path.rstrip(os.pathsep),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["ran"] == 9
+    assert not report["failed"], "\n".join(report["failed"].values())
+
+
+# --- Shapes without values
+
+
+def test_eval_shape():
+    def run(key, x):
+        g = smooth(lambda y: {"a": jnp.argmax(y), "b": (y.astype(jnp.float16), None)})
+        return g(key, x), jax.jacrev(g, argnums=1)(key, x)["a"]
+
+    value, row = jax.eval_shape(run, KEY, jax.ShapeDtypeStruct((3,), jnp.float32))
+    assert value == {
+        "a": jax.ShapeDtypeStruct((), jnp.float32),
+        "b": (jax.ShapeDtypeStruct((3,), jnp.float32), None),
+    }
+    assert row == jax.ShapeDtypeStruct((3,), jnp.float32)
+
+
+def test_export_with_a_symbolic_shape():
+    (size,) = jax.export.symbolic_shape("n")
+
+    def run(data, x):
+        g = smooth(lambda y: jnp.sum(y**2))
+        return jax.value_and_grad(g, argnums=1)(jax.random.wrap_key_data(data), x)
+
+    data = jax.random.key_data(KEY)
+    exported = jax.export.export(jax.jit(run))(data, jax.ShapeDtypeStruct((size,), jnp.float32))
+    for x in (X, jnp.arange(5.0)):
+        value, gradient = exported.call(data, x)
+        expected = run(data, x)
+        np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+        np.testing.assert_allclose(gradient, expected[1], rtol=1e-4, atol=1e-5)
+
+
+# --- Modes
+
+
+@pytest.mark.parametrize("mode", ["jax_debug_nans", "jax_debug_infs"])
+@pytest.mark.parametrize("masked", [False, True], ids=["finite", "masked"])
+def test_debugging_of_nans(mode, masked):
+    x = X.at[0].set(-jnp.inf) if masked and mode == "jax_debug_nans" else X
+    g = smooth(lambda y: jax.nn.one_hot(jnp.argmax(y), 3), noise=px.Gumbel())
+    before = getattr(jax.config, mode)
+    jax.config.update(mode, True)
+    try:
+        jacobian = jax.jacrev(g, argnums=1)(KEY, x)
+        in_sigma = jax.grad(lambda s: smooth(sigma=s)(KEY, X))(0.5)
+    finally:
+        jax.config.update(mode, before)
+    assert np.isfinite(jacobian).all()
+    assert np.isfinite(in_sigma)
+
+
+def test_strict_dtypes_and_ranks():
+    def strict(y):
+        return jnp.sum(y**2) + y[0] * y[1] + jnp.sum(y > 0, dtype=jnp.float32)
+
+    def outputs(t):
+        return t["w"] @ jnp.ones(3) + t["b"], jnp.argmax(t["b"]), t["half"]
+
+    tree = {"w": jnp.ones((2, 3)), "b": jnp.ones(2), "half": jnp.ones(2, jnp.bfloat16)}
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        actual = value_and_grad(strict)(KEY, X)
+        value, pullback = jax.vjp(functools.partial(smooth(outputs), KEY), tree)
+        (gradient,) = pullback(jax.tree.map(jnp.ones_like, value))
+        hessian = jax.hessian(smooth(lambda w: w @ jnp.ones(3)), argnums=1)(KEY, tree["w"])
+    assert_like_eager(actual)
+    assert {v.dtype for v in jax.tree.leaves(value)} == {jnp.dtype(jnp.float32)}
+    assert jax.tree.map(lambda v: v.dtype, gradient) == jax.tree.map(lambda v: v.dtype, tree)
+    assert hessian.shape == (2, 2, 3, 2, 3)
+
+
+def test_no_tracer_leaks():
+    with jax.checking_leaks():
+        hessian = jax.hessian(smooth(), argnums=1)(KEY, X)
+        jax.grad(lambda t: smooth(lambda y: fun(t * y), num_samples=3)(KEY, X))(1.0)
+    assert_trees_close(hessian, eager_hessian(), rtol=1e-4, atol=1e-4)
+
+
+def test_no_implicit_transfers():
+    one = jax.device_put(np.float32(1.0))
+    table = np.array([1.0, 2.0, 3.0], np.float32)
+    g = smooth(lambda y: fun(y) + jnp.sum(table * y), noise=Own())
+    with jax.transfer_guard("disallow"):
+        value, pullback = jax.vjp(functools.partial(g, KEY), X)
+        (gradient,) = pullback(one)
+    assert_trees_close((value, gradient), jax.value_and_grad(g, argnums=1)(KEY, X))
+
+
+def test_disable_jit():
+    function = value_and_grad(num_samples=3)
+    expected = function(KEY, X)
+    with jax.disable_jit():
+        assert_trees_close(function(KEY, X), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- Keys
+
+
+def test_every_form_of_one_key():
+    g = smooth()
+    expected = g(jax.random.key(7, impl="threefry2x32"), X)
+    raw = np.array([0, 7], np.uint32)
+    for key in (jax.random.PRNGKey(7), raw, jnp.asarray(raw)):
+        assert_trees_close(g(key, X), expected)
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_other_generators(impl):
+    key = jax.random.key(3, impl=impl)
+    function = jax.jit(value_and_grad(jnp.sum, 4000))
+    value, gradient = function(key, X)
+    np.testing.assert_allclose(value, np.sum(X), atol=5 * SIGMA * np.sqrt(3 / 4000))
+    np.testing.assert_allclose(gradient, 1.0, atol=0.2)
+    other, _ = function(jax.random.key(4, impl=impl), X)
+    assert other != value
+
+
+def test_reuse_of_a_key_is_detected():
+    g = smooth()
+    with jax.debug_key_reuse(True):
+        jax.jit(lambda key: jax.grad(g, argnums=1)(key, X))(jax.random.key(1))
+        with pytest.raises(jax.errors.KeyReuseError):
+            jax.jit(lambda key: g(key, X) + g(key, X))(jax.random.key(2))
+
+
+def test_noise_differs_between_keys_samples_leaves_and_coordinates():
+    x = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(6)}
+    draw = smooth(lambda y: (0.0, y), num_samples=5, sigma=1.0, has_aux=True)
+    drawn = [draw(key, x)[1] for key in jax.random.split(KEY, 2)]
+    numbers = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(drawn)])
+    assert len(np.unique(numbers)) == 2 * 5 * 12
+
+
+# --- What fun may return
+
+
+def test_outputs_of_every_dtype():
+    dtypes = ["int8", "int32", "uint8", "uint32", "bool", "float16", "bfloat16", "float32"]
+
+    def many(y):
+        up = jnp.sum(y > 0)
+        return {name: up.astype(name) for name in dtypes}, 2.5, 3, True, None, np.ones(2, np.int8)
+
+    value, *rest = smooth(many)(KEY, X)
+    z, _ = noise_and_values()
+    up = np.sum(np.asarray(X + SIGMA * z) > 0, axis=1)
+    for name in dtypes:
+        values = up > 0 if name == "bool" else up
+        assert value[name].dtype == jnp.float32
+        np.testing.assert_allclose(value[name], np.mean(values), rtol=1e-6)
+    assert_trees_close(
+        rest, [jnp.float32(2.5), jnp.float32(3.0), jnp.float32(1.0), None, jnp.ones(2)]
+    )
+
+
+def test_complex_output():
+    g = smooth(lambda y: jnp.sum(y) * (1 + 2j))
+    value = g(KEY, X)
+    mean = smooth(jnp.sum)(KEY, X)
+    assert_trees_close(value, mean * (1 + 2j), rtol=1e-5)
+    gradient = jax.grad(lambda x: g(KEY, x).imag)(X)
+    assert_trees_close(gradient, 2 * jax.grad(smooth(jnp.sum), argnums=1)(KEY, X), rtol=1e-5)
+
+
+def test_pytrees_in_and_out():
+    Pair = collections.namedtuple("Pair", ["first", "second"])
+    x = Pair({"w": X}, [jnp.ones((2, 2)), ()])
+    g = smooth(lambda t: Pair(t.second, {"sum": jnp.sum(t.first["w"])}))
+    value = g(KEY, x)
+    assert jax.tree.structure(value) == jax.tree.structure(Pair(x.second, {"sum": 0}))
+    gradient = jax.grad(lambda x: g(KEY, x).second["sum"])(x)
+    assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, x)
+
+
+def test_fun_may_be_any_callable():
+    class Weighted:
+        def __init__(self, weight):
+            self.weight = weight
+
+        def __call__(self, y):
+            return self.weight * fun(y)
+
+        def method(self, y):
+            return self(y)
+
+    @jax.jit
+    def jitted(weight, y):
+        return weight * fun(y)
+
+    expected = 2.0 * eager()[0]
+    double = Weighted(2.0)
+    for f in (double, double.method, functools.partial(jitted, 2.0)):
+        assert_trees_close(smooth(f)(KEY, X), expected, rtol=1e-6)
+
+
+def test_aux_with_derivatives():
+    (value, aux), gradient = jax.value_and_grad(
+        smooth(lambda y: (fun(y), {"order": jnp.argsort(y)}), has_aux=True), argnums=1, has_aux=True
+    )(KEY, X)
+    assert_like_eager((value, gradient))
+    z, _ = noise_and_values()
+    np.testing.assert_array_equal(aux["order"], np.argsort(X + SIGMA * z, axis=1))
+
+
+# --- Callbacks
+
+METHODS = ["sequential", "sequential_unrolled", "expand_dims", "broadcast_all", None]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_pure_callback(method):
+    rows = 0
+
+    def host(y):
+        nonlocal rows
+        y = np.asarray(y)
+        rows += int(np.prod(y.shape[:-1]))
+        return np.asarray(np.sum(y**2, axis=-1) + y[..., 0] * y[..., 1] + np.sum(y > 0, axis=-1))
+
+    def call(y):
+        spec = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(lambda v: host(v).astype(np.float32), spec, y, vmap_method=method)
+
+    batch_size = 1 if method is None else None
+    value = smooth(call, batch_size=batch_size)(KEY, X)
+    jax.block_until_ready(value)
+    assert rows == 12
+    rows = 0
+    result = jax.block_until_ready(value_and_grad(call, batch_size=batch_size)(KEY, X))
+    assert rows == 13  # and once at x itself, for the baseline
+    assert_like_eager(result)
+    assert_trees_close(value, eager()[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 1}, {"batch_size": 4}], ids=str)
+def test_number_of_evaluations(settings):
+    counter = EvaluationCounter(fun)
+    jax.block_until_ready(jax.jit(smooth(counter, use_baseline=False, **settings))(KEY, X))
+    assert counter.evaluations == 12
+    counter.reset()
+    jax.block_until_ready(jax.jit(value_and_grad(counter, **settings))(KEY, X))
+    assert counter.evaluations == 13
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["unordered", "ordered"])
+def test_io_callback(ordered):
+    seen = []
+
+    def record(y):
+        seen.append(np.array(y))
+        return np.float32(np.sum(y**2) + y[0] * y[1] + np.sum(y > 0))
+
+    def call(y):
+        return io_callback(record, jax.ShapeDtypeStruct((), jnp.float32), y, ordered=ordered)
+
+    result = value_and_grad(call, batch_size=1 if ordered else None)(KEY, X)
+    jax.effects_barrier()
+    assert_like_eager(result)
+    z, _ = noise_and_values()
+    expected = [*np.asarray(X + SIGMA * z), np.asarray(X)]
+    if not ordered:
+        seen, expected = (sorted(rows, key=lambda row: row[0]) for rows in (seen, expected))
+    np.testing.assert_allclose(seen, expected, atol=1e-5)
+
+
+# --- What fun closes over, and further arguments
+
+
+def test_closed_over_parameters():
+    z, _ = noise_and_values()
+    y = X + SIGMA * z
+
+    def loss(x, theta, batch_size=None):
+        return smooth(lambda y: jnp.sum(jnp.sin(theta * y)), batch_size=batch_size)(KEY, x)
+
+    def mean_derivative(x):
+        # d/dtheta f is a function of its own, smoothed by the same samples.
+        return smooth(lambda y: y * jnp.cos(2.0 * y))(KEY, x)
+
+    theta = jnp.full(3, 2.0)
+    in_theta = jax.grad(loss, argnums=1)(X, theta)
+    np.testing.assert_allclose(in_theta, np.mean(y * np.cos(2.0 * y), axis=0), rtol=1e-4)
+    mixed = jax.jit(jax.jacrev(jax.grad(loss, argnums=1)))(X, theta)
+    assert_trees_close(mixed, jax.jit(jax.jacrev(mean_derivative))(X), rtol=1e-4, atol=1e-4)
+    other = jax.jit(jax.jacfwd(jax.grad(loss), argnums=1), static_argnums=2)(X, theta, 5)
+    assert_trees_close(other, mixed.T, rtol=1e-4, atol=1e-4)
+
+
+def test_closed_over_value_that_depends_on_x():
+    g = smooth(lambda y, a: jnp.sum(a * y))
+
+    def total(x):
+        return smooth(lambda y: jnp.sum(x**2 * y))(KEY, x)
+
+    in_y, in_a = jax.grad(lambda x, a: g(KEY, x, a), argnums=(0, 1))(X, X**2)
+    assert_trees_close(jax.grad(total)(X), in_y + 2 * X * in_a, rtol=1e-4, atol=1e-5)
+
+
+def test_further_arguments_of_any_kind():
+    def f(y, tree, flag, *, count, table):
+        picked = tree["w"] if flag else 0.0
+        return jnp.sum(y * picked) + count * jnp.sum(y > 0) + table[jnp.argmax(y)]
+
+    g = smooth(f)
+    tree = {"w": jnp.array([1.0, 2.0, 3.0]), "n": jnp.arange(2), "key": jax.random.key(1)}
+    gradient = jax.grad(
+        lambda tree: g(KEY, X, tree, True, count=2, table=jnp.arange(3.0)), allow_int=True
+    )(tree)
+    z, _ = noise_and_values()
+    np.testing.assert_allclose(gradient["w"], np.mean(X + SIGMA * z, axis=0), rtol=1e-5)
+    assert gradient["n"].dtype == gradient["key"].dtype == jax.dtypes.float0
+
+
+# --- Batches
+
+
+def evaluate_in_batches(batch_size):
+    """Value, gradient and aux in one pass or two, 20 samples, without jit."""
+    with_aux = smooth(lambda y: (fun(y), jnp.argmax(y)), 20, batch_size=batch_size, has_aux=True)
+    plain = smooth(lambda y: {"a": fun(y), "b": y[0]}, 20, batch_size=batch_size)
+
+    def results(key, x):
+        pair = jax.value_and_grad(with_aux, argnums=1, has_aux=True)(key, x)
+        value, pullback = jax.vjp(functools.partial(plain, key), x)
+        return pair, value, pullback({"a": jnp.float32(1.0), "b": jnp.float32(2.0)})
+
+    return results
+
+
+@pytest.mark.parametrize(
+    ("jit", "batch_sizes"),
+    [(True, [1, 7, 64, 20]), (False, [7])],
+    ids=["jit", "eager"],
+)
+def test_result_does_not_depend_on_the_batch_size(jit, batch_sizes):
+    whole, *others = (
+        (jax.jit if jit else lambda run: run)(evaluate_in_batches(batch_size))(KEY, X)
+        for batch_size in [None, *batch_sizes]
+    )
+    ((_, aux), _), *_ = whole
+    assert aux.shape == (20,)
+    for other in others:
+        assert_trees_close(other, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_derivatives_do_not_depend_on_the_batch_size():
+    def run(batch_size):
+        def value(x, theta):
+            return smooth(lambda y: fun(theta * y), 20, batch_size=batch_size)(KEY, x)
+
+        return jax.jit(jax.hessian(value, argnums=(0, 1)))(X, 1.5)
+
+    assert_trees_close(run(7), run(None), rtol=1e-4, atol=1e-4)
+
+
+# --- x of any floating dtype
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dtypes_of_x(dtype):
+    seen = []
+
+    def f(y):
+        seen.append(str(y.dtype))
+        return fun(y)
+
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.asarray(np.asarray(X), dtype)
+        value, gradient = value_and_grad(f)(KEY, x)
+        samples = smooth(lambda y: (f(y), y), has_aux=True)
+        _, y = samples(KEY, x)
+        assert value.dtype == ("float64" if dtype == "float64" else "float32")
+        assert gradient.dtype == y.dtype == dtype
+        assert set(seen) == {dtype}
+        expected = np.mean([np.asarray(fun(row), np.float64) for row in y])
+        np.testing.assert_allclose(value, expected, rtol=1e-12 if dtype == "float64" else 1e-6)
+
+
+def test_double_precision_is_double_precision():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.asarray(X), jnp.float64)
+        samples = smooth(lambda y: (fun(y), y), has_aux=True, use_baseline=False)
+        _, y = samples(KEY, x)
+        f = jax.vmap(fun)(y)
+        expected = reference.differentiate_samples(f, (y - x) / SIGMA, SIGMA, "Normal")
+        hessian = jax.hessian(smooth(use_baseline=False), argnums=1)(KEY, x)
+        np.testing.assert_allclose(hessian, expected["hessian"], rtol=1e-11, atol=1e-11)
+
+
+def test_mixed_dtypes():
+    with jax.enable_x64(True):
+        x = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones(2, jnp.float64), "c": jnp.float16(1.0)}
+        value, gradient = value_and_grad(lambda t: jnp.sum(t["a"]) + jnp.sum(t["b"]) + t["c"])(
+            KEY, x
+        )
+        assert value.dtype == jnp.float64
+        assert [gradient[name].dtype for name in "abc"] == ["float32", "float64", "float16"]
+
+
+# --- Noise that is known by its two methods alone
+
+
+class Own:
+    """Logistic noise, from a draw and a log-density."""
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return jax.random.logistic(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -inputs - 2.0 * jnp.logaddexp(0.0, -inputs)
+
+
+class OwnNormal(Own):
+    def sample(self, key, sample_shape=(), dtype=float):
+        return jax.random.normal(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -0.5 * inputs**2
+
+
+def test_own_noise():
+    z, f = noise_and_values(noise=OwnNormal())
+    expected = reference.differentiate_samples(f, z, SIGMA, "Normal")
+    g = smooth(noise=OwnNormal(), use_baseline=False)
+    hessian = jax.hessian(g, argnums=1)(KEY, X)
+    np.testing.assert_allclose(g(KEY, X), expected["value"], rtol=1e-5)
+    np.testing.assert_allclose(hessian, expected["hessian"], rtol=1e-4, atol=1e-4)
+    value, gradient = value_and_grad(lambda y: jnp.sum(y), 20_000, noise=Own())(KEY, X)
+    np.testing.assert_allclose(value, np.sum(X), atol=5 * SIGMA * np.pi / np.sqrt(20_000))
+    np.testing.assert_allclose(gradient, 1.0, atol=0.1)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_noise_that_closes_over_a_tracer(jit):
+    # A scale inside the noise does the same as sigma, except that it is not differentiated in x.
+    class Scaled(OwnNormal):
+        def __init__(self, scale):
+            self.scale = scale
+
+        def sample(self, key, sample_shape=(), dtype=float):
+            return self.scale * super().sample(key, sample_shape, dtype)
+
+        def log_prob(self, inputs):
+            return super().log_prob(inputs / self.scale)
+
+    def scaled(scale):
+        return value_and_grad(sigma=1.0, noise=Scaled(scale))(KEY, X)
+
+    expected = value_and_grad(noise=OwnNormal())(KEY, X)
+    run = jax.jit(scaled) if jit else lambda s: jax.vmap(scaled)(jnp.array([s, 1.0]))
+    actual = run(SIGMA)
+    actual = actual if jit else jax.tree.map(lambda v: v[0], actual)
+    assert_trees_close(actual, expected, rtol=1e-4, atol=1e-4)
