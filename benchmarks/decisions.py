@@ -40,6 +40,7 @@ class Model(NamedTuple):
     bias: Array  # (d,)
 
     def __call__(self, x: Array) -> Array:
+        """Costs predicted from the features x (..., p)."""
         return x @ self.weights.T + self.bias
 
 
@@ -82,9 +83,7 @@ def split(seed: int, count: int, num_test: int = NUM_TEST) -> tuple[np.ndarray, 
     return order[num_test:], order[:num_test]
 
 
-def fit(
-    loss: Callable[..., Array], training: Training, num_train: int
-) -> Callable[..., Model]:
+def fit(loss: Callable[..., Array], training: Training, num_train: int) -> Callable[..., Model]:
     """A function that trains one model a problem, all problems at once.
 
     Args:
@@ -111,9 +110,7 @@ def fit(
         def step(state, batch):
             model, moments, total = state
             number, key, chosen = batch
-            gradient = jax.grad(batch_loss)(
-                model, key, x[chosen], costs[chosen], solutions[chosen]
-            )
+            gradient = jax.grad(batch_loss)(model, key, x[chosen], costs[chosen], solutions[chosen])
             updates, moments = optimizer.update(gradient, moments)
             model = optax.apply_updates(model, updates)
             late = number >= steps // 2
@@ -123,7 +120,9 @@ def fit(
         zero = jax.tree.map(jnp.zeros_like, start)
         state = (start, optimizer.init(start), zero)
         (model, _, total), _ = jax.lax.scan(step, state, (jnp.arange(steps), keys, order))
-        return jax.tree.map(lambda t: t / (steps - steps // 2), total) if training.average else model
+        return (
+            jax.tree.map(lambda t: t / (steps - steps // 2), total) if training.average else model
+        )
 
     def fit_problems(seed, data, start=None):
         num_problems = len(data.x)

@@ -1,10 +1,10 @@
 """A ranker trained on NDCG@10 itself: given a handwritten digit, find others like it.
 
 A query is an image of scikit-learn's digits, and all other images are to be ranked, those of the
-same digit first. NDCG@10 scores the first ten places: a hit in place i is worth 1 / log2(1 + i), and
-10 hits make 1. Each place is a piecewise constant function of the scores, so the usual way is to
-train on pairs (logistic loss of every hit against every miss). Here the scores are perturbed, which
-makes NDCG@10 smooth, and its gradient is estimated from 32 rankings a query and step.
+same digit first. NDCG@10 scores the first ten places: a hit in place i is worth 1 / log2(1 + i),
+and 10 hits make 1. Each place is a piecewise constant function of the scores, so the usual way is
+to train on pairs (logistic loss of every hit against every miss). Here the scores are perturbed,
+which makes NDCG@10 smooth, and its gradient is estimated from 32 rankings a query and step.
 
 The data set, because queries are real there: each image asks for the others, and what is relevant
 is a fact. (The regression sets that scikit-learn ships have no queries at all.) Images are reduced
@@ -15,8 +15,6 @@ and the second for testing; they are in the order of collection, so most writers
     python examples/learning_to_rank.py
 """
 
-import time
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -26,10 +24,7 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-import perturbax as px
-
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PLACES = 10
 DISCOUNTS = 1 / np.log2(np.arange(2, 2 + PLACES))

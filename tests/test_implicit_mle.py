@@ -94,7 +94,7 @@ def test_sum_of_gamma():
     error = np.sqrt(few.variance / len(z))
     assert abs(z.mean() - few.mean) < 4.5 * error
     np.testing.assert_allclose(z.var(), few.variance, rtol=0.05)
-    with pytest.raises(NotImplementedError, match="no closed form.*make_implicit_mle"):
+    with pytest.raises(NotImplementedError, match=r"no closed form.*make_implicit_mle"):
         jax.grad(px.make_perturbed_fun(jnp.sum, 4, noise=few), argnums=1)(KEY, X)
     gradient = jax.grad(lambda x: layer(noise=few)(KEY, x) @ COST.astype("f4"))(X)
     assert np.isfinite(gradient).all()

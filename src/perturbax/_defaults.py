@@ -6,9 +6,11 @@ from ._noise import NoiseDistribution, is_invertible
 from ._sampling import Antithetic, Independent, Orthogonal, Sampler, Sobol
 from ._surrogate import num_features
 
-# Degree, most coordinates, and samples for each coefficient. A fit pays if there are enough of them,
-# and its equations, which take num_features**2 operations a sample, are not dearer than drawing it.
+# Degree, most coordinates, and samples for each coefficient. A fit pays if there are enough of
+# them, and its equations, num_features**2 operations a sample, are not dearer than drawing it.
 _RULE = ((2, 6, 5), (1, 100, 3))
+# Most coordinates of a net: beyond, nothing was measured, and its set-up takes long.
+_NETS = 1000
 # Independent samples are cut into this many groups where a surrogate is fitted.
 _BLOCKS = 8
 
@@ -22,8 +24,9 @@ def choose(
 ) -> tuple[Sampler, int]:
     """Sampler and degree for `num_samples` evaluations of a function of `dim` coordinates.
 
-    Quasi-random nets and polynomials pay while there are several evaluations for each coefficient;
-    beyond that nothing beats independent samples, each against the mean of the others.
+    Quasi-random nets pay from four evaluations for each coordinate, polynomials while there are
+    several for each coefficient (`docs/samplers.md` has the table); beyond that nothing beats
+    independent samples, each against the mean of the others.
 
     Raises:
       TypeError: if the sampler needs an inverse distribution function that the noise lacks.
@@ -49,7 +52,7 @@ def choose(
         if sampler is None and not invertible:
             degree = 0
     if sampler is None:
-        nets = invertible and isinstance(dim, int) and 0 < 4 * dim <= num_samples
+        nets = invertible and isinstance(dim, int) and 0 < dim <= min(_NETS, num_samples // 4)
         sampler = Sobol() if nets else Independent()
     if degree and sampler == Independent():
         sampler = Independent(block=-(-num_samples // _BLOCKS))

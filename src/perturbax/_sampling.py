@@ -218,13 +218,13 @@ def _sobol_generators(dim: int, levels: int) -> np.ndarray:
             f"Sobol nets have at most {qmc.Sobol.MAXDIM} coordinates, x has {dim}; "
             "use Independent() or Orthogonal(block=8)"
         )
-    points = qmc.Sobol(dim, scramble=False, bits=32).random(2**levels) * 2.0**32
-    points = points.astype(np.uint64).astype(np.uint32)
+    engine = qmc.Sobol(dim, scramble=False, bits=32)
     generators = np.zeros((levels, dim), np.uint32)
-    previous = np.zeros(dim, np.uint32)
-    for k in range(levels):  # scipy lists points in the order of the Gray code
-        previous = points[2**k] ^ previous
-        generators[k] = previous
+    for k in range(levels):
+        engine.fast_forward(2**k - engine.num_generated)
+        point = (engine.random(1)[0] * 2.0**32).astype(np.uint64).astype(np.uint32)
+        # scipy lists points in the order of the Gray code: this one is that of digits k and k - 1.
+        generators[k] = point ^ generators[k - 1] if k else point
     return generators
 
 
