@@ -137,15 +137,16 @@ def test_gradient_is_that_of_the_baseline_of_other_samples():
     cost = jnp.array([1.0, 5.0, -2.0])
 
     def expected(x, use_baseline):
-        layer = make(num_samples=50, use_baseline=use_baseline)
+        layer = make(num_samples=50, use_baseline=use_baseline, sampler=px.Independent())
         return layer(KEY, x).expectation(lambda y: y @ cost)
 
-    plain = px.make_perturbed_fun(lambda u: one_hot(u) @ cost, 50, SIGMA, use_baseline=False)
+    settings = {"use_baseline": False, "sampler": px.Independent()}
+    plain = px.make_perturbed_fun(lambda u: one_hot(u) @ cost, 50, SIGMA, **settings)
     gradient = jax.grad(plain, argnums=1)(KEY, X)
     assert_trees_close(jax.grad(expected)(X, False), gradient, atol=1e-4)
     # By hand, with the mean of the 49 others.
     _, (u, y) = px.make_perturbed_fun(
-        lambda u: (0.0, (u, one_hot(u))), 50, SIGMA, use_baseline=False, has_aux=True
+        lambda u: (0.0, (u, one_hot(u))), 50, SIGMA, **settings, has_aux=True
     )(KEY, X)
     score = 1 - np.exp(-(u - X) / SIGMA)
     costs = np.asarray(y @ cost)

@@ -81,7 +81,8 @@ def test_value_and_other_derivatives():
 def test_number_of_solves(two_sided, solves):
     solver = HostSolver()
     choose = layer(solver, 4, two_sided=two_sided)
-    jax.block_until_ready(jax.jit(jax.grad(lambda x: choose(KEY, x) @ COST.astype("f4")))(X))
+    loss = lambda x: choose(KEY, x) @ COST.astype("f4")  # noqa: E731
+    jax.block_until_ready(jax.jit(jax.value_and_grad(loss))(X))
     assert solver.solves == solves
 
 

@@ -126,9 +126,9 @@ def test_generators_of_nets_are_those_of_scipy():
 @pytest.mark.parametrize(
     ("num_samples", "dim", "noise", "chosen"),
     [
-        (100, 3, px.Normal(), (px.Sobol(), 2)),
-        (99, 3, px.Normal(), (px.Sobol(), 1)),
-        (280, 6, px.Gumbel(), (px.Sobol(), 2)),
+        (200, 3, px.Normal(), (px.Sobol(), 2)),
+        (199, 3, px.Normal(), (px.Sobol(), 1)),
+        (560, 6, px.Gumbel(), (px.Sobol(), 2)),
         (10_000, 7, px.Gumbel(), (px.Sobol(), 1)),
         (606, 100, px.Gumbel(), (px.Sobol(), 1)),
         (605, 100, px.Gumbel(), (px.Sobol(), 0)),
@@ -138,6 +138,7 @@ def test_generators_of_nets_are_those_of_scipy():
         (100, 3, px.Cauchy(), (px.Sobol(), 0)),
         (11, 3, px.Cauchy(), (px.Independent(), 0)),
         (1, 1, px.Normal(), (px.Independent(), 0)),
+        (1000, 0, px.Normal(), (px.Independent(), 0)),
     ],
 )
 def test_the_default_is_that_of_the_documentation(num_samples, dim, noise, chosen):

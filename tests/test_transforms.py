@@ -336,7 +336,8 @@ def test_export_with_a_symbolic_shape():
     (size,) = jax.export.symbolic_shape("n")
 
     def run(data, x):
-        g = smooth(lambda y: jnp.sum(y**2))
+        # Where the number of coordinates is unknown, that is what is chosen.
+        g = smooth(lambda y: jnp.sum(y**2), sampler=px.Independent(), degree=0)
         return jax.value_and_grad(g, argnums=1)(jax.random.wrap_key_data(data), x)
 
     data = jax.random.key_data(KEY)
@@ -685,12 +686,15 @@ def test_dtypes_of_x(dtype):
         x = jnp.asarray(np.asarray(X), dtype)
         value, gradient = value_and_grad(f)(KEY, x)
         samples = smooth(lambda y: (f(y), y), has_aux=True)
-        _, y = samples(KEY, x)
+        mean, y = samples(KEY, x)
+        # A compiled program may keep more digits of low precision than fun has by itself.
+        rounding = {"float32": 1e-6, "float64": 1e-12}.get(dtype, float(jnp.finfo(dtype).eps))
+        np.testing.assert_allclose(mean, value, rtol=rounding)
         assert value.dtype == ("float64" if dtype == "float64" else "float32")
         assert gradient.dtype == y.dtype == dtype
         assert set(seen) == {dtype}
         expected = np.mean([np.asarray(fun(row), np.float64) for row in y])
-        np.testing.assert_allclose(value, expected, rtol=1e-12 if dtype == "float64" else 1e-6)
+        np.testing.assert_allclose(mean, expected, rtol=rounding)
 
 
 def test_double_precision_is_double_precision():

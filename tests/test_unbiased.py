@@ -691,6 +691,7 @@ def test_many_samples_equal_the_formulas(noise_name, use_baseline, num_samples, 
     """The samples of a key come out as aux; the baseline is the mean of the others and fun(x)."""
     case = cf.step_and_choice(getattr(cf, noise_name.lower()))
     key, noise = jax.random.key(61), NOISES[noise_name]
+    settings = {"sampler": px.Independent(), "degree": 0}
     x, sigma = f32((case.x, case.sigma))
     reveal = px.make_perturbed_fun(
         lambda y: (case.fun(y), record(case.fun)(y)),
@@ -698,6 +699,7 @@ def test_many_samples_equal_the_formulas(noise_name, use_baseline, num_samples, 
         case.sigma,
         noise,
         has_aux=True,
+        **settings,
     )
     _, outputs = reveal(key, x)
     values = np.asarray(outputs["value"], np.float64)
@@ -706,7 +708,12 @@ def test_many_samples_equal_the_formulas(noise_name, use_baseline, num_samples, 
         baseline = (values.sum() - values + float(case.fun(x))) / num_samples
     expected = explicit(case, outputs, noise_name, baseline)
     estimate = smoothed(
-        px.make_perturbed_fun, case.fun, num_samples, noise, use_baseline, batch_size=batch_size
+        functools.partial(px.make_perturbed_fun, **settings),
+        case.fun,
+        num_samples,
+        noise,
+        use_baseline,
+        batch_size=batch_size,
     )
     actual = jax.jit(derivatives(estimate, ALL_ORDERS))(key, x, sigma)
     assert_close_to_formulas(actual, expected)

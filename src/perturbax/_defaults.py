@@ -8,7 +8,7 @@ from ._surrogate import num_features
 
 # Degree, most coordinates, and samples for each coefficient. A fit pays if there are enough of
 # them, and its equations, num_features**2 operations a sample, are not dearer than drawing it.
-_RULE = ((2, 6, 5), (1, 100, 3))
+_RULE = ((2, 6, 10), (1, 100, 3))
 # Most coordinates of a net: beyond, nothing was measured, and its set-up takes long.
 _NETS = 1000
 # Independent samples are cut into this many groups where a surrogate is fitted.
@@ -63,7 +63,7 @@ def _degree(num_samples: int, dim: int) -> int:
     """The degree whose coefficients half of the samples determine well, at little cost."""
     for degree, most_dim, per_coefficient in _RULE:
         enough = num_samples >= 2 * per_coefficient * num_features(dim, degree)
-        if dim <= most_dim and enough:
+        if 0 < dim <= most_dim and enough:
             return degree
     return 0
 

@@ -116,7 +116,6 @@ def make_implicit_mle(
         scores = [sign * v for v in leaves]
         value = traced(operands, key, *lax.stop_gradient(scores))
         fixed = lax.stop_gradient((value, operands, jnp.asarray(lam, value[0].dtype)))
-        # The same noise again: the key is used a second time on purpose.
         change: Any = _zeros(traced, two_sided, scores, *fixed, jax.random.clone(key))
         return jax.tree.unflatten(tree, [v + c for v, c in zip(value, change, strict=True)])
 
@@ -155,21 +154,22 @@ def _zeros_fwd(traced: TracedFunction, two_sided: bool, *inputs: Any) -> Any:
 def _zeros_bwd(traced: TracedFunction, two_sided: bool, inputs: Any, y_bar: list[Array]) -> Any:
     scores, value, operands, lam, key = inputs
 
-    def mean(step: Array, key: Array) -> list[Array]:
+    def mean(step: Array) -> list[Array]:
         moved = [
             (v.astype(g.dtype) + step * g).astype(v.dtype)
             for v, g in zip(scores, y_bar, strict=True)
         ]
-        return traced(operands, key, *moved)
+        # The same noise again: the key is used once more on purpose.
+        return traced(operands, jax.random.clone(key), *moved)
 
     if two_sided:
-        start, width = mean(lam, jax.random.clone(key)), 2 * lam
+        start, width = mean(lam), 2 * lam
     else:
         start, width = value, lam
     width = jnp.where((lam > 0) & jnp.isfinite(lam), width, jnp.nan)
     scores_bar = [
         ((y - target) / width).astype(v.dtype)
-        for v, y, target in zip(scores, start, mean(-lam, key), strict=True)
+        for v, y, target in zip(scores, start, mean(-lam), strict=True)
     ]
     return scores_bar, *jax.tree.map(_no_cotangent, (value, operands, lam, key))
 
@@ -219,6 +219,7 @@ class SumOfGamma:
     num_terms: int = 10
 
     derivatives: ClassVar[float] = 0
+    limit: ClassVar[Limit] = _SUM_OF_GAMMA
 
     def __post_init__(self) -> None:
         """Checks the parameters."""

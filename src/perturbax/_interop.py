@@ -203,6 +203,8 @@ def _is_discrete(noise: Any) -> bool:
 def _limit(noise: Any, law: str) -> Limit | None:
     """What is known of the smoothness of the density: by its own word, or by name."""
     declared = getattr(noise, "derivatives", None)
+    if isinstance(getattr(noise, "limit", None), Limit):
+        return noise.limit
     if declared is not None:
         if isinstance(declared, bool) or not isinstance(declared, int | float | np.number):
             raise TypeError(

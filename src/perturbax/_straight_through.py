@@ -84,12 +84,10 @@ def make_straight_through_fun(
         hard, hard_operands = trace(lambda *v: fun(merge(v), *args, **kwargs), *leaves)
         operands = (operands, hard_operands)
         if soft.jaxpr.effects:  # which JAX does not allow inside a custom derivative rule
-            values = _value(soft, hard, leaves, operands)
+            # Held fixed, for what has side effects may have no derivative either.
+            values = _value(soft, hard, *jax.lax.stop_gradient((leaves, operands)))
             means = soft(operands[0], *leaves)
-            out = [
-                _estimator._with_value(jax.lax.stop_gradient(v), mean)
-                for v, mean in zip(values, means, strict=True)
-            ]
+            out = [_estimator._with_value(v, mean) for v, mean in zip(values, means, strict=True)]
         else:
             out = _straight_through(soft, hard, leaves, operands)
         return jax.tree.unflatten(soft.out_tree, out)
