@@ -1,14 +1,17 @@
 """Runs the examples and holds what they find against exact numbers."""
 
 import importlib
+import re
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+import sklearn.metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -107,6 +110,23 @@ def test_compare_optax(example):
     assert found.variance_ratio_error < 0.2 * found.variance_ratio
 
 
+def test_learning_to_rank(example, tmp_path):
+    path = tmp_path / "new" / "ranking.png"
+    result = example("learning_to_rank").main(path, num_steps=100)
+    untrained, pairs, perturbed = result.test_ndcg
+    assert perturbed > untrained + 0.005
+    assert perturbed > pairs
+    assert matplotlib.image.imread(path).shape[:2] == (630, 1650)
+
+
+def test_learning_to_rank_measures_what_scikit_learn_does(example):
+    rng = np.random.default_rng(2)
+    scores, hits = rng.normal(size=50), (rng.random(50) < 0.3).astype(float)
+    expected = sklearn.metrics.ndcg_score([hits], [scores], k=10)
+    found = example("learning_to_rank").ndcg(jnp.asarray(scores), jnp.asarray(hits))
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
 def test_demo_draws_its_figure(example, tmp_path, capsys):
     problem = example("compare_optax").problems()[0]._replace(num_turns=3)
     path = tmp_path / "new" / "demo.png"
@@ -125,6 +145,19 @@ def test_demo_draws_its_figure(example, tmp_path, capsys):
         pixels[height // 2 :, width // 2 :],
     ):
         assert 0.02 < np.mean(part.min(axis=-1) < 0.9) < 0.5
+
+
+def test_the_first_program_of_the_readme_prints_what_it_says():
+    text = (EXAMPLES.parent / "README.md").read_text()
+    program, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, re.S).groups()
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    before, after = run.stdout.splitlines()
+    assert before == printed.splitlines()[0]
+    # Another release of JAX may round, and so descend, a little differently.
+    assert float(after.split()[-1].rstrip("%")) < 1.5
 
 
 def test_an_example_runs_as_a_script():

@@ -130,18 +130,17 @@ def estimate(plan: Plan, key: Array, x: list[Array], sigma: list[Array], operand
       The leaves of the value, and of aux stacked over samples.
     """
     point = Point(*lax.stop_gradient((x, [v.astype(plan.dtype) for v in sigma])))
-    shared = len(sigma) == 1 and sigma[0].ndim == 0
-    scales = [v.astype(plan.dtype) for v in sigma] * (len(x) if shared else 1)
-    a = [-_departure(v).astype(plan.dtype) / s for v, s in zip(x, scales, strict=True)]
-    r = [lax.stop_gradient(s) / s for s in scales]
-    if shared:
-        flat_r = r[0] if r else jnp.ones((), plan.dtype)
+    scales = [v.astype(plan.dtype) for v in sigma]
+    if len(sigma) == 1 and sigma[0].ndim == 0:
+        scale = scales[0]
     else:
-        flat_r = _concatenate(
-            [jnp.broadcast_to(v, shape) for v, shape in zip(r, plan.shapes, strict=True)],
+        scale = _concatenate(
+            [jnp.broadcast_to(v, shape) for v, shape in zip(scales, plan.shapes, strict=True)],
             plan.dtype,
         )
-    flat_a = _concatenate(a, plan.dtype)
+    # Flat from here on: what is done leaf by leaf is compiled leaf by leaf.
+    flat_a = -_departure(_concatenate([v.astype(plan.dtype) for v in x], plan.dtype)) / scale
+    flat_r = lax.stop_gradient(scale) / scale
     words = _bits.root(key)
     has_aux = len(plan.fun.out_avals) > plan.num_outputs
     if has_aux or plan.fun.jaxpr.effects:
