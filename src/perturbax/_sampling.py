@@ -20,6 +20,8 @@ from ._noise import Normal, from_normal, from_words
 
 # A group is drawn as a whole; this bounds the memory that it takes.
 _MAX_GROUP = 2**13
+# Rows of a net shorter than this are not worth a vector instruction.
+_NARROW = 8
 
 
 @runtime_checkable
@@ -175,20 +177,27 @@ def _net(key: Array, size: int, dim: int) -> Array:
     scrambled = lax.reduce(
         jnp.where(hit, columns[None], np.uint32(0)), np.uint32(0), lax.bitwise_xor, (1,)
     )
-    # A point is the sum, bit by bit, of the generators at the binary digits of its index: one
-    # operation a number, from the sums for the low digits and those for the high ones.
+    # A point is the sum, bit by bit, of the generators at the binary digits of its index.
+    if dim < _NARROW:
+        return _sums(jnp.concatenate([scrambled, words[levels:]]), 2**levels)[:size]
+    # One operation a number, from the sums for the low digits and those for the high ones.
     half = levels // 2
-    low = _sums(words[levels:], scrambled[:half])
-    high = _sums(jnp.zeros_like(low[:1]), scrambled[half:])
+    low = _sums(jnp.concatenate([scrambled[:half], words[levels:]]), 2**half)
+    high = _sums(scrambled[half:], 2 ** (levels - half))
     return (high[:, None] ^ low[None]).reshape(2**levels, dim)[:size]
 
 
-def _sums(offset: Array, generators: Array) -> Array:
-    """The offset (1, dim) plus each subset of the generators (levels, dim): (2**levels, dim)."""
-    sums = offset
-    for k in range(generators.shape[0]):
-        sums = jnp.concatenate([sums, sums ^ generators[k : k + 1]])
-    return sums
+def _sums(generators: Array, count: int) -> Array:
+    """The sum of the generators (levels, dim) at the digits 1 of 0, ..., count - 1: (count, dim).
+
+    Generators beyond the digits of count belong to all sums.
+    """
+    levels = np.arange(generators.shape[0])
+    digits = (np.arange(count)[:, None] >> levels & 1 != 0) | (2**levels >= count)
+    # By a reduction, which XLA keeps apart from what is made of the net: fused with it,
+    # concatenations would keep it from being vectorised, and the random words be drawn anew.
+    chosen = jnp.where(digits[..., None], generators[None], np.uint32(0))
+    return lax.reduce(chosen, np.uint32(0), lax.bitwise_xor, (1,))
 
 
 def _columns(dim: int) -> Array:

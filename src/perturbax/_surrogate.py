@@ -19,6 +19,8 @@ _REFINEMENTS = 2
 _PRECISION = jax.lax.Precision.HIGHEST
 # Above this many coordinates a surrogate of degree 2 keeps the squares alone.
 _MAX_FULL = 20
+# Larger matrices are inverted by halves, in products; each half costs compile time.
+_MAX_ELIMINATION = 64
 
 
 def num_features(dim: int, degree: int) -> int:
@@ -93,7 +95,8 @@ def fit(gram: Array, moment: Array, origin: Array, f0: Array, shares: Array) -> 
     scale = jax.lax.rsqrt(diagonal + ridge)
     scaled = gram * scale[:, :, None] * scale[:, None, :]
     eye = jnp.eye(gram.shape[1], dtype=gram.dtype)
-    inverse = _inverse(scaled + (ridge * scale**2)[:, None, :] * eye[None])
+    # It depends on the noise alone, which has no derivative.
+    inverse = _inverse(jax.lax.stop_gradient(scaled + (ridge * scale**2)[:, None, :] * eye[None]))
     # What the ridge took from well determined coefficients is given back: each step leaves a
     # thousandth of it. Those that the samples do not determine stay small.
     moment = moment * scale[:, :, None]
@@ -104,11 +107,26 @@ def fit(gram: Array, moment: Array, origin: Array, f0: Array, shares: Array) -> 
 
 
 def _inverse(matrix: Array) -> Array:
-    """Inverses of positive definite matrices (groups, P, P), by Gauss-Jordan elimination.
+    """Inverses of positive definite matrices (groups, P, P), by halves, then by elimination.
 
-    In plain operations, one fused kernel a step: batches of LAPACK's Cholesky factorisations and
-    triangular solves can bring XLA's thread pool to a standstill on machines with two cores.
+    In plain operations: batches of LAPACK's Cholesky factorisations and triangular solves can bring
+    XLA's thread pool to a standstill on machines with two cores.
     """
+    if matrix.shape[1] <= _MAX_ELIMINATION:
+        return _eliminate(matrix)
+    half = matrix.shape[1] // 2
+    head, off, tail = matrix[:, :half, :half], matrix[:, :half, half:], matrix[:, half:, half:]
+    head = _inverse(head)
+    ratio = _matmul(head, off)
+    tail = _inverse(tail - _matmul(jnp.swapaxes(off, 1, 2), ratio))
+    off = -_matmul(ratio, tail)
+    head = head - _matmul(off, jnp.swapaxes(ratio, 1, 2))
+    rows = [jnp.concatenate([head, off], 2), jnp.concatenate([jnp.swapaxes(off, 1, 2), tail], 2)]
+    return jnp.concatenate(rows, 1)
+
+
+def _eliminate(matrix: Array) -> Array:
+    """Inverses by Gauss-Jordan elimination: one fused kernel a step."""
     index = jax.lax.iota(jnp.int32, matrix.shape[1])
 
     def eliminate(k: Array, table: Array) -> Array:
@@ -120,8 +138,7 @@ def _inverse(matrix: Array) -> Array:
         rest = jnp.where(at_column, jnp.zeros_like(table), table) - column * row
         return jnp.where(at_row, row, rest)
 
-    # It depends on the noise alone, which has no derivative.
-    return jax.lax.stop_gradient(jax.lax.fori_loop(0, matrix.shape[1], eliminate, matrix))
+    return jax.lax.fori_loop(0, matrix.shape[1], eliminate, matrix)
 
 
 def predict(phi: Array, beta: Array) -> Array:
