@@ -384,17 +384,17 @@ def _fit(
 
     centre, finite = _centre(f0)
 
-    def equations(first: Array, count: int, rows: int, values: Array) -> tuple[tuple[()], Any]:
+    def equations_of(first: Array, count: int, rows: int, values: Array) -> tuple[tuple[()], Any]:
         z = noise_of(first, count)[:rows]
         weight = jnp.mean(_slope(noise, z) ** 2, axis=1).astype(f.dtype)
         grouped = [_grouped(plan, v) for v in (phi(z), values - centre[None], weight)]
         return (), _surrogate.normal_equations(*grouped)
 
-    _, (gram, moment) = _over_groups(plan, equations, f)
+    _, equations = _over_groups(plan, equations_of, f)
     origin = phi(jnp.zeros((1, plan.dim), plan.dtype))[0]
     others = np.maximum(plan.num_samples - _sizes(plan), 1)
     shares = jnp.where(finite, jnp.asarray(1 / others, f.dtype), jnp.zeros((), f.dtype))
-    beta = _surrogate.fit(gram, moment, origin, jnp.zeros_like(centre), shares)
+    beta = _surrogate.fit(equations, origin, jnp.zeros_like(centre), shares, int(others.min()))
     return beta.at[:, 0].add(centre), phi
 
 

@@ -264,9 +264,11 @@ def draw(
     """
     # Traced once for value and derivative, where everything but key and first can be hashed.
     static = isinstance(dim, int) and hasattr(noise, "from_bits")
-    return (_draw_traced_once if static else _draw)(
-        noise, sampler, key, first, count, group_size, dim, dtype
-    )
+    # The mesh is told, for JAX tells it in derivative rules alone, and would trace once for each.
+    with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+        return (_draw_traced_once if static else _draw)(
+            noise, sampler, key, first, count, group_size, dim, dtype
+        )
 
 
 def _draw(
@@ -288,6 +290,8 @@ def _draw(
         if hasattr(noise, "from_bits") and dim > 1:
             halves = _materialise(columns, half, key, (group_size, half), dtype)
             return jnp.swapaxes(halves, 0, 1).reshape(group_size, 2 * half)[:, :dim]
+    if isinstance(dim, int) and count * group_size * dim <= 2**12:
+        return _draw_block(noise, sampler, key, first, count, group_size, dim, dtype)
     half = -(-count // 2)
 
     def rows(start: Array) -> Array:

@@ -19,7 +19,7 @@ _REFINEMENTS = 2
 _PRECISION = jax.lax.Precision.HIGHEST
 # Above this many coordinates a surrogate of degree 2 keeps the squares alone.
 _MAX_FULL = 20
-# Larger matrices are inverted by halves, in products; each half costs compile time.
+# Larger matrices are inverted by halves, in products; each half takes time to compile.
 _MAX_ELIMINATION = 64
 
 
@@ -58,37 +58,37 @@ def _pairs(dim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(dim), np.arange(dim)
 
 
-def normal_equations(phi: Array, f: Array, weight: Array) -> tuple[Array, Array]:
-    """Sums over the samples of each group: (groups, P, P) and (groups, P, M).
+def normal_equations(phi: Array, f: Array, weight: Array) -> Array:
+    """Gram matrices and, beside them, moments of f: sums over each group, (groups, P, P + M).
 
     Args:
       phi: (groups, n, P).
       f: (groups, n, M).
       weight: (groups, n).
     """
-    weighted = phi * weight[..., None]
-    return _matmul(jnp.swapaxes(weighted, 1, 2), phi), _matmul(jnp.swapaxes(weighted, 1, 2), f)
+    weighted = jnp.swapaxes(phi * weight[..., None], 1, 2)
+    return _matmul(weighted, jnp.concatenate([phi, f], axis=2))
 
 
-def fit(gram: Array, moment: Array, origin: Array, f0: Array, shares: Array) -> Array:
+def fit(equations: Array, origin: Array, f0: Array, shares: Array, least: int) -> Array:
     """beta, shape (groups, P, M), from the other groups' equations and the unperturbed point.
 
     Args:
-      gram: (groups, P, P), of each group.
-      moment: (groups, P, M), of each group.
+      equations: (groups, P, P + M), of each group.
       origin: phi at z = 0, shape (P,).
       f0: value there, (M,).
       shares: (groups,); that point counts as `shares` samples of the mean weight of the others.
+      least: number of samples that each fit has at least.
     """
     # Summed over the others, not taken from the total: a group of large weight would leave nothing
     # but rounding.
-    others = jnp.ones((gram.shape[0],) * 2, gram.dtype) - jnp.eye(gram.shape[0], dtype=gram.dtype)
-    gram = jnp.tensordot(others, gram, axes=1, precision=_PRECISION)
-    moment = jnp.tensordot(others, moment, axes=1, precision=_PRECISION)
+    own = np.eye(equations.shape[0], dtype=bool)[..., None, None]
+    others = jnp.sum(jnp.where(own, jnp.zeros_like(equations)[None], equations[None]), axis=1)
     # phi starts with 1, so this entry is the sum of the weights.
-    weight = (shares * gram[:, 0, 0])[:, None, None]
-    gram = gram + weight * (origin[:, None] * origin[None, :])[None]
-    moment = moment + weight * (origin[:, None] * f0[None])[None]
+    weight = shares[:, None, None] * others[:, :1, :1]
+    row = jnp.concatenate([origin, f0])
+    others = others + weight * (origin[:, None] * row[None, :])[None]
+    gram, moment = others[:, :, : origin.size], others[:, :, origin.size :]
     diagonal = jnp.einsum("gpp->gp", gram)
     # The ridge is relative to each feature's own size; the tiny floor is for features never seen.
     ridge = RIDGE * diagonal + jnp.finfo(gram.dtype).tiny * 1e10
@@ -96,29 +96,34 @@ def fit(gram: Array, moment: Array, origin: Array, f0: Array, shares: Array) -> 
     scaled = gram * scale[:, :, None] * scale[:, None, :]
     eye = jnp.eye(gram.shape[1], dtype=gram.dtype)
     # It depends on the noise alone, which has no derivative.
-    inverse = _inverse(jax.lax.stop_gradient(scaled + (ridge * scale**2)[:, None, :] * eye[None]))
+    stable = jax.lax.stop_gradient(scaled + (ridge * scale**2)[:, None, :] * eye[None])
+    inverse = _inverse(stable, halve=least >= 2 * origin.size)
+    moment = moment * scale[:, :, None]
+
     # What the ridge took from well determined coefficients is given back: each step leaves a
     # thousandth of it. Those that the samples do not determine stay small.
-    moment = moment * scale[:, :, None]
-    beta = _matmul(inverse, moment)
-    for _ in range(_REFINEMENTS):
-        beta = beta + _matmul(inverse, moment - _matmul(scaled, beta))
+    def refine(_: Any, beta: Array) -> Array:
+        return beta + _matmul(inverse, moment - _matmul(scaled, beta))
+
+    # A loop, for a product takes long to compile.
+    beta = jax.lax.fori_loop(0, 1 + _REFINEMENTS, refine, jnp.zeros_like(moment))
     return scale[:, :, None] * beta
 
 
-def _inverse(matrix: Array) -> Array:
-    """Inverses of positive definite matrices (groups, P, P), by halves, then by elimination.
+def _inverse(matrix: Array, halve: bool) -> Array:
+    """Inverses of positive definite matrices (groups, P, P), by halves if large, or by elimination.
 
-    In plain operations: batches of LAPACK's Cholesky factorisations and triangular solves can bring
-    XLA's thread pool to a standstill on machines with two cores.
+    Halves are faster, and wrong where the matrix is nearly singular. In plain operations: batches
+    of LAPACK's Cholesky factorisations and triangular solves can bring XLA's thread pool to a
+    standstill on machines with two cores.
     """
-    if matrix.shape[1] <= _MAX_ELIMINATION:
+    if not halve or matrix.shape[1] <= _MAX_ELIMINATION:
         return _eliminate(matrix)
     half = matrix.shape[1] // 2
     head, off, tail = matrix[:, :half, :half], matrix[:, :half, half:], matrix[:, half:, half:]
-    head = _inverse(head)
+    head = _inverse(head, halve)
     ratio = _matmul(head, off)
-    tail = _inverse(tail - _matmul(jnp.swapaxes(off, 1, 2), ratio))
+    tail = _inverse(tail - _matmul(jnp.swapaxes(off, 1, 2), ratio), halve)
     off = -_matmul(ratio, tail)
     head = head - _matmul(off, jnp.swapaxes(ratio, 1, 2))
     rows = [jnp.concatenate([head, off], 2), jnp.concatenate([jnp.swapaxes(off, 1, 2), tail], 2)]
@@ -126,17 +131,15 @@ def _inverse(matrix: Array) -> Array:
 
 
 def _eliminate(matrix: Array) -> Array:
-    """Inverses by Gauss-Jordan elimination: one fused kernel a step."""
+    """Inverses by Gauss-Jordan elimination in place, each step a change of rank one."""
     index = jax.lax.iota(jnp.int32, matrix.shape[1])
 
     def eliminate(k: Array, table: Array) -> Array:
-        at_row, at_column = (index == k)[None, :, None], (index == k)[None, None, :]
+        unit = (index == k).astype(table.dtype)
         column = jax.lax.dynamic_index_in_dim(table, k, 2)
         row = jax.lax.dynamic_index_in_dim(table, k, 1)
-        pivot = 1 / jax.lax.dynamic_index_in_dim(row, k, 2)
-        row = jnp.where(at_column, jnp.ones_like(row), row) * pivot
-        rest = jnp.where(at_column, jnp.zeros_like(table), table) - column * row
-        return jnp.where(at_row, row, rest)
+        pivot = jax.lax.dynamic_index_in_dim(row, k, 2)
+        return table - (column - unit[None, :, None]) * ((row + unit[None, None, :]) / pivot)
 
     return jax.lax.fori_loop(0, matrix.shape[1], eliminate, matrix)
 
