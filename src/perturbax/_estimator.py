@@ -40,6 +40,9 @@ from ._trace import TracedFunction
 # Numbers in flight at a time: a chunk of noise should stay in the cache of a core, and fill a GPU.
 _CHUNK = {"cpu": 2**19}
 _CHUNK_ACCELERATOR = 2**26
+# A sample of the noise that several passes read is drawn again in each of them if there are several
+# chunks; chunks this many times as large cost less.
+_PASSES = 2
 # Up to this many outputs, the Jacobian is accumulated while evaluating: the noise is drawn once.
 _MAX_ROWS = 8
 
@@ -103,6 +106,8 @@ class Plan:
             most = 16
         elif self.batch_size is None:
             budget = _CHUNK.get(jax.default_backend(), _CHUNK_ACCELERATOR)
+            if self.degree or self.num_rows > _MAX_ROWS:
+                budget *= _PASSES  # if a chunk holds all samples, they are drawn once for all
             most = budget // (self.group_size * max(self.dim, self.fun.widest, 1))
         else:
             most = self.batch_size // self.group_size

@@ -317,10 +317,14 @@ def _materialise(
     # A zero of the key's type: the carry varies over the mesh axes that the key varies over.
     empty = jnp.full(shape, (key[0] & np.uint32(0)).astype(dtype))
 
-    def step(i: Array, blocks: tuple[Array, Array]) -> tuple[Array, Array]:
-        return blocks[1], block(jnp.asarray(i, jnp.uint32) * np.uint32(size))
+    def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        index, _, last = carry
+        return index + 1, last, block(index.astype(jnp.uint32) * np.uint32(size))
 
-    return jnp.stack(lax.fori_loop(0, 2, step, (empty, empty)))
+    # Not fori_loop: that is a scan, out of which reverse mode takes the generator's constants, as
+    # arrays as large as a block.
+    start = (jnp.int32(0), empty, empty)
+    return jnp.stack(lax.while_loop(lambda carry: carry[0] < 2, step, start)[1:])
 
 
 def _draw_block(
