@@ -106,9 +106,12 @@ class Plan:
             most = 16
         elif self.batch_size is None:
             budget = _CHUNK.get(jax.default_backend(), _CHUNK_ACCELERATOR)
-            if self.degree or self.num_rows > _MAX_ROWS:
-                budget *= _PASSES  # if a chunk holds all samples, they are drawn once for all
-            most = budget // (self.group_size * max(self.dim, self.fun.widest, 1))
+            row = max(self.dim, self.num_rows, 1)
+            if self.fun.widest > row:
+                row = self.fun.widest
+            elif self.degree or self.num_rows > _MAX_ROWS:
+                budget *= _PASSES
+            most = budget // (self.group_size * row)
         else:
             most = self.batch_size // self.group_size
         most = min(max(most, 1), self.num_groups)
