@@ -343,7 +343,7 @@ class _Layer:
             **self.options,
         )
         value = jax.tree.leaves(estimate(key, perturbation.location()))
-        return _arguments.nan_unless_positive(value, scales) if self.is_traced(scales) else value
+        return _arguments.nan_unless_valid(value, scales) if self.is_traced(scales) else value
 
 
 # --- Derivatives. `traced` is a function of operands (all that it closes over, the key included)

@@ -1,6 +1,7 @@
 """Checks of what users pass: every error names the argument, what came, what was expected."""
 
 import contextlib
+import functools
 import math
 import operator
 import warnings
@@ -13,6 +14,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from . import _blocks
 from ._trace import TracedFunction, trace
 
 
@@ -93,7 +95,10 @@ def check_degree(degree: Any) -> None:
 
 
 def check_sigma(sigma: Any) -> Any:
-    """The scale as a pytree of numpy arrays and tracers, each real and, if known, positive."""
+    """The scale as a pytree of numpy arrays and tracers, each real and, if known, positive.
+
+    What may be a matrix for a leaf, having its axes twice, may hold any finite number.
+    """
     if sigma is None:
         raise TypeError("sigma must be a positive number, array or pytree of them, got None")
     return jax.tree.map(_check_scale, sigma, is_leaf=lambda v: v is None)
@@ -117,13 +122,19 @@ def _check_scale(scale: Any) -> Any:
     known = values.astype(np.float64)
     if not np.isfinite(known).all():
         raise ValueError(f"sigma must be finite, got {_first(known, ~np.isfinite(known))}")
+    half = known.ndim // 2
+    if not known.ndim or known.shape[:half] != known.shape[half:]:
+        _check_positive(known)
+    # Double precision until the dtype of x is known.
+    return scale if isinstance(scale, Array) and jnp.issubdtype(dtype, jnp.floating) else known
+
+
+def _check_positive(known: np.ndarray) -> None:
     if not (known > 0).all():
         raise ValueError(
             f"sigma must be > 0 (it is a scale), got {_first(known, known <= 0)}. "
             "For the unperturbed function call fun(x) directly."
         )
-    # Double precision until the dtype of x is known.
-    return scale if isinstance(scale, Array) and jnp.issubdtype(dtype, jnp.floating) else known
 
 
 def _first(values: np.ndarray, wrong: np.ndarray) -> float:
@@ -217,7 +228,8 @@ def perturbed_leaves(x: Any) -> tuple[list[Array], list[str], Callable[[Any], An
 
 def scale_leaves(sigma: Any, x: Any, leaves: list[Array], names: list[str]) -> list[Array]:
     """One scale for each floating leaf of x, or a single scalar for all of them."""
-    if not isinstance(sigma, dict | list | tuple) and jax.tree_util.all_leaves([sigma]):
+    alone = not isinstance(sigma, dict | list | tuple) and jax.tree_util.all_leaves([sigma])
+    if alone:
         scales = [sigma] * (1 if np.ndim(sigma) == 0 else len(leaves))
     else:
         try:
@@ -235,16 +247,24 @@ def scale_leaves(sigma: Any, x: Any, leaves: list[Array], names: list[str]) -> l
     if len(scales) == len(leaves):
         for scale, leaf, name in zip(scales, leaves, names, strict=True):
             shape = np.shape(scale)
+            # One array for several leaves holds scales of coordinates.
+            if leaf.ndim and shape == leaf.shape * 2 and not (alone and len(leaves) > 1):
+                _check_matrix(scale, leaf, name, noise_dtype(leaves))
+                continue
             tail = leaf.shape[len(leaf.shape) - len(shape) :]
             fits = all(a in (1, b) for a, b in zip(shape, tail, strict=False))
             if len(shape) > len(leaf.shape) or not fits:
                 raise ValueError(
                     f"sigma of shape {shape} does not broadcast into leaf {name!r} of shape "
-                    f"{leaf.shape}; it must not enlarge the leaf"
+                    f"{leaf.shape}, and is no matrix for it, of shape {leaf.shape * 2}, given for "
+                    "this leaf alone; it must not enlarge the leaf"
                 )
+            if _is_known(scale):
+                _check_positive(np.asarray(jax.device_get(scale)))
         scales = [_with_rank(s, leaf.ndim) for s, leaf in zip(scales, leaves, strict=True)]
-    for scale in scales:
-        _check_range(scale, noise_dtype(leaves))
+    for i, scale in enumerate(scales):
+        if not (leaves and _blocks.is_matrix(scale, leaves[i])):
+            _check_range(scale, noise_dtype(leaves))
     _warn_if_lost(scales, leaves, names)
     return [_on_device(s) for s in scales]
 
@@ -265,21 +285,64 @@ def _check_range(scale: Any, dtype: np.dtype) -> None:
             )
 
 
+def _check_matrix(scale: Any, leaf: Array, name: str, dtype: np.dtype) -> None:
+    if not _is_known(scale) or not leaf.size:
+        return
+    size = math.prod(leaf.shape)
+    matrix = np.asarray(jax.device_get(scale), np.float64).reshape(size, size)
+    _check_range(np.maximum(abs(matrix), np.finfo(dtype).tiny), dtype)
+    lengths = _blocks.row_lengths(matrix)
+    if (lengths < np.finfo(dtype).tiny).any():
+        what = f"row {int(np.argmin(lengths))} is zero"
+    elif not _is_regular(matrix, lengths, dtype):
+        what = f"it is singular to the precision of {dtype}"
+    else:
+        return
+    raise ValueError(
+        f"sigma, a matrix of shape {np.shape(scale)} for leaf {name!r} of shape {leaf.shape}, must "
+        f"be invertible, but {what}. Pass the Cholesky factor of a covariance to whose diagonal a "
+        "small number was added"
+    )
+
+
+def _is_regular(matrix: np.ndarray, lengths: np.ndarray, dtype: np.dtype) -> bool:
+    try:
+        inverse = np.linalg.inv(matrix / lengths[:, None])
+    except np.linalg.LinAlgError:
+        return False
+    return bool(_blocks.is_accurate(inverse, dtype))
+
+
 def _with_rank(scale: Any, rank: int) -> Any:
     """With as many axes as its leaf, unless it has none, for `jax_numpy_rank_promotion='raise'`."""
     shape = np.shape(scale)
     return scale.reshape((1,) * (rank - len(shape)) + shape) if shape else scale
 
 
-def nan_unless_positive(value: list[Array], scales: list[Array]) -> list[Array]:
-    """The value; NaN if a scale that was traced, so could not be checked, is not > 0 and finite."""
-    traced = [s for s in scales if isinstance(s, Tracer)]
-    return _poisoned(value, traced) if traced else value
+def nan_unless_valid(
+    value: list[Array], scales: list[Array], leaves: list[Array] | None = None
+) -> list[Array]:
+    """The value; NaN if a scale that was traced, so could not be checked, is not a scale.
+
+    That is, positive and finite; or invertible, where it is a matrix for its leaf.
+    """
+    traced = [i for i, s in enumerate(scales) if isinstance(s, Tracer)]
+    if not traced:
+        return value
+    dims = tuple(
+        leaves[i].size if leaves and _blocks.is_matrix(scales[i], leaves[i]) else None
+        for i in traced
+    )
+    return _poisoned(dims, value, [scales[i] for i in traced])
 
 
-@jax.jit
-def _poisoned(value: list[Array], scales: list[Array]) -> list[Array]:
-    valid = jnp.stack([jnp.all((s > 0) & jnp.isfinite(s)) for s in scales]).all()
+@functools.partial(jax.jit, static_argnums=0)
+def _poisoned(dims: tuple[int | None, ...], value: list[Array], scales: list[Array]) -> list[Array]:
+    valid = [
+        jnp.all((s > 0) & jnp.isfinite(s)) if n is None else _blocks.is_regular(s.reshape(n, n))
+        for n, s in zip(dims, scales, strict=True)
+    ]
+    valid = jnp.stack(valid).all()
     # A factor, so that derivatives become NaN as well.
     return [v * jnp.where(valid, 1.0, jnp.nan).astype(v.dtype) for v in value]
 
@@ -291,6 +354,8 @@ def _warn_if_lost(scales: list[Any], leaves: list[Array], names: list[str]) -> N
         if not leaf.size or not all(map(_is_known, (leaf, scale))):
             continue
         values, scale = jax.device_get((leaf, scale))
+        if _blocks.is_matrix(scale, leaf):
+            scale = _blocks.row_lengths(scale.reshape(leaf.size, leaf.size)).reshape(leaf.shape)
         values = np.abs(values).astype(np.promote_types(leaf.dtype, np.float32))
         spacing = np.where(np.isfinite(values), values, 0) * float(jnp.finfo(leaf.dtype).eps) / 4
         if (scale < spacing).any():

@@ -149,7 +149,7 @@ def make_perturbed_distribution(
         size = chosen.group_size(num_samples, dim) if use_baseline else num_samples
         distinct, weights = _tabulate(size, solutions, density)
         if any(isinstance(s, Tracer) for s in scales):
-            [weights] = _arguments.nan_unless_positive([weights], scales)
+            [weights] = _arguments.nan_unless_valid([weights], scales)
         return EmpiricalDistribution(distinct, weights)
 
     return perturbed_distribution

@@ -4,7 +4,8 @@ Notation, used throughout (`docs/theory.md` derives it):
 
     x, sigma    the point and the scale at which the function is evaluated, held fixed
     a, r        (x0 - x) / sigma and sigma0 / sigma, where x0 and sigma0 are x and sigma held fixed:
-                always 0 and 1, but with derivatives; a has shape (D,), r has shape () or (D,)
+                always 0 and 1, but with derivatives; a has shape (D,), r has shape () or (D,), or
+                is a matrix in `Blocks`, where sigma is one
     z           noise of a chunk of samples, shape (C, D);  y = x0 + sigma0 z
     f           values of the function at y, flattened, shape (C, M); f0 its value at x0
     l           log p(a + r z) + sum log r: the log-density of y under x + sigma eps, y held fixed
@@ -34,6 +35,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from . import _bits, _surrogate
 from ._arguments import varying_axes
+from ._blocks import Blocks, departures, is_matrix, scaled
 from ._sampling import draw
 from ._trace import TracedFunction
 
@@ -131,7 +133,8 @@ def estimate(plan: Plan, key: Array, x: list[Array], sigma: list[Array], operand
       plan: the static part.
       key: one typed PRNG key.
       x: the perturbed leaves.
-      sigma: one scale a leaf, each of which broadcasts into the leaf; or a single one for all.
+      sigma: one scale a leaf, each of which broadcasts into the leaf, or is a matrix that has the
+        leaf's axes twice; or a single number for all.
       operands: what fun and the noise close over, a pair of tuples.
 
     Returns:
@@ -139,16 +142,19 @@ def estimate(plan: Plan, key: Array, x: list[Array], sigma: list[Array], operand
     """
     point = Point(*lax.stop_gradient((x, [v.astype(plan.dtype) for v in sigma])))
     scales = [v.astype(plan.dtype) for v in sigma]
-    if len(sigma) == 1 and sigma[0].ndim == 0:
-        scale = scales[0]
-    else:
-        scale = _concatenate(
-            [jnp.broadcast_to(v, shape) for v, shape in zip(scales, plan.shapes, strict=True)],
-            plan.dtype,
-        )
     # Flat from here on: what is done leaf by leaf is compiled leaf by leaf.
-    flat_a = -_departure(_concatenate([v.astype(plan.dtype) for v in x], plan.dtype)) / scale
-    flat_r = lax.stop_gradient(scale) / scale
+    departure = _departure(_concatenate([v.astype(plan.dtype) for v in x], plan.dtype))
+    if any(map(is_matrix, sigma, x)):
+        flat_a, flat_r = departures(departure, scales, plan.shapes)
+    else:
+        if len(sigma) == 1 and sigma[0].ndim == 0:
+            scale = scales[0]
+        else:
+            scale = _concatenate(
+                [jnp.broadcast_to(v, shape) for v, shape in zip(scales, plan.shapes, strict=True)],
+                plan.dtype,
+            )
+        flat_a, flat_r = -departure / scale, lax.stop_gradient(scale) / scale
     words = _bits.root(key)
     has_aux = len(plan.fun.out_avals) > plan.num_outputs
     if has_aux or plan.fun.jaxpr.effects:
@@ -228,7 +234,7 @@ def _evaluate(plan: Plan, operands: Any, point: Point, z: Array) -> tuple[Array,
         noise = _split(row, specs, [plan.dtype] * len(specs))
         scales = point.sigma * (len(point.x) if len(point.sigma) == 1 else 1)
         leaves = [
-            (x.astype(plan.dtype) + sigma * v).astype(x.dtype)
+            (x.astype(plan.dtype) + scaled(sigma, v)).astype(x.dtype)
             for x, sigma, v in zip(point.x, scales, noise, strict=True)
         ]
         return _call(plan, operands, leaves)
@@ -327,8 +333,10 @@ def _log_prob(noise: Any, z: Array) -> Array:
     return jax.vmap(lambda row: jnp.sum(noise.log_prob(row)))(z)
 
 
-def _log_density(plan: Plan, operands: Any, z: Array, a: Array, r: Array) -> Array:
+def _log_density(plan: Plan, operands: Any, z: Array, a: Array, r: Any) -> Array:
     """l: the log-density of y = x0 + sigma0 z under x + sigma eps, shape (C,)."""
+    if isinstance(r, Blocks):
+        return _log_prob(_noise(plan, operands), _row(a) + r.times(z)) + r.log_det()
     log_r = jnp.log(r)
     log_scale = jnp.sum(log_r) if r.ndim else plan.dim * log_r
     return _log_prob(_noise(plan, operands), _row(a) + _row(r) * z) + log_scale
@@ -407,7 +415,7 @@ def _fit(
 
 
 def _differentiable(
-    plan: Plan, key: Array, point: Point, a: Array, r: Array, operands: Any
+    plan: Plan, key: Array, point: Point, a: Array, r: Any, operands: Any
 ) -> tuple[Array, list[Array]]:
     """V, shape (M,), as an expression that JAX differentiates in everything, to any order."""
     noise = _noise(plan, operands)
@@ -449,7 +457,7 @@ def _differentiable(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _expectation(plan: Plan, key: Array, point: Point, a: Array, r: Array, operands: Any) -> Array:
+def _expectation(plan: Plan, key: Array, point: Point, a: Array, r: Any, operands: Any) -> Array:
     """The value of V alone, with derivatives by the cheapest way that serves."""
     del a, r
 
@@ -464,10 +472,15 @@ def _expectation(plan: Plan, key: Array, point: Point, a: Array, r: Array, opera
 def _expectation_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
     *_, a_dot, r_dot, operands_dot = tangents
     real = not jnp.issubdtype(plan.value_dtype, jnp.complexfloating)
-    if plan.num_rows <= _MAX_ROWS and real and not _any_live(operands_dot):
-        wrt = (_is_live(a_dot), _is_live(r_dot))
+    matrix_dot = r_dot if isinstance(r_dot, Blocks) else None
+    if plan.num_rows <= _MAX_ROWS and real and not _any_live((operands_dot, matrix_dot)):
+        wrt = (_is_live(a_dot), matrix_dot is None and _is_live(r_dot))
         value, *jacobians = _jacobian(plan, wrt, *primals)
-        dots = [t.astype(plan.value_dtype) for t in (a_dot, r_dot) if _is_live(t)]
+        dots = [
+            t.astype(plan.value_dtype)
+            for t, asked in zip((a_dot, r_dot), wrt, strict=True)
+            if asked
+        ]
         steps = [j @ t if t.ndim else j * t for j, t in zip(jacobians, dots, strict=True)]
         return value, functools.reduce(jnp.add, steps)
     return _jvp(lambda *args: _differentiable(plan, *args)[0], primals, tangents)
@@ -480,7 +493,7 @@ def _jacobian(
     key: Array,
     point: Point,
     a: Array,
-    r: Array,
+    r: Any,
     operands: Any,
 ) -> tuple[Array, ...]:
     """The value, and the Jacobians in a (M, D) and r (M,) or (M, D), as far as `wrt` asks.
@@ -545,7 +558,7 @@ def _jacobian_of_surrogates(
     key: Array,
     point: Point,
     a: Array,
-    r: Array,
+    r: Any,
     operands: Any,
 ) -> tuple[Array, ...]:
     """`_jacobian` for degrees 1 and 2: sum_i (f_i - q(z_i)) dl_i, and the derivatives of E q."""
@@ -568,7 +581,7 @@ def _jacobian_of_surrogates(
     sums, _ = _over_groups(plan, weigh, (f, beta))
     mean_beta = jnp.tensordot(jnp.asarray(_sizes(plan) / plan.num_samples, f.dtype), beta, axes=1)
 
-    def expected(a: Array, r: Array) -> Array:
+    def expected(a: Array, r: Any) -> Array:
         return _surrogate.expected_features(a, r, plan.degree or 0, noise).astype(f.dtype)
 
     jacobians = []
@@ -579,7 +592,7 @@ def _jacobian_of_surrogates(
     return (jnp.mean(f, axis=0), *jacobians)
 
 
-def _slopes(plan: Plan, wrt: tuple[bool, bool], noise: Any, z: Array, r: Array) -> list[Array]:
+def _slopes(plan: Plan, wrt: tuple[bool, bool], noise: Any, z: Array, r: Any) -> list[Array]:
     """dl/da (C, D) and dl/dr, (C, 1) or (C, D), of each row of z, as far as `wrt` asks."""
     dl_da = _slope(noise, z)
     slopes = [dl_da] if wrt[0] else []
@@ -601,8 +614,8 @@ def _product(left: Array, right: Array) -> Array:
 
 @partial(_jacobian.defjvp, symbolic_zeros=True)
 def _jacobian_jvp(plan: Plan, wrt: tuple[bool, bool], primals: Any, tangents: Any) -> Any:
-    def jacobian(key: Array, point: Point, a: Array, r: Array, operands: Any) -> tuple[Array, ...]:
-        def value(a: Array, r: Array) -> Array:
+    def jacobian(key: Array, point: Point, a: Array, r: Any, operands: Any) -> tuple[Array, ...]:
+        def value(a: Array, r: Any) -> Array:
             return _differentiable(plan, key, point, a, r, operands)[0]
 
         out, pullback = jax.vjp(value, a, r)

@@ -38,8 +38,10 @@ def make_perturbed_fun(
         vmapped over the samples.
       num_samples: how often fun is evaluated, a static int of at least 1.
       sigma: scale of the noise, > 0: a number; an array that broadcasts into a leaf of x; or a
-        pytree of them with the structure of x, or a prefix of it. May be traced, and differentiated
-        with respect to. A traced sigma that is not > 0 gives NaN.
+        pytree of them with the structure of x, or a prefix of it. For a leaf of shape s, with axes,
+        an array of shape s + s is a matrix L, invertible, that makes the noise L eps: for a vector,
+        the Cholesky factor of a covariance, say. May be traced, and differentiated with respect
+        to. A traced sigma that is not > 0, or not invertible, gives NaN.
       noise: law of the noise, an object with the methods of `NoiseDistribution`.
       use_baseline: subtract from each value a prediction of it, made from other samples' values and
         from fun(x) (where finite), before weighing it by the score; see degree. Changes no
@@ -66,8 +68,9 @@ def make_perturbed_fun(
 
     Raises:
       TypeError: at construction or call, where an argument is not of the kind described.
-      ValueError: where num_samples or batch_size is below 1, sigma is not positive and finite or
-        does not fit x, or noise returns arrays of another shape than asked for.
+      ValueError: where num_samples or batch_size is below 1, sigma is not positive and finite (a
+        matrix: not invertible) or does not fit x, or noise returns arrays of another shape than
+        asked for.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -124,7 +127,7 @@ def make_perturbed_fun(
         )
         with _arguments.explained_vmap(batch_size):
             value, aux = _estimator.estimate(plan, key, leaves, scales, (operands, law_operands))
-        value = _arguments.nan_unless_positive(value, scales)
+        value = _arguments.nan_unless_valid(value, scales, leaves)
         value = jax.tree.unflatten(value_tree, value)
         return (value, jax.tree.unflatten(aux_tree, aux)) if has_aux else value
 

@@ -23,6 +23,7 @@ import numpy as np
 from jax import Array, lax
 
 from . import _arguments
+from ._blocks import is_matrix
 from ._noise import Normal
 
 
@@ -169,10 +170,22 @@ def score_leaves(theta: Any, name: str = "theta") -> tuple[list[Array], list[str
 def scales_of(
     sigma: Any, theta: Any, leaves: list[Array], names: list[str], multiplicative: bool
 ) -> list[Array]:
-    """One scale for each leaf of theta, or one for all; errors as in make_perturbed_fun."""
+    """One scale for each leaf of theta, or one for all; errors as in make_perturbed_fun.
+
+    Raises:
+      ValueError: for a matrix, too.
+    """
     if multiplicative:  # sigma is relative, so that no score is too large for it
         leaves = [jnp.zeros_like(v) for v in leaves]
-    return _arguments.scale_leaves(sigma, theta, leaves, names)
+    scales = _arguments.scale_leaves(sigma, theta, leaves, names)
+    for scale, leaf, name in zip(scales, leaves, names, strict=False):
+        if is_matrix(scale, leaf):
+            raise ValueError(
+                f"sigma of shape {scale.shape} is a matrix for {name!r} of shape {leaf.shape}, "
+                "which make_perturbed_fun takes; here sigma must be a number, or broadcast into "
+                "theta"
+            )
+    return scales
 
 
 def same_shapes(name: str, value: Any, theta: Any) -> list[Array]:

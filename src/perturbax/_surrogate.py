@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ._blocks import Blocks
+
 RIDGE = 1e-3
 _REFINEMENTS = 2
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -40,15 +42,20 @@ def features(z: Array, degree: int, mean: float) -> Array:
     return jnp.concatenate(columns, axis=1)
 
 
-def expected_features(a: Array, r: Array, degree: int, noise: Any) -> Array:
+def expected_features(a: Array, r: Any, degree: int, noise: Any) -> Array:
     """E phi(u) at u = (eps - a) / r, the place of x + sigma eps in terms of z: shape (P,)."""
     dim = a.shape[0]
-    shift = (noise.mean - a) / r - noise.mean
+    ahead = noise.mean - a
+    shift = (r.solve(ahead) if isinstance(r, Blocks) else ahead / r) - noise.mean
     columns = [jnp.ones((1,), a.dtype), shift]
     if degree == 2:
         j, k = _pairs(dim)
-        variance = jnp.broadcast_to(noise.variance / r**2, (dim,))
-        columns.append(shift[j] * shift[k] + jnp.where(j == k, variance[j], 0))
+        if isinstance(r, Blocks):
+            covariance = noise.variance * r.covariance(j, k)
+        else:
+            variance = jnp.broadcast_to(noise.variance / r**2, (dim,))
+            covariance = jnp.where(j == k, variance[j], 0)
+        columns.append(shift[j] * shift[k] + covariance)
     return jnp.concatenate(columns)
 
 
