@@ -12,6 +12,7 @@ from ._distribution import (
     EmpiricalDistribution as EmpiricalDistribution,
     make_perturbed_distribution as make_perturbed_distribution,
 )
+from ._estimate import Estimate as Estimate, estimate as estimate
 from ._fenchel_young import make_fenchel_young_loss as make_fenchel_young_loss
 from ._implicit_mle import SumOfGamma as SumOfGamma, make_implicit_mle as make_implicit_mle
 from ._noise import (

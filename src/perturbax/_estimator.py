@@ -35,7 +35,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from . import _bits, _surrogate
 from ._arguments import varying_axes
-from ._blocks import Blocks, departures, is_matrix, scaled
+from ._blocks import Blocks, departures, scaled
 from ._sampling import draw
 from ._trace import TracedFunction
 
@@ -140,21 +140,10 @@ def estimate(plan: Plan, key: Array, x: list[Array], sigma: list[Array], operand
     Returns:
       The leaves of the value, and of aux stacked over samples.
     """
-    point = Point(*lax.stop_gradient((x, [v.astype(plan.dtype) for v in sigma])))
-    scales = [v.astype(plan.dtype) for v in sigma]
+    point = _point(plan, x, sigma)
     # Flat from here on: what is done leaf by leaf is compiled leaf by leaf.
     departure = _departure(_concatenate([v.astype(plan.dtype) for v in x], plan.dtype))
-    if any(map(is_matrix, sigma, x)):
-        flat_a, flat_r = departures(departure, scales, plan.shapes)
-    else:
-        if len(sigma) == 1 and sigma[0].ndim == 0:
-            scale = scales[0]
-        else:
-            scale = _concatenate(
-                [jnp.broadcast_to(v, shape) for v, shape in zip(scales, plan.shapes, strict=True)],
-                plan.dtype,
-            )
-        flat_a, flat_r = -departure / scale, lax.stop_gradient(scale) / scale
+    flat_a, flat_r = _standardised(plan, departure, sigma)
     words = _bits.root(key)
     has_aux = len(plan.fun.out_avals) > plan.num_outputs
     if has_aux or plan.fun.jaxpr.effects:
@@ -170,6 +159,25 @@ class Point(NamedTuple):
 
     x: list[Array]
     sigma: list[Array]
+
+
+def _point(plan: Plan, x: list[Array], sigma: list[Array]) -> Point:
+    return Point(*lax.stop_gradient((x, [v.astype(plan.dtype) for v in sigma])))
+
+
+def _standardised(plan: Plan, departure: Array, sigma: list[Array]) -> tuple[Array, Any]:
+    """a and r, for the flat x - x0."""
+    scales = [v.astype(plan.dtype) for v in sigma]
+    if len(scales) == 1 and scales[0].ndim == 0:
+        scale = scales[0]
+    elif any(v.ndim > len(shape) for v, shape in zip(scales, plan.shapes, strict=True)):
+        return departures(departure, scales, plan.shapes)
+    else:
+        scale = _concatenate(
+            [jnp.broadcast_to(v, shape) for v, shape in zip(scales, plan.shapes, strict=True)],
+            plan.dtype,
+        )
+    return -departure / scale, lax.stop_gradient(scale) / scale
 
 
 @jax.custom_jvp
@@ -649,3 +657,112 @@ def _jvp(fun: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any
         return fun(*jax.tree.unflatten(tree, merged))
 
     return jax.jvp(restricted, [leaves[i] for i in live], [dots[i] for i in live])
+
+
+# --- Spread
+
+
+class Spread(NamedTuple):
+    """Estimates and their standard errors: leaves of the value, and for each of them those of x."""
+
+    value: list[Array]
+    value_error: list[Array]
+    jacobian: list[list[Array]]
+    jacobian_error: list[list[Array]]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def spread(
+    plan: Plan, derive: bool, key: Array, x: list[Array], sigma: list[Array], operands: Any
+) -> tuple[Spread, list[Array]]:
+    """Value and, if `derive`, Jacobian in x, with their errors as the groups' spread tells them.
+
+    Each group g makes an estimate C_g of its own, with the surrogate that is fitted on the others.
+    The estimate is their mean, weighted by their sizes; its squared error that of a mean of
+    independent numbers. (They are not quite: surrogates are fitted on common samples. What that
+    correlates is a product of two errors of fits.)
+    """
+    words, point = _bits.root(key), _point(plan, x, sigma)
+    noise = _noise(plan, operands)
+    if derive:
+        # Bounds the Jacobians of groups that are held at a time.
+        most = max(1, _CHUNK["cpu"] // (plan.num_rows * max(plan.dim, 1)))
+        if most < plan.groups_at_a_time():
+            plan = dataclasses.replace(plan, batch_size=most * plan.group_size)
+    noise_of = _drawer(plan, words, operands)
+    sizes = jnp.asarray(_sizes(plan), plan.value_dtype)
+    shares = sizes / plan.num_samples
+
+    def evaluate(first: Array, count: int, rows: int, _: Any) -> tuple[tuple[()], Any]:
+        return (), _evaluate(plan, operands, point, noise_of(first, count)[:rows])
+
+    _, (f, aux) = _over_groups(plan, evaluate)
+    value = jnp.mean(f, axis=0)
+    means = jnp.sum(_grouped(plan, f - value[None]), axis=1) / sizes[:, None]
+    avals = plan.fun.out_avals[: plan.num_outputs]
+
+    def values(flat: Array) -> list[Array]:
+        return _split(flat, avals, plan.output_dtypes)
+
+    def errors(squares: Array) -> Array:
+        return jnp.sqrt(squares * (plan.num_groups / max(plan.num_groups - 1, 1)))
+
+    value_error = errors(jnp.sum((shares[:, None] * jnp.abs(means)) ** 2, axis=0))
+    if not derive:
+        return Spread(values(value), values(value_error), [], []), aux
+
+    zeros = jnp.zeros((plan.dim,), plan.dtype)
+    standardised, pull = jax.vjp(lambda v: _standardised(plan, v, sigma)[0], zeros)
+    r = _standardised(plan, zeros, sigma)[1]
+
+    def in_x(rows: Array) -> Array:
+        return jax.vmap(pull)(rows)[0].astype(f.dtype)
+
+    residual, beta, phi, slope = f, None, None, None
+    if plan.degree is not None:
+        f0, _ = _call(plan, operands, point.x)
+        if plan.degree:
+            beta, phi = _fit(plan, noise, noise_of, f, f0)
+            slope = in_x(
+                jax.jacfwd(_surrogate.expected_features)(standardised, r, plan.degree, noise)
+            )
+        else:
+            b = _baselines(plan, f, f0)
+            residual = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
+
+    def jacobians(first: Array, count: int, rows: int, xs: Any) -> tuple[Array, Array]:
+        """C_g of each group, (count, M, D), and its share in the whole."""
+        residual, beta = xs
+        z = noise_of(first, count)[:rows]
+        if phi is not None:
+            q = _surrogate.predict(_grouped(plan, phi(z)), beta)
+            residual = residual - q.reshape(-1, plan.num_rows)[:rows]
+        left = jnp.swapaxes(_grouped(plan, residual), 1, 2)
+        found = _product(left, _grouped(plan, in_x(_slope(noise, z))))
+        last = first + lax.iota(jnp.uint32, count) == plan.num_groups - 1
+        size = jnp.where(last, sizes[-1], sizes[0])
+        found = found / size[:, None, None]
+        if beta is not None:
+            found = found + _product(jnp.swapaxes(beta, 1, 2), slope)
+        return found, (size / plan.num_samples)[:, None, None]
+
+    def add(*args: Any) -> tuple[Array, tuple[()]]:
+        found, share = jacobians(*args)
+        return jnp.sum(share * found, axis=0), ()
+
+    jacobian, _ = _over_groups(plan, add, (residual, beta))
+
+    def add_square(*args: Any) -> tuple[Array, tuple[()]]:
+        found, share = jacobians(*args)
+        return jnp.sum((share * jnp.abs(found - jacobian[None])) ** 2, axis=0), ()
+
+    squares, _ = _over_groups(plan, add_square, (residual, beta))
+
+    def in_leaves(rows: Array) -> list[list[Array]]:
+        columns = [jnp.moveaxis(v, 0, -1) for v in values(rows.T)]
+        return [_split(v, x, [leaf.dtype for leaf in x]) for v in columns]
+
+    found = Spread(
+        values(value), values(value_error), in_leaves(jacobian), in_leaves(errors(squares))
+    )
+    return found, aux

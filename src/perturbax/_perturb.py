@@ -1,7 +1,7 @@
 """make_perturbed_fun: a smoothed, differentiable version of any function."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -10,6 +10,27 @@ from . import _arguments, _defaults, _estimator
 from ._interop import as_noise
 from ._noise import Gumbel, NoiseDistribution
 from ._sampling import Sampler
+
+
+class Call(NamedTuple):
+    """A call of a perturbed function: its arguments, checked, and what was found out about them."""
+
+    plan: _estimator.Plan
+    key: Array
+    x: list[Array]
+    sigma: list[Array]
+    operands: Any
+    value_tree: Any
+    aux_tree: Any
+
+
+class Perturbed(NamedTuple):
+    """What a perturbed function is made of."""
+
+    prepare: Callable[..., Call]
+    sampler: Sampler | None
+    has_aux: bool
+    batch_size: int | None
 
 
 def make_perturbed_fun(
@@ -99,7 +120,9 @@ def make_perturbed_fun(
     _arguments.check_sampler(sampler)
     _arguments.check_degree(degree)
 
-    def perturbed_fun(key: Array, x: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def prepare(
+        sampler: Sampler | None, key: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call:
         key = _arguments.check_key(key, x)
         leaves, names, merge = _arguments.perturbed_leaves(x)
         scales = _arguments.scale_leaves(sigma, x, leaves, names)
@@ -125,10 +148,16 @@ def make_perturbed_fun(
             dtypes=tuple(v.dtype for v in leaves),
             dtype=dtype,
         )
-        with _arguments.explained_vmap(batch_size):
-            value, aux = _estimator.estimate(plan, key, leaves, scales, (operands, law_operands))
-        value = _arguments.nan_unless_valid(value, scales, leaves)
-        value = jax.tree.unflatten(value_tree, value)
-        return (value, jax.tree.unflatten(aux_tree, aux)) if has_aux else value
+        return Call(plan, key, leaves, scales, (operands, law_operands), value_tree, aux_tree)
 
+    def perturbed_fun(key: Array, x: Any, /, *args: Any, **kwargs: Any) -> Any:
+        call = prepare(sampler, key, x, args, kwargs)
+        with _arguments.explained_vmap(batch_size):
+            value, aux = _estimator.estimate(*call[:5])
+        value = _arguments.nan_unless_valid(value, call.sigma, call.x)
+        value = jax.tree.unflatten(call.value_tree, value)
+        return (value, jax.tree.unflatten(call.aux_tree, aux)) if has_aux else value
+
+    # What `estimate` needs to know of it.
+    perturbed_fun.__dict__["_perturbed"] = Perturbed(prepare, sampler, has_aux, batch_size)
     return perturbed_fun
