@@ -19,6 +19,7 @@ collection, so the writers of the test images are mostly others. Sets are put to
     python examples/sorting_digits.py
 """
 
+import itertools
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +79,7 @@ def initial_network(key, widths=(64, 96, 24), joint=(DIGITS * 24, 48, 1)):
 
     def layers(key, widths):
         keys = jax.random.split(key, len(widths) - 1)
-        shapes = zip(widths[:-1], widths[1:], strict=True)
+        shapes = itertools.pairwise(widths)
         return [
             (jax.random.normal(k, shape) * np.sqrt(2 / shape[0]), jnp.zeros(shape[1]))
             for k, shape in zip(keys, shapes, strict=True)
@@ -189,7 +190,40 @@ def main(path="build/sorting_digits.png", num_steps=3000, num_test=2000):
         result.names, result.right_places, result.right_sets, result.seconds, strict=True
     ):
         print("{:28} {:12.1%} {:11.1%} {:4.0f} s".format(*row))
+    path = Path(path)
+    draw(result, test[0], test_sets, path)
+    print(f"figure: {path}")
     return result
+
+
+def draw(result, pixels, test_sets, path):
+    """Learning curves, and the first sets as the first way sorts them."""
+    count = test_sets.values.shape[1]
+    figure = plt.figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[2, 3])
+    axes = left.subplots()
+    for name, curve in zip(result.names, result.curves, strict=True):
+        axes.plot(result.steps, 100 * curve, label=name)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("test sets in the right order, %")
+    axes.set_ylim(0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    rows = 6
+    cells = right.subplots(rows, count)
+    right.suptitle("test sets as the ranks sort them; red: not in its place", fontsize="medium")
+    for i in range(rows):
+        order = np.argsort(result.scores[0][i])
+        values = np.asarray(test_sets.values[i])
+        for j, (cell, k) in enumerate(zip(cells[i], order, strict=True)):
+            images = np.asarray(pixels[test_sets.images[i][k]]).reshape(-1, 8, 8)
+            cell.imshow(np.concatenate(images, axis=1), cmap="gray_r")
+            colour = "black" if values[k] == np.sort(values)[j] else "tab:red"
+            cell.set_title(f"{values[k]:04.0f}", fontsize="x-small", color=colour, pad=1)
+            cell.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

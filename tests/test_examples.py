@@ -127,6 +127,15 @@ def test_learning_to_rank_measures_what_scikit_learn_does(example):
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
+def test_sorting_digits(example, tmp_path):
+    path = tmp_path / "new" / "sorting.png"
+    result = example("sorting_digits").main(path, num_steps=60, num_test=200)
+    # Five numbers in a random order are right in 0.8 % of the sets.
+    assert min(result.right_sets) > 0.03
+    assert min(result.right_places) > 0.27
+    assert path.exists()
+
+
 def test_demo_draws_its_figure(example, tmp_path, capsys):
     problem = example("compare_optax").problems()[0]._replace(num_turns=3)
     path = tmp_path / "new" / "demo.png"

@@ -13,6 +13,7 @@ PACKAGE = Path(perturbax.__file__).parent
 # a folder stands for all the files in it, which may also import one another.
 LAYERS = [
     "_bits",
+    "_blocks",
     "_trace",
     "_arguments",
     "_quantiles",
@@ -25,6 +26,7 @@ LAYERS = [
     "_defaults",
     "_estimator",
     "_perturb",
+    "_estimate",
     "solvers",
     "_perturbation",
     "_argmax",

@@ -230,7 +230,8 @@ def scale_leaves(sigma: Any, x: Any, leaves: list[Array], names: list[str]) -> l
     """One scale for each floating leaf of x, or a single scalar for all of them."""
     alone = not isinstance(sigma, dict | list | tuple) and jax.tree_util.all_leaves([sigma])
     if alone:
-        scales = [sigma] * (1 if np.ndim(sigma) == 0 else len(leaves))
+        scales: list[Any] = [sigma]
+        scales = scales * (len(leaves) if np.ndim(scales[0]) else 1)
     else:
         try:
             spread = jax.tree.broadcast(sigma, x)

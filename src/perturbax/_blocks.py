@@ -54,7 +54,8 @@ class Blocks(NamedTuple):
 
     def log_det(self) -> Array:
         """log |det R|."""
-        return sum(jnp.sum(jnp.log(r)) if r.ndim == 1 else _log_det(r) for r in self.blocks)
+        parts = [jnp.sum(jnp.log(r)) if r.ndim == 1 else _log_det(r) for r in self.blocks]
+        return jnp.sum(jnp.stack(parts))
 
     def covariance(self, j: np.ndarray, k: np.ndarray) -> Array:
         """The entries (j, k) of R^-1 R^-T; of its diagonal alone, or of few coordinates."""

@@ -485,7 +485,7 @@ def _expectation_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Ar
         wrt = (_is_live(a_dot), matrix_dot is None and _is_live(r_dot))
         value, *jacobians = _jacobian(plan, wrt, *primals)
         dots = [
-            t.astype(plan.value_dtype)
+            jnp.asarray(t, plan.value_dtype)
             for t, asked in zip((a_dot, r_dot), wrt, strict=True)
             if asked
         ]
@@ -718,7 +718,7 @@ def spread(
     def in_x(rows: Array) -> Array:
         return jax.vmap(pull)(rows)[0].astype(f.dtype)
 
-    residual, beta, phi, slope = f, None, None, None
+    residual, beta, phi, slope = f, None, None, zeros
     if plan.degree is not None:
         f0, _ = _call(plan, operands, point.x)
         if plan.degree:
