@@ -1,7 +1,5 @@
 """Scales that are matrices, y = x + L eps: closed forms, identities, and what must fail."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -380,10 +378,11 @@ def test_a_traced_singular_matrix_gives_nan(sigma):
     [
         px.make_perturbed_argmax,
         px.make_perturbed_max,
-        lambda fun, num_samples, sigma: partial(
-            px.make_fenchel_young_loss(fun, num_samples=num_samples, sigma=sigma), y_true=X
+        lambda fun, num_samples, sigma: (
+            lambda key, x: px.make_fenchel_young_loss(fun, num_samples=num_samples, sigma=sigma)(
+                key, x, X
+            )
         ),
-        px.make_perturbed_distribution,
     ],
 )
 def test_perturbed_optimizers_say_what_they_take(make):
