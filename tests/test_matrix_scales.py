@@ -38,8 +38,9 @@ def exact_quadratic(x, factor, noise):
 # --- Identities
 
 
-@pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel()], ids=str)
-@pytest.mark.parametrize("sampler", [px.Independent(), px.Sobol()], ids=str)
+@pytest.mark.parametrize(
+    ("sampler", "noise"), [(px.Independent(), px.Gumbel()), (px.Sobol(), px.Normal())], ids=str
+)
 def test_derivatives_of_a_quadratic_are_exact(sampler, noise):
     fun = smooth(quadratic, 256, noise, sampler=sampler, degree=2)
 
@@ -53,22 +54,23 @@ def test_derivatives_of_a_quadratic_are_exact(sampler, noise):
 
 
 def test_squares_alone_above_twenty_coordinates():
-    """The surrogate of degree 2 then leaves products out; without them it is still exact."""
+    """The surrogate of degree 2 then leaves products out; squares of the noise are still exact."""
     dim = 22
-    factor = jnp.diag(jnp.linspace(0.3, 0.7, dim))
-    fun = smooth(lambda y: jnp.sum(y**2), 512, sampler=px.Sobol(), degree=2)
+    factor = jnp.eye(dim) * 0.5 + 0.1 * jnp.tri(dim, k=-1)
+    inverse = jnp.linalg.inv(factor)
+    fun = smooth(lambda y: jnp.sum((inverse @ y) ** 2), 512, sampler=px.Sobol(), degree=2)
     slope = jax.grad(fun, argnums=2)(KEY, jnp.zeros(dim), factor)
-    np.testing.assert_allclose(slope, 2 * factor, atol=2e-3)
+    np.testing.assert_allclose(slope, 2 * inverse.T, atol=2e-2)
 
 
-@pytest.mark.parametrize("degree", [0, 1, 2])
+@pytest.mark.parametrize("degree", [0, 1])
 def test_a_diagonal_matrix_is_a_scale_for_each_coordinate(degree):
     scales = jnp.array([0.5, 0.8])
-    fun = smooth(lambda y: jnp.stack([jnp.sum(jnp.abs(y)), y[0] * y[1]]), degree=degree)
+    fun = smooth(lambda y: jnp.sum(jnp.abs(y)) + y[0] * y[1], degree=degree)
 
     def derivatives(of):
-        one = jax.jacrev(of, argnums=(0, 1))(X, scales)
-        return of(X, scales), one, jax.jacfwd(jax.jacrev(of), argnums=(0, 1))(X, scales)
+        one = jax.grad(of, argnums=(0, 1))
+        return of(X, scales), one(X, scales), jax.jacfwd(one, argnums=(0, 1))(X, scales)
 
     dense = derivatives(lambda x, s: fun(KEY, x, jnp.diag(s)))
     assert_trees_close(dense, derivatives(lambda x, s: fun(KEY, x, s)), rtol=1e-4, atol=1e-4)
@@ -83,13 +85,12 @@ def test_trees_of_matrices_and_scales():
     def fun(x):
         return jnp.sum(x["a"]) * x["c"] + jnp.sum(x["b"] ** 2) * x["n"]
 
-    def by_scale(sigma):
+    def estimate(x, sigma):
         return smooth(fun, 1024, degree=2)(KEY, x, sigma)
 
-    slope = jax.grad(by_scale)(sigma)
+    gradient, slope = jax.grad(estimate, argnums=(0, 1), allow_int=True)(x, sigma)
     np.testing.assert_allclose(slope["b"].reshape(4, 4), 6 * wide, atol=1e-3)
     np.testing.assert_allclose([slope["a"], slope["c"]], 0.0, atol=1e-3)
-    gradient = jax.grad(lambda x: smooth(fun, 1024, degree=2)(KEY, x, sigma), allow_int=True)(x)
     np.testing.assert_allclose(gradient["b"], 6 * x["b"], atol=1e-3)
     np.testing.assert_allclose(gradient["a"], [0.5, 0.5], atol=1e-3)
 
@@ -102,10 +103,9 @@ def test_a_leaf_of_many_coordinates_beside_a_matrix_costs_no_square():
     assert np.isfinite(slope["many"])
 
 
-@pytest.mark.parametrize("degree", [0, 2])
-def test_transforms_and_batches(degree):
+def test_transforms_and_batches():
     def gradient(x, factor, **options):
-        fun = smooth(lambda y: jnp.max(jnp.abs(y)), 96, degree=degree, **options)
+        fun = smooth(lambda y: jnp.max(jnp.abs(y)), 96, degree=1, **options)
         return jax.grad(fun, argnums=(1, 2))(KEY, x, factor)
 
     factors = jnp.stack([L, 2 * L, jnp.array([[0.0, 1.0], [-1.0, 0.5]])])
@@ -133,13 +133,10 @@ def test_inverses(seed):
     """Without pivots or scaling of rows, zeros and units would spoil them."""
     matrix = np.random.default_rng(seed).normal(size=(9, 9)).astype(np.float32)
     matrix[np.arange(9), np.arange(9)] = 0.0
-    matrix *= 10.0 ** np.arange(-12, 15, 3)[:, None].astype(np.float32)
-    inverse = np.asarray(jax.jit(_blocks.invert)(matrix), np.float64)
-    matrix = matrix.astype(np.float64)
-    np.testing.assert_allclose(inverse @ matrix, np.eye(9), atol=1e-3)
-    lengths = np.linalg.norm(matrix, axis=1)
-    unitless = (matrix / lengths[:, None]) @ (inverse * lengths[None])
-    np.testing.assert_allclose(unitless, np.eye(9), atol=1e-3)
+    units = 10.0 ** np.arange(-12, 15, 3)
+    inverse = jax.jit(_blocks.invert)((matrix * units[:, None]).astype(np.float32))
+    exact = np.linalg.inv(matrix.astype(np.float64))
+    np.testing.assert_allclose(inverse * units[None], exact, atol=1e-4 * np.abs(exact).max())
 
 
 def test_the_unit_and_its_determinant():
@@ -208,7 +205,6 @@ def all_derivatives(estimate):
     return estimator
 
 
-POINT = jnp.array([0.35, -0.05])
 SETTINGS = {"seed": 40, "num_keys": 2**14}
 
 
@@ -225,19 +221,20 @@ def test_a_halfspace(degree):
     )
 
 
-def gumbel_corner(y):
+def corner(y):
     """1[u_0 > 0] 1[u_1 > 0] for u = L0^-1 y: it factorises at L = L0."""
     u = jnp.asarray(np.linalg.inv(np.asarray(L, np.float64)), jnp.float32) @ y
     return ((u[0] > 0) & (u[1] > 0)).astype(jnp.float32)
 
 
-@pytest.mark.parametrize("name", ["Normal", "Gumbel"])
-def test_a_corner_in_the_coordinates_of_the_noise(name):
+CORNER = np.array([0.5, -0.25])
+CORNER_ARGS = (jnp.asarray(np.asarray(L, np.float64) @ CORNER, jnp.float32), L)
+
+
+def exact_corner(law):
     """With x = L c, u = c + L0^-1 L eps; derivatives in x by those in c, known for any noise."""
-    noise, law = NOISES[name]
-    factor = np.asarray(L, np.float64)
-    inverse = np.linalg.inv(factor)
-    c = np.array([0.5, -0.25])
+    inverse = np.linalg.inv(np.asarray(L, np.float64))
+    c = CORNER
     parts = cf.smooth_profile(cf.step, c, 1.0, law)
     value, first, second = parts["value"], parts["first"], parts["second"]
     in_c = np.array([first[0] * value[1], value[0] * first[1]])
@@ -251,13 +248,19 @@ def test_a_corner_in_the_coordinates_of_the_noise(name):
     tail = law.ramp(c) - c * value  # E[eps 1[c + eps > 0]]
     in_m = np.diag([parts["dsigma"][0] * value[1], value[0] * parts["dsigma"][1]])
     in_m[0, 1], in_m[1, 0] = first[0] * tail[1], first[1] * tail[0]
-    exact = {
+    return {
         "value": value[0] * value[1],
         "gradient": inverse.T @ in_c,
         "hessian": inverse.T @ hessian @ inverse,
         "matrix": inverse.T @ in_m,
     }
-    full = all_derivatives(smooth(gumbel_corner, 128, noise, degree=2))
+
+
+@pytest.mark.parametrize("name", ["Normal", "Gumbel"])
+def test_a_corner_in_the_coordinates_of_the_noise(name):
+    noise, law = NOISES[name]
+    exact = exact_corner(law)
+    full = all_derivatives(smooth(corner, 128, noise, degree=2))
 
     def estimator(*args):
         found = full(*args)
@@ -266,7 +269,7 @@ def test_a_corner_in_the_coordinates_of_the_noise(name):
     assert_unbiased(
         estimator,
         exact,
-        args=(jnp.asarray(factor @ c, jnp.float32), L),
+        args=CORNER_ARGS,
         promise={name: HALFSPACE[name] for name in exact},
         **SETTINGS,
     )
@@ -311,14 +314,22 @@ def test_the_protocol_finds_what_is_wrong():
         assert_biased(estimator, exact, quantities=("matrix",), **settings)
 
 
-def test_a_determinant_left_out_of_the_library_is_found(monkeypatch):
-    monkeypatch.setattr(_blocks.Blocks, "log_det", lambda self: jnp.zeros(()))
+@pytest.mark.parametrize("part", ["log_det", "times"])
+def test_a_part_of_the_library_left_out_is_found(part, monkeypatch):
+    """With Gumbel noise: for Normal noise s z' is symmetric, and a transpose changes nothing."""
+    blocks = _blocks.Blocks
+    if part == "log_det":
+        monkeypatch.setattr(blocks, "log_det", lambda self: jnp.zeros(()))
+    else:
+        transposed = lambda self: blocks(tuple(r.T for r in self.blocks))  # noqa: E731
+        times = blocks.times
+        monkeypatch.setattr(blocks, "times", lambda self, z: times(transposed(self), z))
     jax.clear_caches()
     assert_biased(
-        first_derivatives(smooth(halfspace, 128, use_baseline=False)),
-        {name: exact_halfspace()[name] for name in ("gradient", "matrix")},
+        first_derivatives(smooth(corner, 128, px.Gumbel(), use_baseline=False)),
+        {name: exact_corner(cf.gumbel)[name] for name in ("gradient", "matrix")},
         quantities=("matrix",),
-        args=(X, L),
+        args=CORNER_ARGS,
         seed=42,
         num_keys=2**13,
     )
@@ -378,6 +389,7 @@ def test_a_traced_singular_matrix_gives_nan(sigma):
     [
         px.make_perturbed_argmax,
         px.make_perturbed_max,
+        px.make_perturbed_distribution,
         lambda fun, num_samples, sigma: (
             lambda key, x: px.make_fenchel_young_loss(fun, num_samples=num_samples, sigma=sigma)(
                 key, x, X
