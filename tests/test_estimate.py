@@ -20,13 +20,14 @@ def steps(x):
     return jnp.sum(jnp.where(x > 0, 1.0, 0.0))
 
 
+SCALES = [0.3, [0.1, 0.2, 0.3], np.diag([0.1, 0.2, 0.3]) + 0.02]
+
+
 @pytest.mark.parametrize(
-    "sigma",
-    [0.3, [0.1, 0.2, 0.3], np.diag([0.1, 0.2, 0.3]) + 0.02],
-    ids=["number", "vector", "matrix"],
+    ("sampler", "degree", "sigma"),
+    [(sampler, degree, SCALES[1]) for sampler in SAMPLERS for degree in (0, 1)]
+    + [(px.Sobol(4), 2, sigma) for sigma in SCALES],
 )
-@pytest.mark.parametrize("degree", [0, 1, 2])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_value_and_gradient_are_those_of_the_function(sampler, degree, sigma):
     smooth = px.make_perturbed_fun(
         relu, 98, jnp.array(sigma, jnp.float32), px.Normal(), sampler=sampler, degree=degree
