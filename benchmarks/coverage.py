@@ -52,7 +52,7 @@ def smoothed(noise, order):
             return np.maximum(x + SIGMA * z, 0).mean()
         if order == 1:
             return 1 - float(noise.cdf(-x / SIGMA))
-        return float(jnp.exp(noise.log_prob(-x / SIGMA))) / SIGMA
+        return float(jax.grad(noise.cdf)(-x / SIGMA)) / SIGMA
 
     return np.vectorize(at, otypes=[float])
 
