@@ -74,6 +74,13 @@ def cheapest_path(costs):
     return jnp.asarray(PATHS)[jnp.argmin(jnp.asarray(PATHS) @ costs)]
 
 
+def regret_of(name):
+    """The regret of a method's models; where costs are softplus of the model, of such costs."""
+    if "multiplicative" in name:
+        return make_regret(lambda predicted: cheapest_path(jax.nn.softplus(predicted)))
+    return make_regret(cheapest_path)
+
+
 def check_solver(num=2_000):
     """Raises unless the list of paths and the dynamic programme agree on random costs."""
     costs = jax.random.normal(jax.random.key(0), (num, len(EDGES)))
@@ -155,7 +162,6 @@ def evaluate(regret, models, data):
 
 def compare(losses, sizes, degrees, noises, seeds):
     """The first table: regrets by size, method, degree, noise and seed."""
-    regret = make_regret(cheapest_path)
     cells = list(itertools.product(degrees, noises, seeds))
     shape = (len(degrees), len(noises), len(seeds))
     results = []
@@ -167,7 +173,7 @@ def compare(losses, sizes, degrees, noises, seeds):
                 models = least_squares(data.x, data.costs)
             else:
                 models = fit(loss, Training(epochs), num_train)(0, data)
-            regrets = evaluate(regret, models, data).reshape(shape)
+            regrets = evaluate(regret_of(name), models, data).reshape(shape)
             results.append(
                 {
                     "method": name,
@@ -213,7 +219,6 @@ def choose(variants, seeds, num_train=1_000, trainings=2):
 
 def notebook(losses, variants, trainings, other_seeds, num_train=1_000):
     """The second table: regrets of several trainings at the notebook's setting."""
-    regret = make_regret(cheapest_path)
     one = load([(4, 0.5, 42)], num_train)
     data = Data(*(jnp.repeat(v, trainings, axis=0) for v in one))
     results = []
@@ -224,10 +229,10 @@ def notebook(losses, variants, trainings, other_seeds, num_train=1_000):
         start = time.perf_counter()
         models = jax.block_until_ready(train(0, data))
         seconds = (time.perf_counter() - start) / trainings
-        regrets = evaluate(regret, models, data)
+        regrets = evaluate(regret_of(name), models, data)
         results.append({"method": name, "regret": regrets.tolist(), "seconds": seconds})
 
-    two_stage = evaluate(regret, least_squares(one.x, one.costs), one)
+    two_stage = evaluate(make_regret(cheapest_path), least_squares(one.x, one.costs), one)
     results.append({"method": "two-stage least squares", "regret": two_stage.tolist()})
     for name, loss in losses.items():
         add(name, loss, Training(20))
