@@ -138,8 +138,7 @@ def make_perturbed_argmax(
 
         inputs = layer.inputs(leaves, scales)
         traced, operands = trace(mean, *inputs)
-        symmetric = symmetrize and not layer.multiplicative
-        num_symmetric = len(leaves) if symmetric and not traced.jaxpr.effects else 0
+        num_symmetric = len(leaves) if symmetrize and not layer.multiplicative else 0
         value = _symmetrized(traced, len(leaves), num_symmetric, inputs, operands)
         return jax.tree.unflatten(tree, value)
 
@@ -356,23 +355,31 @@ def _symmetrized(
     traced: TracedFunction, num_scores: int, num_symmetric: int, inputs: Any, operands: Any
 ) -> list[Array]:
     """traced(operands, *inputs), with a symmetric Jacobian of the first results in the scores."""
-    if not num_symmetric:
+    if traced.jaxpr.effects:  # JAX allows no side effects inside a custom derivative rule
         return traced(operands, *inputs)
-    return _field(traced, num_scores, inputs, operands)
+    return _field(traced, num_scores, num_symmetric, inputs, operands)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _field(traced: TracedFunction, num_scores: int, inputs: Any, operands: Any) -> list[Array]:
-    """traced(operands, *inputs); its derivative in the scores is J t / 2 + J' t / 2."""
-    del num_scores
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _field(
+    traced: TracedFunction, num_scores: int, num_symmetric: int, inputs: Any, operands: Any
+) -> list[Array]:
+    """traced(operands, *inputs); its derivative in the scores is J t / 2 + J' t / 2, or J t.
+
+    The rule is there even where nothing is made symmetric: JAX 0.10 cannot differentiate what vmap
+    makes of a jaxpr with another rule in it unless a rule stands around it, which traces it anew.
+    """
+    del num_scores, num_symmetric
     return traced(operands, *inputs)
 
 
 @partial(_field.defjvp, symbolic_zeros=True)
-def _field_jvp(traced: TracedFunction, num_scores: int, primals: Any, tangents: Any) -> Any:
+def _field_jvp(
+    traced: TracedFunction, num_scores: int, num_symmetric: int, primals: Any, tangents: Any
+) -> Any:
     leaves, tree = jax.tree.flatten(primals)
     dots = jax.tree.leaves(tangents)
-    by_scores = any(map(_is_live, dots[:num_scores]))
+    by_scores = num_symmetric > 0 and any(map(_is_live, dots[:num_scores]))
     live = [i for i, dot in enumerate(dots) if _is_live(dot) or (by_scores and i < num_scores)]
 
     def restricted(*values: Array) -> list[Array]:
