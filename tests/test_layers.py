@@ -113,21 +113,3 @@ def test_imports_run_one_way(file):
 )
 def test_every_form_of_import_is_seen(file, text, expected):
     assert list(imported_layers(Path(file), text)) == expected
-
-
-@pytest.mark.parametrize("options", [{}, {"symmetrize": False}, {"multiplicative": True}])
-def test_the_gradient_of_a_batch_is_the_batch_of_gradients(options):
-    """Without symmetric derivatives this was an error inside JAX."""
-    layer = px.make_perturbed_argmax(
-        px.solvers.one_hot_argmax, 10, 0.5, px.Normal(), use_baseline=True, **options
-    )
-    scores = 1 + jnp.arange(20.0).reshape(4, 5) % 7
-    keys = jax.random.split(jax.random.key(0), 4)
-
-    def one(key, scores):
-        return jnp.sum(layer(key, scores) ** 2)
-
-    whole = jax.grad(lambda scores: jnp.sum(jax.vmap(one)(keys, scores)))(scores)
-    parts = jax.vmap(jax.grad(one, argnums=1))(keys, scores)
-    np.testing.assert_allclose(whole, parts, rtol=1e-5, atol=1e-6)
-    assert np.abs(parts).max() > 0.01
