@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from . import _bits, _surrogate
@@ -102,18 +103,22 @@ class Plan:
         """Number M of scalar outputs."""
         return sum(a.size for a in self.fun.out_avals[: self.num_outputs])
 
+    @property
+    def width(self) -> int:
+        """Numbers of the widest array that one sample needs."""
+        return max(self.dim, self.num_rows, self.fun.widest, 1)
+
     def groups_at_a_time(self) -> int:
         """How many groups a chunk holds."""
         if not isinstance(self.dim, int):  # a symbolic shape, while exporting
             most = 16
         elif self.batch_size is None:
             budget = _CHUNK.get(jax.default_backend(), _CHUNK_ACCELERATOR)
-            row = max(self.dim, self.num_rows, 1)
-            if self.fun.widest > row:
-                row = self.fun.widest
-            elif self.degree or self.num_rows > _MAX_ROWS:
+            if self.fun.widest <= max(self.dim, self.num_rows) and (
+                self.degree or self.num_rows > _MAX_ROWS
+            ):
                 budget *= _PASSES
-            most = budget // (self.group_size * row)
+            most = budget // (self.group_size * self.width)
         else:
             most = self.batch_size // self.group_size
         most = min(max(most, 1), self.num_groups)
@@ -302,6 +307,40 @@ def _over_groups(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> tuple[An
     return sums, stacked
 
 
+def _in_turn(plan: Plan, fun: Callable[..., Any], *args: Any) -> Any:
+    """fun(*args); if vmapped on a single CPU, for so few inputs at a time as fit into the cache.
+
+    A chunk is sized for one input. All inputs of a batch at once would each go through memory with
+    every step; XLA itself uses all cores for one input.
+    """
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or not isinstance(plan.dim, int):
+        return fun(*args)
+    most = max(1, _CHUNK["cpu"] // (plan.groups_at_a_time() * plan.group_size * plan.width))
+    one = custom_vmap(fun)
+
+    @one.def_vmap
+    def batch(axis_size: int, in_batched: Any, *args: Any) -> tuple[Any, Any]:
+        leaves, tree = jax.tree.flatten(args)
+        batched = jax.tree.leaves(in_batched)
+        moving = [v for v, b in zip(leaves, batched, strict=True) if b]
+
+        def at(moving: list[Array], fun: Callable[..., Any]) -> Any:
+            parts = iter(moving)
+            merged = [next(parts) if b else v for v, b in zip(leaves, batched, strict=True)]
+            return fun(*jax.tree.unflatten(tree, merged))
+
+        if axis_size <= most:
+            out = jax.vmap(partial(at, fun=fun))(moving)
+        elif most == 1:
+            out = lax.map(partial(at, fun=one), moving)
+        else:
+            size = next((n for n in range(most, most // 2, -1) if axis_size % n == 0), most)
+            out = lax.map(partial(at, fun=fun), moving, batch_size=size)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return one(*args)
+
+
 def _grouped(plan: Plan, rows: Array) -> Array:
     """Rows (C, ...) cut into groups (count, n, ...), zeros for what the last one lacks."""
     missing = -rows.shape[0] % plan.group_size
@@ -469,11 +508,14 @@ def _expectation(plan: Plan, key: Array, point: Point, a: Array, r: Any, operand
     """The value of V alone, with derivatives by the cheapest way that serves."""
     del a, r
 
-    def evaluate(first: Array, count: int, rows: int, _: Any) -> tuple[Array, tuple[()]]:
-        z = _draw(plan, key, operands, first, count)[:rows]
-        return jnp.sum(_evaluate(plan, operands, point, z)[0], axis=0), ()
+    def mean(key: Array, point: Point, operands: Any) -> Array:
+        def evaluate(first: Array, count: int, rows: int, _: Any) -> tuple[Array, tuple[()]]:
+            z = _draw(plan, key, operands, first, count)[:rows]
+            return jnp.sum(_evaluate(plan, operands, point, z)[0], axis=0), ()
 
-    return _over_groups(plan, evaluate)[0] / plan.num_samples
+        return _over_groups(plan, evaluate)[0] / plan.num_samples
+
+    return _in_turn(plan, mean, key, point, operands)
 
 
 @partial(_expectation.defjvp, symbolic_zeros=True)
@@ -504,17 +546,29 @@ def _jacobian(
     r: Any,
     operands: Any,
 ) -> tuple[Array, ...]:
-    """The value, and the Jacobians in a (M, D) and r (M,) or (M, D), as far as `wrt` asks.
+    """The value, and the Jacobians in a (M, D) and r (M,) or (M, D), as far as `wrt` asks."""
+    one = _jacobian_of_surrogates if plan.degree else _jacobian_of_baselines
+    return _in_turn(plan, partial(one, plan, wrt), key, point, a, r, operands)
 
-    One pass for baselines (degree 0) or none: with c = f0 and 1 / n_g the weight of a value in
-    the baseline of group g,
+
+def _jacobian_of_baselines(
+    plan: Plan,
+    wrt: tuple[bool, bool],
+    key: Array,
+    point: Point,
+    a: Array,
+    r: Any,
+    operands: Any,
+) -> tuple[Array, ...]:
+    """`_jacobian` for degree 0, or none.
+
+    One pass: with c = f0 and 1 / n_g the weight of a value in the baseline of group g,
 
         sum_i (f_i - b_i) dl_i = sum_i (f_i - c) dl_i - S sum_g B_g / n_g + sum_g S_g B_g / n_g,
 
     where S_g and B_g are the sums of f_i - c and of dl_i over group g, and S is the sum of all S_g.
     """
-    if plan.degree:
-        return _jacobian_of_surrogates(plan, wrt, key, point, a, r, operands)
+    del a
     noise = _noise(plan, operands)
     centre, finite = jnp.zeros((plan.num_rows,), plan.value_dtype), None
     if plan.degree is not None:

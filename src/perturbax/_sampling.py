@@ -7,6 +7,7 @@ groups are independent of each other. That is all the estimator relies on.
 import dataclasses
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -169,7 +170,9 @@ def _net(key: Array, size: int, dim: int) -> Array:
     """The first `size` points of a scrambled Sobol net, uniform uint32 words (size, dim)."""
     levels = max(1, (size - 1).bit_length())
     generators = _sobol_generators(dim, levels)  # (levels, dim), numpy
-    words = _bits.words32(key, lax.iota(jnp.uint32, levels + 1)[:, None], _columns(dim))
+    rows = lax.iota(jnp.uint32, levels + 1)[:, None]
+    # Each is read `levels` times, too often to be drawn anew.
+    words = _materialise(lambda: _bits.words32(key, rows, _columns(dim)), key)
     # Column q of the scramble has a one at bit q and random bits below it.
     top = np.uint32(1) << np.arange(31, 31 - levels, -1, dtype=np.uint32)[:, None]
     columns = (words[:levels] & (top - np.uint32(1))) | top
@@ -281,50 +284,28 @@ def _draw(
     dim: int,
     dtype: np.dtype,
 ) -> Array:
-    if count == 1 and isinstance(sampler, Independent) and isinstance(dim, int):
-        half = -(-dim // 2)
-
-        def columns(start: Array) -> Array:
-            return _draw_block(noise, sampler, key, first, 1, group_size, half, dtype, start)
-
-        if hasattr(noise, "from_bits") and dim > 1:
-            halves = _materialise(columns, half, key, (group_size, half), dtype)
-            return jnp.swapaxes(halves, 0, 1).reshape(group_size, 2 * half)[:, :dim]
+    block = partial(_draw_block, noise, sampler, key, first, count, group_size, dim, dtype)
     if isinstance(dim, int) and count * group_size * dim <= 2**12:
-        return _draw_block(noise, sampler, key, first, count, group_size, dim, dtype)
-    half = -(-count // 2)
-
-    def rows(start: Array) -> Array:
-        return _draw_block(noise, sampler, key, first + start, half, group_size, dim, dtype)
-
-    blocks = _materialise(rows, half, key, (half * group_size, dim), dtype)
-    return blocks.reshape(2 * half * group_size, dim)[: count * group_size]
+        return block()
+    return _materialise(block, key)
 
 
 _draw_traced_once = jax.jit(_draw, static_argnums=(0, 1, 4, 5, 6, 7))
 
 
-def _materialise(
-    block: Callable[[Array], Array], size: int, key: Array, shape: Any, dtype: np.dtype
-) -> Array:
-    """Stacks block(0) and block(size), drawn by a loop.
+def _materialise(block: Callable[[], Array], key: Array) -> Array:
+    """block(), computed once and kept.
 
-    XLA fuses the generator, which it holds for cheap, into every consumer of its numbers that is
-    not a loop, and draws each number again for each time that it is read: ten times slower where
-    a function broadcasts a part of its argument. It does not fuse across a loop. The loop carries
-    whole blocks, for a kernel that writes into a part of an array would run on one core only.
+    XLA fuses the generator, which it holds for cheap, into every consumer of its numbers, and draws
+    each number again for each time that it is read: a hundred times slower where a function
+    broadcasts a part of its argument. It does not fuse across a conditional, and it keeps this one,
+    whose other branch is never taken, because it does not see through the barrier.
     """
-    # A zero of the key's type: the carry varies over the mesh axes that the key varies over.
-    empty = jnp.full(shape, (key[0] & np.uint32(0)).astype(dtype))
-
-    def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        index, _, last = carry
-        return index + 1, last, block(index.astype(jnp.uint32) * np.uint32(size))
-
-    # Not fori_loop: that is a scan, out of which reverse mode takes the generator's constants, as
-    # arrays as large as a block.
-    start = (jnp.int32(0), empty, empty)
-    return jnp.stack(lax.while_loop(lambda carry: carry[0] < 2, step, start)[1:])
+    shape = jax.eval_shape(block)
+    # A zero of the key's type: the result varies over the mesh axes that the key varies over.
+    zero = key[0] & np.uint32(0)
+    always = lax.optimization_barrier(np.bool_(True))
+    return lax.cond(always, block, lambda: jnp.full(shape.shape, zero.astype(shape.dtype)))
 
 
 def _draw_block(
@@ -336,14 +317,12 @@ def _draw_block(
     group_size: int,
     dim: int,
     dtype: np.dtype,
-    column: Array | None = None,
 ) -> Array:
-    """`draw`, in one piece, of the coordinates column, ..., column + dim - 1."""
+    """`draw`, which XLA may fuse with whatever reads it."""
     groups = first + lax.iota(jnp.uint32, count)
     if isinstance(sampler, Independent) and hasattr(noise, "from_bits"):
         samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, count * group_size)
-        columns = _columns(dim) if column is None else column + _columns(dim)
-        return noise.from_bits(_bits.words(key, samples[:, None], columns, dtype))
+        return noise.from_bits(_bits.words(key, samples[:, None], _columns(dim), dtype))
 
     def one(group: Array) -> Array:
         typed = jax.random.wrap_key_data(_bits.child(key, group), impl="threefry2x32")
