@@ -122,6 +122,25 @@ def check_samples_shared_by_devices():
     assert abs(float(parts[0][0] - parts[1][0])) > 1e-3
 
 
+def check_a_sum_over_devices_inside_the_function():
+    """With one key, both devices draw the same noise: each knows where the other is."""
+
+    def square(y):
+        return jnp.sum(y**2)
+
+    def local(key, x):
+        g = px.make_perturbed_fun(lambda y: jax.lax.psum(square(y), "devices"), 40, 0.5)
+        return jax.grad(g, argnums=1)(key, x[0])[None]
+
+    mapped = jax.shard_map(local, mesh=mesh(), in_specs=(P(), P("devices")), out_specs=P("devices"))
+    points = jnp.array([[0.5, -1.0], [2.0, 0.25]])
+    for here, gradient in enumerate(jax.jit(mapped)(KEYS[0], points)):
+        apart = points[1 - here] - points[here]
+        both = px.make_perturbed_fun(lambda y, d=apart: square(y) + square(y + d), 40, 0.5)
+        expected = jax.grad(both, argnums=1)(KEYS[0], points[here])
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
 def check_point_split_over_devices():
     x = jnp.arange(4.0)
     for batch_size in (None, 5):

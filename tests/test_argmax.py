@@ -569,19 +569,3 @@ def test_wrong_arguments_are_told():
         argmax(sigma=jnp.ones(2))(KEY, X)
     assert np.isnan(jax.jit(lambda s: argmax(sigma=s)(KEY, X))(-1.0)).all()
     assert np.isnan(jax.jit(lambda s: maximum(sigma=s)(KEY, X))(0.0))
-
-
-@pytest.mark.parametrize("options", [{}, {"symmetrize": False}, {"multiplicative": True}])
-def test_the_gradient_of_a_batch_is_the_batch_of_gradients(options):
-    """Without symmetric derivatives this was an error inside JAX."""
-    layer = argmax(num_samples=10, noise=px.Normal(), **options)
-    scores = 1 + jnp.arange(20.0).reshape(4, 5) % 7
-    keys = jax.random.split(jax.random.key(0), 4)
-
-    def one(key, scores):
-        return jnp.sum(layer(key, scores) ** 2)
-
-    whole = jax.grad(lambda scores: jnp.sum(jax.vmap(one)(keys, scores)))(scores)
-    parts = jax.vmap(jax.grad(one, argnums=1))(keys, scores)
-    np.testing.assert_allclose(whole, parts, rtol=1e-5, atol=1e-6)
-    assert np.abs(parts).max() > 0.01

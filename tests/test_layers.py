@@ -13,6 +13,7 @@ PACKAGE = Path(perturbax.__file__).parent
 # a folder stands for all the files in it, which may also import one another.
 LAYERS = [
     "_bits",
+    "_rules",
     "_blocks",
     "_trace",
     "_arguments",

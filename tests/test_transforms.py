@@ -312,7 +312,7 @@ def test_on_two_devices():
     )
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
-    assert report["ran"] == 9
+    assert report["ran"] == 10
     assert not report["failed"], "\n".join(report["failed"].values())
 
 
@@ -772,3 +772,40 @@ def test_noise_that_closes_over_a_tracer(jit):
     actual = run(SIGMA)
     actual = actual if jit else jax.tree.map(lambda v: v[0], actual)
     assert_trees_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_finite_in_one_leaf_spares_the_others():
+    """Neither in values nor in derivatives of any order."""
+
+    def fun(y):
+        return {"loss": jnp.sum(y**2), "other": jnp.log(-1 - y[0] ** 2) * jnp.ones(9)}
+
+    x = jnp.array([0.5, -1.0])
+    for options in ({}, {"degree": 0}, {"use_baseline": False}, {"batch_size": 64}):
+        smooth = px.make_perturbed_fun(fun, 256, 0.5, px.Normal(), **options)
+
+        def loss(x, smooth=smooth):
+            return smooth(KEY, x)["loss"]
+
+        alone = px.make_perturbed_fun(lambda y: fun(y)["loss"], 256, 0.5, px.Normal(), **options)
+        for derive in (jax.grad, jax.jacfwd, jax.hessian):
+            expected = derive(lambda x, alone=alone: alone(KEY, x))(x)
+            np.testing.assert_allclose(jax.jit(derive(loss))(x), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_samples", [1, 10, 200])
+def test_parameters_need_no_derivative_at_x_itself(num_samples):
+    """A baseline may use fun(x), but not its derivative, which does not exist here."""
+
+    def fun(y, parameters):
+        return jnp.sqrt(jnp.abs(parameters @ y))
+
+    x, parameters = jnp.array([1.0, -1.0]), jnp.ones(2)
+    smooth = px.make_perturbed_fun(fun, num_samples, 0.5, px.Normal())
+    gradient = jax.grad(smooth, argnums=2)(KEY, x, parameters)
+    assert np.isfinite(gradient).all()
+    plain = px.make_perturbed_fun(fun, num_samples, 0.5, px.Normal(), use_baseline=False)
+    if num_samples == 1:  # where the default draws the same noise
+        np.testing.assert_allclose(
+            gradient, jax.grad(plain, argnums=2)(KEY, x, parameters), rtol=1e-5
+        )

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
-from jax.custom_derivatives import SymbolicZero
 
 from . import _arguments
 from ._interop import as_noise
@@ -36,6 +35,7 @@ from ._perturbation import (
     score_leaves,
     times,
 )
+from ._rules import is_live, with_jvp
 from ._sampling import Sampler
 from ._trace import TracedFunction, trace
 
@@ -138,7 +138,8 @@ def make_perturbed_argmax(
 
         inputs = layer.inputs(leaves, scales)
         traced, operands = trace(mean, *inputs)
-        num_symmetric = len(leaves) if symmetrize and not layer.multiplicative else 0
+        symmetric = symmetrize and not layer.multiplicative
+        num_symmetric = len(leaves) if symmetric and not traced.jaxpr.effects else 0
         value = _symmetrized(traced, len(leaves), num_symmetric, inputs, operands)
         return jax.tree.unflatten(tree, value)
 
@@ -355,32 +356,22 @@ def _symmetrized(
     traced: TracedFunction, num_scores: int, num_symmetric: int, inputs: Any, operands: Any
 ) -> list[Array]:
     """traced(operands, *inputs), with a symmetric Jacobian of the first results in the scores."""
-    if traced.jaxpr.effects:  # JAX allows no side effects inside a custom derivative rule
+    if not num_symmetric:
         return traced(operands, *inputs)
-    return _field(traced, num_scores, num_symmetric, inputs, operands)
+    return _field(traced, num_scores, inputs, operands)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _field(
-    traced: TracedFunction, num_scores: int, num_symmetric: int, inputs: Any, operands: Any
-) -> list[Array]:
-    """traced(operands, *inputs); its derivative in the scores is J t / 2 + J' t / 2, or J t.
-
-    The rule is there even where nothing is made symmetric: JAX 0.10 cannot differentiate what vmap
-    makes of a jaxpr with another rule in it unless a rule stands around it, which traces it anew.
-    """
-    del num_scores, num_symmetric
+def _results(traced: TracedFunction, num_scores: int, inputs: Any, operands: Any) -> list[Array]:
+    """traced(operands, *inputs); its derivative in the scores is J t / 2 + J' t / 2."""
+    del num_scores
     return traced(operands, *inputs)
 
 
-@partial(_field.defjvp, symbolic_zeros=True)
-def _field_jvp(
-    traced: TracedFunction, num_scores: int, num_symmetric: int, primals: Any, tangents: Any
-) -> Any:
+def _results_jvp(traced: TracedFunction, num_scores: int, primals: Any, tangents: Any) -> Any:
     leaves, tree = jax.tree.flatten(primals)
     dots = jax.tree.leaves(tangents)
-    by_scores = num_symmetric > 0 and any(map(_is_live, dots[:num_scores]))
-    live = [i for i, dot in enumerate(dots) if _is_live(dot) or (by_scores and i < num_scores)]
+    by_scores = any(map(is_live, dots[:num_scores]))
+    live = [i for i, dot in enumerate(dots) if is_live(dot) or (by_scores and i < num_scores)]
 
     def restricted(*values: Array) -> list[Array]:
         merged = list(leaves)
@@ -409,19 +400,17 @@ def _field_jvp(
     return out, out_dot
 
 
+_field = with_jvp(_results, _results_jvp, 2, symbolic_zeros=True)
+
+
 def _padded(directions: list[Array], out: list[Array]) -> list[tuple[Array, Array]]:
     return [(directions[min(i, len(directions) - 1)], o) for i, o in enumerate(out)]
 
 
-def _is_live(tangent: Any) -> bool:
-    return not isinstance(tangent, SymbolicZero)
-
-
 def _instantiated(tangent: Any, like: Array) -> Array:
-    return tangent if _is_live(tangent) else jnp.zeros_like(like)
+    return tangent if is_live(tangent) else jnp.zeros_like(like)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _maximum(
     traced: TracedFunction, num_scores: int, num_symmetric: int, inputs: Any, operands: Any
 ) -> Array:
@@ -429,13 +418,12 @@ def _maximum(
     return _symmetrized(traced, num_scores, num_symmetric, inputs, operands)[num_scores]
 
 
-@partial(_maximum.defjvp, symbolic_zeros=True)
 def _maximum_jvp(
     traced: TracedFunction, num_scores: int, num_symmetric: int, primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
     inputs, operands = primals
     inputs_dot, operands_dot = tangents
-    live = [i for i, dot in enumerate(operands_dot) if _is_live(dot)]
+    live = [i for i, dot in enumerate(operands_dot) if is_live(dot)]
 
     def restricted(*values: Array) -> list[Array]:
         merged = list(operands)
@@ -448,9 +436,9 @@ def _maximum_jvp(
     value_dot = out_dot[num_scores] if live else jnp.zeros_like(value)
     # The results before the value belong to the scores, those after it to the scales.
     for slope, dot in zip([*out[:num_scores], *out[num_scores + 1 :]], inputs_dot, strict=True):
-        if _is_live(dot):
+        if is_live(dot):
             value_dot += jnp.sum(slope.astype(value.dtype) * dot.astype(value.dtype))
     return value, value_dot
 
 
-_best = jax.jit(_maximum, static_argnums=(0, 1, 2))
+_best = jax.jit(with_jvp(_maximum, _maximum_jvp, 3, symbolic_zeros=True), static_argnums=(0, 1, 2))

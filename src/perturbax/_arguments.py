@@ -379,13 +379,15 @@ def share_axes(
     if not axes:
         return key, leaves, scales
 
-    def share(value: Array) -> Array:
-        missing = tuple(axes - varying_axes(value))
-        return jax.lax.pcast(value, missing, to="varying") if missing else value
-
     impl = jax.random.key_impl(key)
-    key = jax.random.wrap_key_data(share(jax.random.key_data(key)), impl=impl)
-    return key, [share(v) for v in leaves], [share(v) for v in scales]
+    key = jax.random.wrap_key_data(varying(jax.random.key_data(key), axes), impl=impl)
+    return key, [varying(v, axes) for v in leaves], [varying(v, axes) for v in scales]
+
+
+def varying(value: Array, axes: frozenset[Any]) -> Array:
+    """Inside `shard_map`: the value, as one that varies over these mesh axes too."""
+    missing = tuple(axes - varying_axes(value))
+    return jax.lax.pcast(value, missing, to="varying") if missing else value
 
 
 def varying_axes(value: Any) -> frozenset[Any]:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ._rules import with_jvp
+
 _PRECISION = lax.Precision.HIGHEST
 
 
@@ -95,28 +97,29 @@ def departures(
     return jnp.concatenate(a), Blocks(tuple(blocks))
 
 
-@jax.custom_jvp
-def _inverse_of_unit(matrix: Array) -> Array:
+def _unit(matrix: Array) -> Array:
     """The inverse of a matrix whose value is 1: the same value, other derivatives."""
     return matrix
 
 
-@_inverse_of_unit.defjvp
-def _inverse_of_unit_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _unit_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     inverse = _inverse_of_unit(*primals)
     return inverse, -_matmul(_matmul(inverse, tangents[0]), inverse)
 
 
-@jax.custom_jvp
-def _log_det(matrix: Array) -> Array:
+_inverse_of_unit = with_jvp(_unit, _unit_jvp)
+
+
+def _zero(matrix: Array) -> Array:
     """log |det| of a matrix whose value is 1: zero, with derivatives."""
-    # Not a plain zero: under vmap it has the matrix's batch axis, as its derivative has.
-    return jnp.trace(matrix) - matrix.shape[0]
+    return jnp.zeros((), matrix.dtype)
 
 
-@_log_det.defjvp
 def _log_det_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return _log_det(*primals), jnp.sum(_inverse_of_unit(*primals).T * tangents[0])
+
+
+_log_det = with_jvp(_zero, _log_det_jvp)
 
 
 def invert(matrix: Array) -> Array:

@@ -173,7 +173,7 @@ def _tabulate(group_size: int, solutions: Any, density: Array) -> tuple[Any, Arr
     place, counts, first = _classes(jax.tree.leaves(lax.stop_gradient(solutions)), num)
     distinct = jax.tree.map(lambda y: jnp.asarray(y)[first], solutions)
     # Zero, with the derivatives of the samples' weights.
-    weight = _estimator._unit_weight(density)
+    weight = _estimator.unit_weight(density)
     change = weight - lax.stop_gradient(weight)
     counts = counts.astype(density.dtype)
     if group_size < num:

@@ -32,11 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
-from jax.custom_derivatives import SymbolicZero
 
 from . import _bits, _surrogate
-from ._arguments import varying_axes
+from ._arguments import varying, varying_axes
 from ._blocks import Blocks, departures, scaled
+from ._rules import any_live, is_live, live_jvp, with_jvp
 from ._sampling import draw
 from ._trace import TracedFunction
 
@@ -85,11 +85,10 @@ class Plan:
         """Dtypes of the estimate's leaves: those of fun's values, at least float32."""
         avals: Any = self.fun.out_avals[: self.num_outputs]
         # By hand: with jax_numpy_dtype_promotion='strict' JAX refuses to promote.
-        wide = {np.dtype(jnp.bfloat16): np.dtype(np.float32), np.dtype("f2"): np.dtype("f4")}
         return [
-            wide.get(np.dtype(a.dtype), np.dtype(a.dtype))
-            if jnp.issubdtype(a.dtype, jnp.inexact)
-            else self.dtype
+            self.dtype
+            if not jnp.issubdtype(a.dtype, jnp.inexact)
+            else np.dtype(a.dtype if a.dtype.itemsize >= 4 else np.float32)
             for a in avals
         ]
 
@@ -105,18 +104,19 @@ class Plan:
 
     @property
     def width(self) -> int:
-        """Numbers of the widest array that one sample needs."""
-        return max(self.dim, self.num_rows, self.fun.widest, 1)
+        """Numbers of the widest array that one sample needs; symbolic, if any of them is."""
+        widths = (self.dim, self.num_rows, *self.fun.widths)
+        symbolic = [v for v in widths if not isinstance(v, int)]
+        return symbolic[0] if symbolic else max(widths, default=1) or 1
 
     def groups_at_a_time(self) -> int:
         """How many groups a chunk holds."""
-        if not isinstance(self.dim, int):  # a symbolic shape, while exporting
+        if not isinstance(self.width, int):  # a symbolic shape, while exporting
             most = 16
         elif self.batch_size is None:
             budget = _CHUNK.get(jax.default_backend(), _CHUNK_ACCELERATOR)
-            if self.fun.widest <= max(self.dim, self.num_rows) and (
-                self.degree or self.num_rows > _MAX_ROWS
-            ):
+            own = max(self.dim, self.num_rows, 1)
+            if self.width == own and (self.degree or self.num_rows > _MAX_ROWS):
                 budget *= _PASSES
             most = budget // (self.group_size * self.width)
         else:
@@ -153,10 +153,10 @@ def estimate(plan: Plan, key: Array, x: list[Array], sigma: list[Array], operand
     has_aux = len(plan.fun.out_avals) > plan.num_outputs
     if has_aux or plan.fun.jaxpr.effects:
         # JAX allows no side effects inside a custom derivative rule.
-        flat, aux = _differentiable(plan, words, point, flat_a, flat_r, operands)
+        parts, aux = _differentiable(plan, words, point, flat_a, flat_r, operands)
     else:
-        flat, aux = _expectation(plan, words, point, flat_a, flat_r, operands), []
-    return _split(flat, plan.fun.out_avals[: plan.num_outputs], plan.output_dtypes), aux
+        parts, aux = _expectation(plan, words, point, flat_a, flat_r, operands), []
+    return _shaped(parts, plan.fun.out_avals[: plan.num_outputs], plan.output_dtypes), aux
 
 
 class Point(NamedTuple):
@@ -185,17 +185,13 @@ def _standardised(plan: Plan, departure: Array, sigma: list[Array]) -> tuple[Arr
     return -departure / scale, lax.stop_gradient(scale) / scale
 
 
-@jax.custom_jvp
-def _departure(x: Array) -> Array:
-    """x - stop_gradient(x): zero, also where x is infinite or NaN; such x have no derivative."""
-    # Chosen by x, so that under vmap it has x's batch axis, which its derivative has too.
-    return jnp.where(jnp.isnan(x), jnp.zeros_like(x), jnp.zeros_like(x))
-
-
-@_departure.defjvp
 def _departure_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (x_dot,) = primals, tangents
     return _departure(x), jnp.where(jnp.isfinite(x), x_dot, jnp.zeros_like(x_dot))
+
+
+# x - stop_gradient(x): zero, also where x is infinite or NaN; such x have no derivative.
+_departure = with_jvp(jnp.zeros_like, _departure_jvp)
 
 
 def _concatenate(leaves: list[Array], dtype: np.dtype) -> Array:
@@ -205,12 +201,24 @@ def _concatenate(leaves: list[Array], dtype: np.dtype) -> Array:
 
 def _split(flat: Array, avals: Any, dtypes: list[np.dtype]) -> list[Array]:
     """Cuts the last axis of `flat` into leaves of the given shapes and dtypes."""
-    leaves, start = [], 0
-    for aval, dtype in zip(avals, dtypes, strict=True):
-        part = lax.slice_in_dim(flat, start, start + aval.size, axis=-1)
-        part = part if jnp.issubdtype(dtype, jnp.complexfloating) else _real(part)
-        leaves.append(part.reshape(flat.shape[:-1] + aval.shape).astype(dtype))
+    return _shaped(_cut(flat, avals), avals, dtypes)
+
+
+def _cut(flat: Array, avals: Any, axis: int = -1) -> list[Array]:
+    """Cuts an axis of `flat` into parts of the sizes of the leaves."""
+    parts, start = [], 0
+    for aval in avals:
+        parts.append(lax.slice_in_dim(flat, start, start + aval.size, axis=axis))
         start += aval.size
+    return parts
+
+
+def _shaped(parts: list[Array], avals: Any, dtypes: list[np.dtype]) -> list[Array]:
+    """Gives the last axis of each part the shape of its leaf, and the part the leaf's dtype."""
+    leaves = []
+    for part, aval, dtype in zip(parts, avals, dtypes, strict=True):
+        part = part if jnp.issubdtype(dtype, jnp.complexfloating) else _real(part)
+        leaves.append(part.reshape(part.shape[:-1] + aval.shape).astype(dtype))
     return leaves
 
 
@@ -263,7 +271,11 @@ def _call(plan: Plan, operands: Any, leaves: list[Array]) -> tuple[Array, list[A
     """Flat value (M,) and aux of the function at one point."""
     out = [jnp.asarray(v) for v in plan.fun(operands[0], *leaves)]
     values = [v.astype(plan.value_dtype) for v in out[: plan.num_outputs]]
-    return _concatenate(values, plan.value_dtype), out[plan.num_outputs :]
+    # What fun sums over a mesh axis varies no more over it, but its weight does.
+    axes = frozenset().union(*map(varying_axes, leaves))
+    return _concatenate([varying(v, axes) for v in values], plan.value_dtype), out[
+        plan.num_outputs :
+    ]
 
 
 def _over_groups(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> tuple[Any, Any]:
@@ -313,7 +325,7 @@ def _in_turn(plan: Plan, fun: Callable[..., Any], *args: Any) -> Any:
     A chunk is sized for one input. All inputs of a batch at once would each go through memory with
     every step; XLA itself uses all cores for one input.
     """
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or not isinstance(plan.dim, int):
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or not isinstance(plan.width, int):
         return fun(*args)
     most = max(1, _CHUNK["cpu"] // (plan.groups_at_a_time() * plan.group_size * plan.width))
     one = custom_vmap(fun)
@@ -350,29 +362,20 @@ def _grouped(plan: Plan, rows: Array) -> Array:
 
 
 def _zeros(aval: Any) -> Array:
-    zeros = jnp.zeros(aval.shape, aval.dtype)
-    axes = tuple(varying_axes(aval))
-    return lax.pcast(zeros, axes, to="varying") if axes else zeros  # inside shard_map
+    return varying(jnp.zeros(aval.shape, aval.dtype), varying_axes(aval))
 
 
 # --- Weigh
 
 
-@jax.custom_jvp
-def _unit_weight(log_density: Array) -> Array:
-    """exp(l - stop_gradient(l)) without the exponential: it cannot overflow, and l need not exist.
-
-    References:
-      Foerster et al., DiCE: The Infinitely Differentiable Monte Carlo Estimator, 2018,
-      arXiv:1802.05098
-    """
-    return jnp.ones_like(log_density)
-
-
-@_unit_weight.defjvp
 def _unit_weight_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    weight = _unit_weight(*primals)
+    weight = unit_weight(*primals)
     return weight, weight * tangents[0]
+
+
+# exp(l - stop_gradient(l)) without the exponential: it cannot overflow, and l need not exist.
+# Foerster et al., DiCE: The Infinitely Differentiable Monte Carlo Estimator, 2018, arXiv:1802.05098
+unit_weight = with_jvp(jnp.ones_like, _unit_weight_jvp)
 
 
 def _log_prob(noise: Any, z: Array) -> Array:
@@ -397,16 +400,12 @@ def _row(value: Array) -> Array:
 # --- Combine
 
 
-@jax.custom_jvp
-def _with_value(value: Array, derivatives: Array) -> Array:
-    """`value`, with the derivatives of `derivatives`, which has the same expectation."""
-    del derivatives
-    return value
-
-
-@_with_value.defjvp
 def _with_value_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return _with_value(*primals), tangents[1]
+    return with_value(*primals), tangents[1]
+
+
+# The first argument, with the derivatives of the second, which has the same expectation.
+with_value = with_jvp(lambda value, derivatives: value, _with_value_jvp)
 
 
 def _sizes(plan: Plan) -> np.ndarray:
@@ -463,8 +462,12 @@ def _fit(
 
 def _differentiable(
     plan: Plan, key: Array, point: Point, a: Array, r: Any, operands: Any
-) -> tuple[Array, list[Array]]:
-    """V, shape (M,), as an expression that JAX differentiates in everything, to any order."""
+) -> tuple[list[Array], list[Array]]:
+    """V, a part for each leaf, as an expression that JAX differentiates in everything, any order.
+
+    Parts are kept apart, lest a leaf that is not finite spoil the derivatives of the others.
+    """
+    avals = plan.fun.out_avals[: plan.num_outputs]
     noise = _noise(plan, operands)
     noise_of = _drawer(plan, key, operands)
 
@@ -476,36 +479,46 @@ def _differentiable(
     share = jnp.asarray(_sizes(plan) / plan.num_samples, f.dtype)
     phi, beta = None, None
     if plan.degree is None:
-        residual, expected = f, jnp.zeros(f.shape[1], f.dtype)
+        residual, expected = f, _cut(jnp.zeros(f.shape[1], f.dtype), avals)
     else:
-        f0, _ = _call(plan, operands, point.x)
+        f0 = _value_at_x(plan, operands, point)
         if plan.degree == 0:
             b = _baselines(plan, f, f0)
             residual = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
-            expected = share @ b
+            expected = _cut(share @ b, avals)
         else:
             residual = f
             beta, phi = _fit(plan, noise, noise_of, f, f0)
             mean_phi = _surrogate.expected_features(a, r, plan.degree, noise).astype(f.dtype)
-            expected = mean_phi @ jnp.tensordot(share, beta, axes=1)
+            mean_beta = jnp.tensordot(share, beta, axes=1)
+            expected = [mean_phi @ part for part in _cut(mean_beta, avals)]
 
-    def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[Array, tuple[()]]:
+    def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[list[Array], tuple[()]]:
         residual, beta = xs
         z = noise_of(first, count)[:rows]
         if phi is not None:
             q = _surrogate.predict(_grouped(plan, phi(z)), beta)
             residual = residual - q.reshape(-1, plan.num_rows)[:rows]
-        w = _unit_weight(_log_density(plan, operands, z, a, r))
-        return jnp.sum(w[:, None].astype(residual.dtype) * residual, axis=0), ()
+        w = unit_weight(_log_density(plan, operands, z, a, r))
+        w = w[:, None].astype(residual.dtype)
+        return [jnp.sum(w * part, axis=0) for part in _cut(residual, avals)], ()
 
-    total, _ = _over_groups(plan, weigh, (residual, beta))
-    derivatives = total / plan.num_samples + expected
-    return _with_value(jnp.mean(lax.stop_gradient(f), axis=0), derivatives), aux
+    totals, _ = _over_groups(plan, weigh, (residual, beta))
+    means = _cut(jnp.mean(lax.stop_gradient(f), axis=0), avals)
+    derivatives = [v / plan.num_samples + e for v, e in zip(totals, expected, strict=True)]
+    return with_value(means, derivatives), aux
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _expectation(plan: Plan, key: Array, point: Point, a: Array, r: Any, operands: Any) -> Array:
-    """The value of V alone, with derivatives by the cheapest way that serves."""
+def _value_at_x(plan: Plan, operands: Any, point: Point) -> Array:
+    """f0. Any number would do as long as it does not depend on the noise, so it is held fixed.
+
+    Its derivative in what fun closes over may not exist where those of the samples do.
+    """
+    return lax.stop_gradient(_call(plan, operands, point.x)[0])
+
+
+def _value(plan: Plan, key: Array, point: Point, a: Array, r: Any, operands: Any) -> list[Array]:
+    """The value of V alone, a part for each leaf, with derivatives by the cheapest way there is."""
     del a, r
 
     def mean(key: Array, point: Point, operands: Any) -> Array:
@@ -515,29 +528,34 @@ def _expectation(plan: Plan, key: Array, point: Point, a: Array, r: Any, operand
 
         return _over_groups(plan, evaluate)[0] / plan.num_samples
 
-    return _in_turn(plan, mean, key, point, operands)
+    mean = _in_turn(plan, mean, key, point, operands)
+    return _cut(mean, plan.fun.out_avals[: plan.num_outputs])
 
 
-@partial(_expectation.defjvp, symbolic_zeros=True)
-def _expectation_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _value_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
     *_, a_dot, r_dot, operands_dot = tangents
     real = not jnp.issubdtype(plan.value_dtype, jnp.complexfloating)
     matrix_dot = r_dot if isinstance(r_dot, Blocks) else None
-    if plan.num_rows <= _MAX_ROWS and real and not _any_live((operands_dot, matrix_dot)):
-        wrt = (_is_live(a_dot), matrix_dot is None and _is_live(r_dot))
+    few = isinstance(plan.num_rows, int) and 0 < plan.num_rows <= _MAX_ROWS
+    if few and real and not any_live((operands_dot, matrix_dot)):
+        wrt = (is_live(a_dot), matrix_dot is None and is_live(r_dot))
         value, *jacobians = _jacobian(plan, wrt, *primals)
         dots = [
             jnp.asarray(t, plan.value_dtype)
             for t, asked in zip((a_dot, r_dot), wrt, strict=True)
             if asked
         ]
-        steps = [j @ t if t.ndim else j * t for j, t in zip(jacobians, dots, strict=True)]
-        return value, functools.reduce(jnp.add, steps)
-    return _jvp(lambda *args: _differentiable(plan, *args)[0], primals, tangents)
+        avals = plan.fun.out_avals[: plan.num_outputs]
+        rows = zip(*(_cut(j, avals, axis=0) for j in jacobians), strict=True)
+        steps = [[j @ t if t.ndim else j * t for j, t in zip(r, dots, strict=True)] for r in rows]
+        return _cut(value, avals), [functools.reduce(jnp.add, parts) for parts in steps]
+    return live_jvp(lambda *args: _differentiable(plan, *args)[0], primals, tangents)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _jacobian(
+_expectation = with_jvp(_value, _value_jvp, 1, symbolic_zeros=True)
+
+
+def _value_and_jacobians(
     plan: Plan,
     wrt: tuple[bool, bool],
     key: Array,
@@ -560,7 +578,7 @@ def _jacobian_of_baselines(
     r: Any,
     operands: Any,
 ) -> tuple[Array, ...]:
-    """`_jacobian` for degree 0, or none.
+    """`_value_and_jacobians` for degree 0, or none.
 
     One pass: with c = f0 and 1 / n_g the weight of a value in the baseline of group g,
 
@@ -572,7 +590,7 @@ def _jacobian_of_baselines(
     noise = _noise(plan, operands)
     centre, finite = jnp.zeros((plan.num_rows,), plan.value_dtype), None
     if plan.degree is not None:
-        centre, finite = _centre(_call(plan, operands, point.x)[0])
+        centre, finite = _centre(_value_at_x(plan, operands, point))
 
     def accumulate(first: Array, count: int, rows: int, _: Any) -> tuple[Any, tuple[()]]:
         z = _draw(plan, key, operands, first, count)[:rows]
@@ -605,9 +623,7 @@ def _jacobian_of_baselines(
     for product, score in sums:
         if finite is not None:
             # A matrix product, lest XLA recompute f0, part of total, for every leaf of the result.
-            eye = jnp.eye(plan.num_rows, dtype=total.dtype)
-            weights = jnp.concatenate([eye, -total[:, None]], axis=1)
-            product = _product(weights, jnp.concatenate([product, score]))
+            product = product + _product(-total[:, None], score)
         jacobians.append(product / plan.num_samples)
     if wrt[1] and not r.ndim:
         jacobians[-1] = jacobians[-1][:, 0]
@@ -623,7 +639,7 @@ def _jacobian_of_surrogates(
     r: Any,
     operands: Any,
 ) -> tuple[Array, ...]:
-    """`_jacobian` for degrees 1 and 2: sum_i (f_i - q(z_i)) dl_i, and the derivatives of E q."""
+    """The same for degrees 1 and 2: sum_i (f_i - q(z_i)) dl_i, and the derivatives of E q."""
     noise = _noise(plan, operands)
     noise_of = _drawer(plan, key, operands)
 
@@ -631,7 +647,7 @@ def _jacobian_of_surrogates(
         return (), _evaluate(plan, operands, point, noise_of(first, count)[:rows])[0]
 
     _, f = _over_groups(plan, evaluate)
-    f0, _ = _call(plan, operands, point.x)
+    f0 = _value_at_x(plan, operands, point)
     beta, phi = _fit(plan, noise, noise_of, f, f0)
 
     def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[Any, tuple[()]]:
@@ -674,43 +690,23 @@ def _product(left: Array, right: Array) -> Array:
     return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
 
 
-@partial(_jacobian.defjvp, symbolic_zeros=True)
 def _jacobian_jvp(plan: Plan, wrt: tuple[bool, bool], primals: Any, tangents: Any) -> Any:
     def jacobian(key: Array, point: Point, a: Array, r: Any, operands: Any) -> tuple[Array, ...]:
-        def value(a: Array, r: Any) -> Array:
-            return _differentiable(plan, key, point, a, r, operands)[0]
+        def rows_of(leaf: int) -> tuple[Array, ...]:
+            def value(a: Array, r: Any) -> Array:
+                return _differentiable(plan, key, point, a, r, operands)[0][leaf]
 
-        out, pullback = jax.vjp(value, a, r)
-        basis = jnp.eye(plan.num_rows, dtype=out.dtype)
-        axes = tuple(varying_axes(out))
-        basis = lax.pcast(basis, axes, to="varying") if axes else basis  # inside shard_map
-        rows = jax.vmap(pullback)(basis)
-        return (out, *(v for v, asked in zip(rows, wrt, strict=True) if asked))
+            out, pullback = jax.vjp(value, a, r)
+            basis = varying(jnp.eye(out.size, dtype=out.dtype), varying_axes(out))
+            rows = jax.vmap(pullback)(basis)
+            return (out, *(v for v, asked in zip(rows, wrt, strict=True) if asked))
 
-    return _jvp(jacobian, primals, tangents)
+        return tuple(map(jnp.concatenate, zip(*map(rows_of, range(plan.num_outputs)), strict=True)))
 
-
-def _is_live(tangent: Any) -> bool:
-    return not isinstance(tangent, SymbolicZero)
+    return live_jvp(jacobian, primals, tangents)
 
 
-def _any_live(tangents: Any) -> bool:
-    return any(map(_is_live, jax.tree.leaves(tangents)))
-
-
-def _jvp(fun: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """jax.jvp along the arguments whose tangents are not known to be zero, and those alone."""
-    leaves, tree = jax.tree.flatten(primals)
-    dots = jax.tree.leaves(tangents)
-    live = [i for i, t in enumerate(dots) if _is_live(t)]
-
-    def restricted(*values: Array) -> Any:
-        merged = list(leaves)
-        for i, value in zip(live, values, strict=True):
-            merged[i] = value
-        return fun(*jax.tree.unflatten(tree, merged))
-
-    return jax.jvp(restricted, [leaves[i] for i in live], [dots[i] for i in live])
+_jacobian = with_jvp(_value_and_jacobians, _jacobian_jvp, 2, symbolic_zeros=True)
 
 
 # --- Spread
@@ -774,7 +770,7 @@ def spread(
 
     residual, beta, phi, slope = f, None, None, zeros
     if plan.degree is not None:
-        f0, _ = _call(plan, operands, point.x)
+        f0 = _value_at_x(plan, operands, point)
         if plan.degree:
             beta, phi = _fit(plan, noise, noise_of, f, f0)
             slope = in_x(

@@ -17,6 +17,7 @@ from . import _arguments
 from ._noise import Gumbel, NoiseDistribution, Shape
 from ._perturb import make_perturbed_fun
 from ._perturbation import same_shapes, score_leaves
+from ._rules import aligned
 from ._sampling import Sampler
 from ._smoothness import Limit, limit_derivatives
 from ._trace import TracedFunction, trace
@@ -143,8 +144,8 @@ def _zeros(
     key: Array,
 ) -> list[Array]:
     """Zeros of the shapes of `value`, whose derivative in the scores is the implicit one."""
-    del traced, two_sided, scores, operands, lam, key
-    return [jnp.zeros_like(v) for v in value]
+    del traced, two_sided
+    return aligned([jnp.zeros_like(v) for v in value], (scores, value, operands, lam, key))
 
 
 def _zeros_fwd(traced: TracedFunction, two_sided: bool, *inputs: Any) -> Any:

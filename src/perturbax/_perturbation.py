@@ -25,6 +25,7 @@ from jax import Array, lax
 from . import _arguments
 from ._blocks import is_matrix
 from ._noise import Normal
+from ._rules import with_jvp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,29 +110,23 @@ class Perturbation:
         return [_log_departure(v) - gap for v, gap in zip(wide, gaps, strict=True)]
 
 
-@jax.custom_jvp
-def _departure(theta: Array) -> Array:
-    """theta - stop_gradient(theta): zero, also where theta is infinite; it then is constant."""
-    return jnp.zeros_like(theta)
-
-
-@_departure.defjvp
 def _departure_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (theta,), (theta_dot,) = primals, tangents
     return _departure(theta), jnp.where(jnp.isfinite(theta), theta_dot, jnp.zeros_like(theta))
 
 
-@jax.custom_jvp
-def _log_departure(theta: Array) -> Array:
-    """log(theta / stop_gradient(theta)): zero; at theta = 0 the derivative does not exist."""
-    return jnp.zeros_like(theta)
+# theta - stop_gradient(theta): zero, also where theta is infinite; it then is constant.
+_departure = with_jvp(jnp.zeros_like, _departure_jvp)
 
 
-@_log_departure.defjvp
 def _log_departure_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (theta,), (theta_dot,) = primals, tangents
     change = theta_dot / theta
     return _log_departure(theta), jnp.where(jnp.isfinite(theta), change, jnp.zeros_like(theta))
+
+
+# log(theta / stop_gradient(theta)): zero; at theta = 0 the derivative does not exist.
+_log_departure = with_jvp(jnp.zeros_like, _log_departure_jvp)
 
 
 def check_multiplicative(multiplicative: Any, noise: Any) -> bool:

@@ -1,7 +1,6 @@
 """Straight-through estimation: the value of a function itself, derivatives of it smoothed."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jax import Array
 from . import _arguments, _estimator
 from ._noise import Gumbel, NoiseDistribution
 from ._perturb import make_perturbed_fun
+from ._rules import live_jvp, with_jvp
 from ._sampling import Sampler
 from ._trace import TracedFunction, trace
 
@@ -87,7 +87,7 @@ def make_straight_through_fun(
             # Held fixed, for what has side effects may have no derivative either.
             values = _value(soft, hard, *jax.lax.stop_gradient((leaves, operands)))
             means = soft(operands[0], *leaves)
-            out = [_estimator._with_value(v, mean) for v, mean in zip(values, means, strict=True)]
+            out = [_estimator.with_value(v, mean) for v, mean in zip(values, means, strict=True)]
         else:
             out = _straight_through(soft, hard, leaves, operands)
         return jax.tree.unflatten(soft.out_tree, out)
@@ -102,21 +102,12 @@ def _value(soft: TracedFunction, hard: TracedFunction, leaves: Any, operands: An
     ]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _hard_value(
-    soft: TracedFunction, hard: TracedFunction, leaves: Any, operands: Any
-) -> list[Array]:
-    """The results of `hard`, with the derivatives of `soft`."""
-    return _value(soft, hard, leaves, operands)
-
-
-@partial(_hard_value.defjvp, symbolic_zeros=True)
-def _hard_value_jvp(
+def _value_jvp(
     soft: TracedFunction, hard: TracedFunction, primals: Any, tangents: Any
 ) -> tuple[list[Array], list[Array]]:
     leaves, operands = primals
     leaves_dot, operands_dot = tangents
-    _, out_dot = _estimator._jvp(
+    _, out_dot = live_jvp(
         lambda leaves, operands: soft(operands, *leaves),
         (leaves, operands[0]),
         (leaves_dot, operands_dot[0]),
@@ -124,4 +115,6 @@ def _hard_value_jvp(
     return _hard_value(soft, hard, leaves, operands), out_dot
 
 
+# The results of `hard`, with the derivatives of `soft`.
+_hard_value = with_jvp(_value, _value_jvp, 2, symbolic_zeros=True)
 _straight_through = jax.jit(_hard_value, static_argnums=(0, 1))

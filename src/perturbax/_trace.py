@@ -52,15 +52,10 @@ class TracedFunction:
         )
 
     @property
-    def widest(self) -> int:
-        """Elements of the largest intermediate array."""
-        sizes = [
-            getattr(v.aval, "size", 1)
-            for e in self.jaxpr.eqns
-            for v in e.outvars
-            if hasattr(v.aval, "size")
-        ]
-        return max(sizes, default=1)
+    def widths(self) -> list[Any]:
+        """Elements of each intermediate array."""
+        results = [v.aval for e in self.jaxpr.eqns for v in e.outvars]
+        return [aval.size for aval in results if hasattr(aval, "size")]
 
     def depends_on_inputs(self) -> bool:
         """Whether any result can change with the arguments, the constants being fixed."""

@@ -1,0 +1,127 @@
+"""Batches: vmap, jit and differentiation in any order give the same, for all that can be built.
+
+JAX has a defect there, which `perturbax._rules` works around: see the top of that file.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import perturbax as px
+
+NUM = 4
+KEYS = jax.random.split(jax.random.key(0, impl="threefry2x32"), NUM)
+SCORES = jax.random.uniform(jax.random.key(1), (NUM, 3), minval=0.3, maxval=1.5)
+WEIGHTS = jax.random.normal(jax.random.key(2), (NUM, 3))
+SIGMAS = jnp.array([0.3, 0.5, 0.7, 0.9])
+one_hot = px.solvers.one_hot_argmax
+
+
+def argmax(sigma, **options):
+    return px.make_perturbed_argmax(one_hot, 8, sigma, px.Normal(), **options)
+
+
+def weighed(make):
+    """A nonlinear function of a layer's result and of weights."""
+    return lambda key, x, sigma, w: jnp.sum(make(sigma)(key, x) * w) ** 2
+
+
+def expected_cost(key, x, sigma, w):
+    found = px.make_perturbed_distribution(one_hot, 8, sigma, px.Normal())(key, x)
+    return found.expectation(lambda y, w: jnp.sum(y * w), w) ** 2
+
+
+def young(key, x, sigma, w):
+    return px.make_fenchel_young_loss(one_hot, num_samples=8, sigma=sigma, noise=px.Normal())(
+        key, x, w
+    )
+
+
+def with_argument(key, x, sigma, w):
+    return jnp.sum(px.make_perturbed_fun(lambda y, w: one_hot(y) * w, 8, sigma)(key, x, w)) ** 2
+
+
+def with_aux(key, x, sigma, w):
+    fun = px.make_perturbed_fun(lambda y: (one_hot(y), y), 8, sigma, has_aux=True)
+    return jnp.sum(fun(key, x)[0] * w) ** 2
+
+
+FUNCTIONS = {
+    "fun": weighed(lambda s: px.make_perturbed_fun(one_hot, 8, s, px.Normal())),
+    "fun of degree 2": weighed(lambda s: px.make_perturbed_fun(one_hot, 64, s, degree=2)),
+    "constant fun": weighed(lambda s: px.make_perturbed_fun(lambda y: jnp.ones(3), 8, s)),
+    "fun with an argument": with_argument,
+    "fun with aux": with_aux,
+    "argmax": weighed(argmax),
+    "argmax, not symmetric": weighed(lambda s: argmax(s, symmetrize=False)),
+    "argmax, multiplicative": weighed(lambda s: argmax(s, multiplicative=True)),
+    "max": lambda key, x, sigma, w: (
+        px.make_perturbed_max(one_hot, 8, sigma, px.Normal())(key, x * w) ** 2
+    ),
+    "Fenchel-Young": young,
+    "distribution": expected_cost,
+    "straight-through": weighed(
+        lambda s: px.make_straight_through_fun(jnp.round, 8, s, px.Normal())
+    ),
+    "I-MLE": weighed(lambda s: px.make_implicit_mle(one_hot, 8, s, px.Normal(), lam=1.0)),
+}
+# Which of key, x, sigma and weights are batched.
+MASKS = [(1, 1, 1, 1), (1, 1, 0, 0), (1, 0, 0, 0), (0, 1, 0, 1), (0, 0, 1, 0)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_gradient_of_a_batch_is_the_batch_of_gradients(name):
+    fun = FUNCTIONS[name]
+    wrt = (1,) if name == "I-MLE" else (1, 2, 3)
+    for mask in MASKS:
+        axes = tuple(0 if batched else None for batched in mask)
+        args = [
+            v if batched else v[0]
+            for v, batched in zip((KEYS, SCORES, SIGMAS, WEIGHTS), mask, strict=True)
+        ]
+
+        def total(*args, axes=axes):
+            return jnp.sum(jax.vmap(fun, axes)(*args))
+
+        parts = jax.jit(jax.vmap(jax.grad(fun, wrt), axes))(*args)
+        expected = [p if mask[i] else jnp.sum(p, 0) for i, p in zip(wrt, parts, strict=True)]
+        for got, want in zip(jax.jit(jax.grad(total, wrt))(*args), expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=str(mask))
+        if name != "constant fun":
+            assert np.abs(expected[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in ("I-MLE", "fun of degree 2")])
+def test_the_hessian_of_a_batch_is_the_batch_of_hessians(name):
+    def one(key, x, w):
+        return FUNCTIONS[name](key, x, 0.5, w)
+
+    keys, x, w = KEYS[:2], SCORES[:2], WEIGHTS[:2]
+    whole = jax.jit(jax.hessian(lambda x: jnp.sum(jax.vmap(one)(keys, x, w))))(x)
+    parts = jax.jit(jax.vmap(jax.hessian(one, argnums=1)))(keys, x, w)
+    for i in range(2):
+        np.testing.assert_allclose(whole[i, :, i], parts[i], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(whole[i, :, 1 - i], 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 5, 6])
+@pytest.mark.parametrize("options", [{}, {"degree": 0}, {"use_baseline": False}])
+def test_large_batches_are_gone_through_in_turn(size, options, monkeypatch):
+    """In parts of the batch that fit into the cache, and where not even one does, in chunks."""
+    x = jnp.linspace(-1.0, 1.0, size * 40).reshape(size, 40)
+    keys = jax.random.split(jax.random.key(3), size)
+
+    def estimates(x):
+        fun = px.make_perturbed_fun(lambda y: jnp.sum(jnp.abs(y)), 300, 0.5, **options)
+        one = jax.jit(jax.value_and_grad(fun, argnums=1))
+        return jax.vmap(one)(keys, x), jax.vmap(jax.vmap(one, (0, None)), (None, 0))(keys, x[:2])
+
+    whole = estimates(x)
+    for chunk in (300 * 40 * 2, 300 * 10):
+        monkeypatch.setitem(px._estimator._CHUNK, "cpu", chunk)
+        for got, want in zip(
+            jax.tree.leaves(estimates(x + 0)), jax.tree.leaves(whole), strict=True
+        ):
+            np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+        jax.clear_caches()
