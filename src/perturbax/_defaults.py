@@ -9,6 +9,8 @@ from ._surrogate import num_features
 # Degree, most coordinates, and samples for each coefficient. A fit pays if there are enough of
 # them, and its equations, num_features**2 operations a sample, are not dearer than drawing it.
 _RULE = ((2, 6, 10), (1, 100, 3))
+# Fewer samples, in few coordinates, tell too little of what a fit is worth.
+_FEWEST = 20
 # Most coordinates of a net: beyond, nothing was measured, and its set-up takes long.
 _NETS = 1000
 # Independent samples are cut into this many groups where a surrogate is fitted.
@@ -46,9 +48,7 @@ def choose(
             f"noise.variance; {name} has none: use degree=0"
         )
     if degree is None:
-        degree = _degree(num_samples, dim) if polynomial else 0
-        if sampler is not None and sampler.group_size(num_samples, dim) >= num_samples:
-            degree = 0
+        degree = min(_degree(num_samples, dim), _most_degree(noise)) if polynomial else 0
         if sampler is None and not invertible:
             degree = 0
     if sampler is None:
@@ -56,16 +56,26 @@ def choose(
         sampler = Sobol() if nets else Independent()
     if degree and sampler == Independent():
         sampler = Independent(block=-(-num_samples // _BLOCKS))
+    if degree and sampler.group_size(num_samples, dim) >= num_samples:
+        degree = 0  # a single group leaves nothing to fit on
     return sampler, degree
 
 
 def _degree(num_samples: int, dim: int) -> int:
     """The degree whose coefficients half of the samples determine well, at little cost."""
     for degree, most_dim, per_coefficient in _RULE:
-        enough = num_samples >= 2 * per_coefficient * num_features(dim, degree)
+        enough = num_samples >= max(_FEWEST, 2 * per_coefficient * num_features(dim, degree))
         if 0 < dim <= most_dim and enough:
             return degree
     return 0
+
+
+def _most_degree(noise: NoiseDistribution) -> int:
+    """The degree that the tails leave useful: features of degree d need moments of order d + 2."""
+    moment = getattr(noise, "moment", None)
+    if moment is None:
+        return 1  # of other noise, mean and variance are all that is known
+    return 2 if math.isfinite(moment(4)) else int(math.isfinite(moment(3)))
 
 
 def _has_moments(noise: NoiseDistribution) -> bool:

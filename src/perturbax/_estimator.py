@@ -11,7 +11,8 @@ Notation, used throughout (`docs/theory.md` derives it):
     l           log p(a + r z) + sum log r: the log-density of y under x + sigma eps, y held fixed
     w           exp(l - stop_gradient(l)): 1, but with the derivatives of the score function
     b           baseline of each sample: the mean of f over all other groups and of f0, which is the
-                surrogate of degree 0; for higher degrees see `_surrogate`
+                surrogate of degree 0; for higher degrees, fitted on the other groups alone, see
+                `_surrogate`
     s           score -d log p / dz of the noise, shape (C, D)
 
     V = mean_i [ w_i (f_i - b_i) + b_i ]
@@ -437,26 +438,24 @@ def _baselines(plan: Plan, f: Array, f0: Array) -> Array:
 
 
 def _fit(
-    plan: Plan, noise: Any, noise_of: Callable[[Array, int], Array], f: Array, f0: Array
+    plan: Plan, noise: Any, noise_of: Callable[[Array, int], Array], f: Array
 ) -> tuple[Array, Callable[[Array], Array]]:
     """Coefficients of each group's surrogate (groups, P, M), and the features of noise."""
 
     def phi(z: Array) -> Array:
         return _surrogate.features(z, plan.degree or 0, noise.mean).astype(f.dtype)
 
-    centre, finite = _centre(f0)
+    # For digits only: the fit is equivariant, so that this constant has no influence on q.
+    centre = lax.stop_gradient(jnp.mean(f, axis=0))
 
     def equations_of(first: Array, count: int, rows: int, values: Array) -> tuple[tuple[()], Any]:
         z = noise_of(first, count)[:rows]
-        weight = jnp.mean(_slope(noise, z) ** 2, axis=1).astype(f.dtype)
+        weight = jnp.mean(_slope(noise, z) ** 2, axis=1)
         grouped = [_grouped(plan, v) for v in (phi(z), values - centre[None], weight)]
         return (), _surrogate.normal_equations(*grouped)
 
     _, equations = _over_groups(plan, equations_of, f)
-    origin = phi(jnp.zeros((1, plan.dim), plan.dtype))[0]
-    others = np.maximum(plan.num_samples - _sizes(plan), 1)
-    shares = jnp.where(finite, jnp.asarray(1 / others, f.dtype), jnp.zeros((), f.dtype))
-    beta = _surrogate.fit(equations, origin, jnp.zeros_like(centre), shares, int(others.min()))
+    beta = _surrogate.fit(equations, int((plan.num_samples - _sizes(plan)).min()))
     return beta.at[:, 0].add(centre), phi
 
 
@@ -480,18 +479,16 @@ def _differentiable(
     phi, beta = None, None
     if plan.degree is None:
         residual, expected = f, _cut(jnp.zeros(f.shape[1], f.dtype), avals)
+    elif plan.degree == 0:
+        b = _baselines(plan, f, _value_at_x(plan, operands, point))
+        residual = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
+        expected = _cut(share @ b, avals)
     else:
-        f0 = _value_at_x(plan, operands, point)
-        if plan.degree == 0:
-            b = _baselines(plan, f, f0)
-            residual = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
-            expected = _cut(share @ b, avals)
-        else:
-            residual = f
-            beta, phi = _fit(plan, noise, noise_of, f, f0)
-            mean_phi = _surrogate.expected_features(a, r, plan.degree, noise).astype(f.dtype)
-            mean_beta = jnp.tensordot(share, beta, axes=1)
-            expected = [mean_phi @ part for part in _cut(mean_beta, avals)]
+        residual = f
+        beta, phi = _fit(plan, noise, noise_of, f)
+        mean_phi = _surrogate.expected_features(a, r, plan.degree, noise).astype(f.dtype)
+        mean_beta = jnp.tensordot(share, beta, axes=1)
+        expected = [mean_phi @ part for part in _cut(mean_beta, avals)]
 
     def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[list[Array], tuple[()]]:
         residual, beta = xs
@@ -647,8 +644,7 @@ def _jacobian_of_surrogates(
         return (), _evaluate(plan, operands, point, noise_of(first, count)[:rows])[0]
 
     _, f = _over_groups(plan, evaluate)
-    f0 = _value_at_x(plan, operands, point)
-    beta, phi = _fit(plan, noise, noise_of, f, f0)
+    beta, phi = _fit(plan, noise, noise_of, f)
 
     def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[Any, tuple[()]]:
         f, beta = xs
@@ -770,14 +766,13 @@ def spread(
 
     residual, beta, phi, slope = f, None, None, zeros
     if plan.degree is not None:
-        f0 = _value_at_x(plan, operands, point)
         if plan.degree:
-            beta, phi = _fit(plan, noise, noise_of, f, f0)
+            beta, phi = _fit(plan, noise, noise_of, f)
             slope = in_x(
                 jax.jacfwd(_surrogate.expected_features)(standardised, r, plan.degree, noise)
             )
         else:
-            b = _baselines(plan, f, f0)
+            b = _baselines(plan, f, _value_at_x(plan, operands, point))
             residual = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
 
     def jacobians(first: Array, count: int, rows: int, xs: Any) -> tuple[Array, Array]:

@@ -2,12 +2,12 @@ r"""Polynomial surrogates of the function, one for each group, fitted on all the
 
     q_g(z) = sum_p beta_gp phi_p(z),   phi = 1, z_j - m_j, and for degree 2 (z_j - m_j)(z_k - m_k)
 
-where m is the mean of the noise. Each q_g minimises the sum of |s_i|^2 (f_i - q_g(z_i))^2 over the
-samples i of other groups and the unperturbed point, plus a small ridge: what the variance of a
-derivative sees of a residual is its product with the score s.
+where m is the mean of the noise. Each q_g minimises the sum of w_i (f_i - q_g(z_i))^2 over the
+samples i of other groups, with weights w_i = |s_i|^2 / D, for what the variance of a derivative
+sees of a residual is its product with the score s; then it is drawn towards a constant.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +65,16 @@ def _pairs(dim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(dim), np.arange(dim)
 
 
-def normal_equations(phi: Array, f: Array, weight: Array) -> Array:
-    """Gram matrices and, beside them, moments of f: sums over each group, (groups, P, P + M).
+class Equations(NamedTuple):
+    """Sums over the samples of each group, weighted by w; their sum over groups serves a fit."""
+
+    products: Array  # of phi with phi and, beside them, with f: (groups, P, P + M)
+    squares: Array  # of |f|^2: (groups, M)
+    weights: Array  # of w, that is, the sum of w^2: (groups,)
+
+
+def normal_equations(phi: Array, f: Array, weight: Array) -> Equations:
+    """The equations of each group.
 
     Args:
       phi: (groups, n, P).
@@ -74,47 +82,83 @@ def normal_equations(phi: Array, f: Array, weight: Array) -> Array:
       weight: (groups, n).
     """
     weighted = jnp.swapaxes(phi * weight[..., None], 1, 2)
-    return _matmul(weighted, jnp.concatenate([phi, f], axis=2))
+    return Equations(
+        _matmul(weighted, jnp.concatenate([phi, f], axis=2)),
+        jnp.sum(weight[..., None] * jnp.abs(f) ** 2, axis=1),
+        jnp.sum(weight**2, axis=1),
+    )
 
 
-def fit(equations: Array, origin: Array, f0: Array, shares: Array, least: int) -> Array:
-    """beta, shape (groups, P, M), from the other groups' equations and the unperturbed point.
+def fit(equations: Equations, least: int) -> Array:
+    """beta, shape (groups, P, M), from the other groups' equations; equivariant under f + constant.
 
     Args:
-      equations: (groups, P, P + M), of each group.
-      origin: phi at z = 0, shape (P,).
-      f0: value there, (M,).
-      shares: (groups,); that point counts as `shares` samples of the mean weight of the others.
+      equations: of each group, at least two.
       least: number of samples that each fit has at least.
     """
-    # Summed over the others, not taken from the total: a group of large weight would leave nothing
-    # but rounding.
-    own = np.eye(equations.shape[0], dtype=bool)[..., None, None]
-    others = jnp.sum(jnp.where(own, jnp.zeros_like(equations)[None], equations[None]), axis=1)
-    # phi starts with 1, so this entry is the sum of the weights.
-    weight = shares[:, None, None] * others[:, :1, :1]
-    row = jnp.concatenate([origin, f0])
-    others = others + weight * (origin[:, None] * row[None, :])[None]
-    gram, moment = others[:, :, : origin.size], others[:, :, origin.size :]
+    size = equations.products.shape[1]
+    others = jax.tree.map(_others, equations)
+    gram, moment = others.products[:, :, :size], others.products[:, :, size:]
     diagonal = jnp.einsum("gpp->gp", gram)
-    # The ridge is relative to each feature's own size; the tiny floor is for features never seen.
-    ridge = RIDGE * diagonal + jnp.finfo(gram.dtype).tiny * 1e10
+    # The ridge is relative to each feature's own size, and leaves the constant alone, lest a
+    # constant added to f change the rest; the tiny floor is for features never seen.
+    not_constant = jnp.arange(size) > 0
+    ridge = RIDGE * diagonal * not_constant[None] + jnp.finfo(gram.dtype).tiny * 1e10
     scale = jax.lax.rsqrt(diagonal + ridge)
     scaled = gram * scale[:, :, None] * scale[:, None, :]
-    eye = jnp.eye(gram.shape[1], dtype=gram.dtype)
+    eye = jnp.eye(size, dtype=gram.dtype)
     # It depends on the noise alone, which has no derivative.
     stable = jax.lax.stop_gradient(scaled + (ridge * scale**2)[:, None, :] * eye[None])
-    inverse = _inverse(stable, halve=least >= 2 * origin.size)
-    moment = moment * scale[:, :, None]
+    inverse = _inverse(stable, halve=least >= 2 * size)
+    target = moment * scale[:, :, None]
 
     # What the ridge took from well determined coefficients is given back: each step leaves a
     # thousandth of it. Those that the samples do not determine stay small.
     def refine(_: Any, beta: Array) -> Array:
-        return beta + _matmul(inverse, moment - _matmul(scaled, beta))
+        return beta + _matmul(inverse, target - _matmul(scaled, beta))
 
     # A loop, for a product takes long to compile.
-    beta = jax.lax.fori_loop(0, 1 + _REFINEMENTS, refine, jnp.zeros_like(moment))
-    return scale[:, :, None] * beta
+    beta = jax.lax.fori_loop(0, 1 + _REFINEMENTS, refine, jnp.zeros_like(target))
+    return _shrunk(scale[:, :, None] * beta, others, least)
+
+
+def _others(values: Array) -> Array:
+    """For each group, the sum over all others.
+
+    Summed, not taken from the total: a group of large weight would leave nothing but rounding.
+    """
+    own = np.eye(values.shape[0], dtype=bool).reshape(-1, values.shape[0], *[1] * (values.ndim - 1))
+    return jnp.sum(jnp.where(own, jnp.zeros_like(values)[None], values[None]), axis=1)
+
+
+def _shrunk(beta: Array, equations: Equations, least: int) -> Array:
+    """Each polynomial, drawn towards its constant as far as its samples may have made it up.
+
+    A function that has nothing of a polynomial would otherwise pay for coefficients that are noise.
+    This is the positive-part estimator of James and Stein: of what is explained, P - 1 times the
+    mean square of what is not may be chance. With no more samples than coefficients nothing can be
+    told, and the constant remains. Of weighted samples fewer count; if they are fewer than the
+    coefficients, a fit is kept that leaves next to nothing unexplained.
+
+    References:
+      James and Stein, Estimation with Quadratic Loss, 1961
+    """
+    size = beta.shape[1]
+    gram, moment = equations.products[:, :, :size], equations.products[:, :, size:]
+    weight = jnp.real(gram[:, 0, 0])[:, None]
+    # Features and weights are real; f may be complex.
+    explained = jnp.sum(jnp.real(jnp.conj(beta) * (2 * moment - _matmul(gram, beta))), axis=1)
+    by_constant = jnp.abs(moment[:, 0]) ** 2 / weight
+    spare = jnp.maximum(weight**2 / equations.weights[:, None] - size, 0.01 * (least - size))
+    rounding = 16 * float(jnp.finfo(beta.dtype).eps)
+    unexplained = jnp.maximum((1 - rounding) * equations.squares - explained, 0)
+    chance = (size - 1) * unexplained
+    gain = (explained - by_constant) * spare
+    enough = (spare > 0) & (gain > chance)
+    keep = jnp.where(enough, 1 - chance / jnp.where(enough, gain, 1), 0)[:, None]
+    keep = jax.lax.stop_gradient(keep).astype(beta.dtype)
+    constant = moment[:, :1] / weight[..., None].astype(beta.dtype)
+    return jnp.concatenate([keep * beta[:, :1] + (1 - keep) * constant, keep * beta[:, 1:]], axis=1)
 
 
 def _inverse(matrix: Array, halve: bool) -> Array:
