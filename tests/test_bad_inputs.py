@@ -623,11 +623,29 @@ def test_nothing_to_perturb(x):
     assert gradient == x
 
 
-def test_empty_array():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"degree": 1},
+        {"degree": 2, "batch_size": 2},
+        {"sampler": px.Sobol()},
+        {"sampler": px.Antithetic(), "degree": 1},
+        {"sampler": px.Orthogonal()},
+    ],
+    ids=str,
+)
+def test_empty_array(options):
+    """A division by zero, once, wherever a group had several samples."""
     x = jnp.zeros((0, 2))
-    value, gradient = jax.value_and_grad(smooth(), argnums=1)(KEY, x)
+    fun = smooth(**options)
+    value, gradient = jax.value_and_grad(fun, argnums=1)(KEY, x)
     assert value == 0.0
     assert_trees_close(gradient, x)
+    assert jax.hessian(fun, argnums=1)(KEY, x).shape == (0, 2, 0, 2)
+    found = px.estimate(fun, KEY, x)
+    assert found.value == found.value_error == 0.0
+    assert found.gradient.shape == found.gradient_error.shape == (0, 2)
 
 
 def test_nan_in_x_stays_where_it_is():

@@ -346,7 +346,8 @@ def _grouped(plan: Plan, rows: Array) -> Array:
     missing = -rows.shape[0] % plan.group_size
     if missing:
         rows = jnp.concatenate([rows, jnp.zeros((missing, *rows.shape[1:]), rows.dtype)])
-    return rows.reshape(-1, plan.group_size, *rows.shape[1:])
+    # In sizes, for -1 says nothing about an array without elements.
+    return rows.reshape(rows.shape[0] // plan.group_size, plan.group_size, *rows.shape[1:])
 
 
 def _zeros(aval: Any) -> Array:
@@ -637,7 +638,8 @@ def _jacobian_of_surrogates(
     def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[Any, tuple[()]]:
         f, beta = xs
         z = noise_of(first, count)[:rows]
-        q = _surrogate.predict(_grouped(plan, phi(z)), beta).reshape(-1, plan.num_rows)[:rows]
+        q = _surrogate.predict(_grouped(plan, phi(z)), beta)
+        q = q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[:rows]
         return [_product((f - q).T, v) for v in _slopes(plan, wrt, noise, z, r)], ()
 
     sums, _ = _over_groups(plan, weigh, (f, beta))
@@ -650,7 +652,8 @@ def _jacobian_of_surrogates(
     for argnum in np.flatnonzero(wrt):
         slope = jax.jacfwd(expected, argnums=int(argnum))(a, r)  # (P, D), or (P,) in a scalar r
         weighed = sums[len(jacobians)] / plan.num_samples
-        jacobians.append(weighed.reshape(-1, *slope.shape[1:]) + _product(mean_beta.T, slope))
+        weighed = weighed.reshape(plan.num_rows, *slope.shape[1:])
+        jacobians.append(weighed + _product(mean_beta.T, slope))
     return (jnp.mean(f, axis=0), *jacobians)
 
 
@@ -740,7 +743,7 @@ def spread(
     noise = _noise(plan, operands)
     if derive:
         # Bounds the Jacobians of groups that are held at a time.
-        most = max(1, _CHUNK["cpu"] // (plan.num_rows * max(plan.dim, 1)))
+        most = max(1, _CHUNK["cpu"] // max(plan.num_rows * plan.dim, 1))
         if most < plan.groups_at_a_time():
             plan = dataclasses.replace(plan, batch_size=most * plan.group_size)
     noise_of = _drawer(plan, words, operands)
@@ -790,7 +793,7 @@ def spread(
         z = noise_of(first, count)[:rows]
         if phi is not None:
             q = _surrogate.predict(_grouped(plan, phi(z)), beta)
-            residual = residual - q.reshape(-1, plan.num_rows)[:rows]
+            residual = residual - q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[:rows]
         left = jnp.swapaxes(_grouped(plan, residual), 1, 2)
         found = _product(left, _grouped(plan, in_x(_slope(noise, z))))
         last = first + lax.iota(jnp.uint32, count) == plan.num_groups - 1

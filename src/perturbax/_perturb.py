@@ -133,7 +133,9 @@ def make_perturbed_fun(
         dtype = _arguments.noise_dtype(leaves)
         law, law_operands = noise, None
         dim = _arguments.num_elements(leaves)
-        chosen = _defaults.choose(sampler, degree, num_samples, dim, noise)
+        # A polynomial of no coordinates is a constant.
+        wanted = 0 if dim == 0 else degree
+        chosen = _defaults.choose(sampler, wanted, num_samples, dim, noise)
         if not hasattr(noise, "from_bits"):
             law, law_operands = _arguments.trace_noise(noise, key, dim, dtype)
         plan = _estimator.Plan(
