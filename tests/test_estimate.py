@@ -145,6 +145,43 @@ def test_a_traced_scale_that_is_not_positive_gives_nan():
     assert all(np.isnan(v).all() for v in jax.jit(errors)(-1.0))
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", ["x", "sigma", "what the function and its noise depend on"])
+@pytest.mark.parametrize("derivative", [jax.jacrev, jax.jacfwd])
+def test_results_have_no_derivatives(derivative, name, jit):
+    """They were zero in x, and in sigma a part of what they should be, without a word."""
+
+    def results(number):
+        x, sigma, factor = X, 0.2, 1.0
+        if name == "x":
+            x = number * X
+        elif name == "sigma":
+            sigma = number
+        else:
+            factor = number
+        fun = px.make_perturbed_fun(lambda x, factor: factor * relu(x), 20, sigma)
+        found = px.estimate(fun, KEY, x, factor)
+        return found.value, found.gradient, found.gradient_error
+
+    with pytest.raises(NotImplementedError, match=f"in {name}, .*perturbed function itself"):
+        derivative(jax.jit(results) if jit else results)(0.3)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_results_may_be_looked_at_while_something_is_differentiated(jit):
+    smooth = px.make_perturbed_fun(relu, 20, 0.2, px.Normal())
+
+    def loss(x):
+        found = px.estimate(smooth, KEY, jax.lax.stop_gradient(x))
+        return smooth(KEY, x), (found.value, found.value_error, found.interval())
+
+    derive = jax.grad(loss, has_aux=True)
+    gradient, (value, error, _) = (jax.jit(derive) if jit else derive)(X)
+    found = px.estimate(smooth, KEY, X)
+    np.testing.assert_allclose((value, error), (found.value, found.value_error), rtol=1e-5)
+    np.testing.assert_allclose(gradient, jax.grad(smooth, argnums=1)(KEY, X), rtol=1e-5)
+
+
 def test_what_it_cannot_do_it_says():
     smooth = px.make_perturbed_fun(relu, 10, 0.1, sampler=px.Sobol(1))
     with pytest.raises(ValueError, match=r"at least two groups.*Sobol\(num_groups=1\) makes one"):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from . import _arguments, _estimator
 from ._perturb import Perturbed
@@ -72,13 +73,45 @@ class Estimate:
         return ends(self.value, self.value_error), ends(self.gradient, self.gradient_error)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _underived(name: str, value: Array) -> Array:
+    """The value as it is; derivatives of what is computed from it raise.
+
+    Noise and the point of evaluation are held fixed in what follows, so that automatic
+    differentiation would find zero, or a part of the derivative, and say nothing.
+    """
+    del name
+    return value
+
+
+@partial(_underived.defjvp, symbolic_zeros=True)
+def _underived_jvp(name: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (value,), (dot,) = primals, tangents
+    if not isinstance(dot, SymbolicZero):
+        raise NotImplementedError(
+            f"a derivative of the results of estimate was asked for, in {name}, but they have "
+            "none. Differentiate the perturbed function itself, by jax.grad(g, argnums=1)(key, x), "
+            "say; where results are only to be looked at, compute them from jax.lax.stop_gradient "
+            f"of {name}"
+        )
+    return value, jnp.zeros_like(value)
+
+
+def _without_derivatives(name: str, values: Any) -> Any:
+    """A pytree of arrays whose floating leaves are `_underived`."""
+    return jax.tree.map(
+        lambda v: _underived(name, v) if jnp.issubdtype(v.dtype, jnp.inexact) else v, values
+    )
+
+
 def estimate(
     perturbed_fun: Callable[..., Any], key: Array, x: Any, /, *args: Any, **kwargs: Any
 ) -> Estimate:
     """Value and gradient of a perturbed function, and the standard error of each.
 
     The errors come from the spread of the groups of samples, which are independent of each other:
-    the function is evaluated no more often than for a gradient alone. Works under `jit` and `vmap`.
+    the function is evaluated no more often than for a gradient alone. Works under `jit` and `vmap`;
+    the results have no derivatives, which the perturbed function has.
 
     Value and gradient are those that `perturbed_fun` and `jax.grad` of it have at the same key if
     it was given a sampler. If it was not, and would take two nets of samples, eight smaller ones
@@ -97,6 +130,7 @@ def estimate(
     Raises:
       TypeError: if perturbed_fun is not what make_perturbed_fun returned.
       ValueError: if its sampler puts all samples into one group.
+      NotImplementedError: if the results are differentiated, in x, sigma or anything else.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -119,6 +153,11 @@ def estimate(
             "apply jit, vmap and the like to estimate itself"
         )
     call = perturbed.prepare(perturbed.sampler, key, x, args, kwargs)
+    call = call._replace(
+        x=_without_derivatives("x", call.x),
+        sigma=_without_derivatives("sigma", call.sigma),
+        operands=_without_derivatives("what the function and its noise depend on", call.operands),
+    )
     if perturbed.sampler is None and isinstance(call.plan.sampler, Sobol):
         sampler = Sobol(num_groups=_NUM_GROUPS)
         call = call._replace(plan=dataclasses.replace(call.plan, sampler=sampler))
