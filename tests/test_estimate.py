@@ -1,5 +1,7 @@
 """px.estimate: the numbers of the perturbed function, and errors that are what they say."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,6 +182,23 @@ def test_results_may_be_looked_at_while_something_is_differentiated(jit):
     found = px.estimate(smooth, KEY, X)
     np.testing.assert_allclose((value, error), (found.value, found.value_error), rtol=1e-5)
     np.testing.assert_allclose(gradient, jax.grad(smooth, argnums=1)(KEY, X), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        jax.jit,
+        lambda g: jax.vmap(g, (None, 0)),
+        lambda g: jax.grad(g, 1),
+        lambda g: functools.wraps(g)(lambda *args: -g(*args)),
+    ],
+    ids=["jit", "vmap", "grad", "wraps"],
+)
+def test_wrappers_of_a_perturbed_function_are_not_looked_through(wrap):
+    """They share its attributes: the estimate was that of the function inside."""
+    wrapped = wrap(px.make_perturbed_fun(relu, 20, 0.2))
+    with pytest.raises(TypeError, match=r"got a function that wraps it.*function itself"):
+        px.estimate(wrapped, KEY, X)
 
 
 def test_what_it_cannot_do_it_says():

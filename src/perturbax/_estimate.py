@@ -128,7 +128,7 @@ def estimate(
       An `Estimate`.
 
     Raises:
-      TypeError: if perturbed_fun is not what make_perturbed_fun returned.
+      TypeError: if perturbed_fun is not what make_perturbed_fun returned, but wraps it, say.
       ValueError: if its sampler puts all samples into one group.
       NotImplementedError: if the results are differentiated, in x, sigma or anything else.
 
@@ -148,9 +148,12 @@ def estimate(
     perturbed = getattr(perturbed_fun, "_perturbed", None)
     if not isinstance(perturbed, Perturbed):
         kind = getattr(perturbed_fun, "__name__", type(perturbed_fun).__name__)
+        raise TypeError(f"perturbed_fun must be what make_perturbed_fun returned, got {kind}")
+    if perturbed.function is not perturbed_fun:
         raise TypeError(
-            f"perturbed_fun must be what make_perturbed_fun returned, got {kind}; "
-            "apply jit, vmap and the like to estimate itself"
+            "perturbed_fun must be what make_perturbed_fun returned, got a function that wraps it, "
+            "as those of jit, vmap and grad do; pass the perturbed function itself, and apply jit "
+            "and vmap to estimate"
         )
     call = perturbed.prepare(perturbed.sampler, key, x, args, kwargs)
     call = call._replace(

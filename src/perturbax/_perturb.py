@@ -25,8 +25,17 @@ class Call(NamedTuple):
 
 
 class Perturbed(NamedTuple):
-    """What a perturbed function is made of."""
+    """What a perturbed function is made of.
 
+    Attributes:
+      function: the perturbed function. What wraps it takes over its attributes, but is not it.
+      prepare: checks a call's arguments and traces what is called.
+      sampler: as given to make_perturbed_fun.
+      has_aux: as given to make_perturbed_fun.
+      batch_size: as given to make_perturbed_fun.
+    """
+
+    function: Callable[..., Any]
     prepare: Callable[..., Call]
     sampler: Sampler | None
     has_aux: bool
@@ -161,5 +170,6 @@ def make_perturbed_fun(
         return (value, jax.tree.unflatten(call.aux_tree, aux)) if has_aux else value
 
     # What `estimate` needs to know of it.
-    perturbed_fun.__dict__["_perturbed"] = Perturbed(prepare, sampler, has_aux, batch_size)
+    known = Perturbed(perturbed_fun, prepare, sampler, has_aux, batch_size)
+    perturbed_fun.__dict__["_perturbed"] = known
     return perturbed_fun
