@@ -132,6 +132,55 @@ def test_aux_and_narrow_leaves():
     assert found.gradient.dtype == jnp.bfloat16
 
 
+def test_complex_values_have_real_errors():
+    """Those of their parts together. (The gradient lacked its imaginary part.)"""
+    factor = np.complex64(3 - 4j)
+
+    def results(fun):
+        smooth = px.make_perturbed_fun(fun, 100, 0.3, px.Normal(), sampler=px.Sobol(4))
+        return smooth, px.estimate(smooth, KEY, X)
+
+    smooth, found = results(lambda x: {"z": factor * relu(x), "r": relu(x)})
+    _, real = results(relu)
+    gradient = jax.jacfwd(smooth, argnums=1)(KEY, X)
+    for name, size in (("z", 5), ("r", 1)):
+        assert found.gradient[name].dtype == found.value[name].dtype == gradient[name].dtype
+        np.testing.assert_allclose(found.gradient[name], gradient[name], rtol=1e-4, atol=1e-4)
+        for field in ("value_error", "gradient_error"):
+            error = getattr(found, field)[name]
+            assert error.dtype == jnp.float32
+            np.testing.assert_allclose(error, size * getattr(real, field), rtol=1e-3)
+    with pytest.raises(TypeError, match="intervals are of real numbers, but the value is complex"):
+        found.interval()
+
+
+@pytest.mark.parametrize(
+    ("level", "error", "text"),
+    [
+        ("a", TypeError, "level must be a number between 0 and 1, such as 0.95, got str"),
+        (None, TypeError, "got NoneType"),
+        (True, TypeError, "got bool"),
+        (1j, TypeError, "got complex"),
+        (np.array([0.9, 0.95]), TypeError, r"got an array of shape \(2,\)"),
+        (95, ValueError, "between 0 and 1, got 95; 0.95 stands for"),
+        (0.0, ValueError, "between 0 and 1, got 0.0"),
+        (float("nan"), ValueError, "between 0 and 1, got nan"),
+    ],
+    ids=str,
+)
+def test_levels_that_are_refused(level, error, text):
+    with pytest.raises(error, match=text):
+        px.estimate(px.make_perturbed_fun(relu, 20), KEY, X).interval(level)
+
+
+def test_levels():
+    found = px.estimate(px.make_perturbed_fun(relu, 20), KEY, X)
+    with pytest.raises(TypeError, match="level must be static"):
+        jax.jit(found.interval)(0.9)
+    for level in (np.float32(0.5), jnp.float32(0.5), np.array(0.5)):
+        assert found.interval(level)[0] == found.interval(0.5)[0]
+
+
 def test_noise_without_derivatives_has_a_value():
     found = px.estimate(px.make_perturbed_fun(relu, 64, 0.1, px.Uniform()), KEY, X)
     assert found.gradient is None
@@ -209,5 +258,3 @@ def test_what_it_cannot_do_it_says():
         px.estimate(px.make_perturbed_fun(relu, 1), KEY, X)
     with pytest.raises(TypeError, match="must be what make_perturbed_fun returned, got relu"):
         px.estimate(relu, KEY, X)
-    with pytest.raises(ValueError, match="between 0 and 1, got 95"):
-        px.estimate(px.make_perturbed_fun(relu, 20), KEY, X).interval(95)

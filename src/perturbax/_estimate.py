@@ -30,7 +30,8 @@ class Estimate:
 
     Attributes:
       value: as the perturbed function returns it.
-      value_error: its standard errors, of the same structure.
+      value_error: its standard errors, of the same structure; real, those of a complex number
+        being the root of what its two parts' squares add up to.
       gradient: in x, with its structure, None in place of leaves that are not perturbed; where the
         value is not one number, the Jacobian, structured as by `jax.jacobian`. None for noise that
         is good for no derivative.
@@ -52,16 +53,22 @@ class Estimate:
         By Student's law, whose tails allow for how well few groups tell their own spread.
 
         Args:
-          level: how often each interval is to contain what is estimated, between 0 and 1.
+          level: how often each interval is to contain what is estimated, between 0 and 1, a Python
+            number.
 
         Returns:
           `(low, high)` for the value and `(low, high)` for the gradient.
 
         Raises:
+          TypeError: if level is not a number, or traced; if the value is complex.
           ValueError: if level is not between 0 and 1.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level must be between 0 and 1, got {level}")
+        level = _arguments.check_level(level)
+        if any(map(jnp.iscomplexobj, jax.tree.leaves((self.value, self.gradient)))):
+            raise TypeError(
+                "intervals are of real numbers, but the value is complex: let the function return "
+                "its real and imaginary parts"
+            )
         import scipy.stats  # takes long to import
 
         width = float(scipy.stats.t.ppf((1 + level) / 2, self.degrees_of_freedom))

@@ -759,12 +759,15 @@ def spread(
     avals = plan.fun.out_avals[: plan.num_outputs]
 
     def values(flat: Array) -> list[Array]:
-        return _split(flat, avals, plan.output_dtypes)
+        dtypes = plan.output_dtypes
+        if not jnp.iscomplexobj(flat):  # errors are real, also those of complex numbers
+            dtypes = [np.dtype(jnp.finfo(dtype).dtype) for dtype in dtypes]
+        return _split(flat, avals, dtypes)
 
     def errors(squares: Array) -> Array:
         return jnp.sqrt(squares * (plan.num_groups / max(plan.num_groups - 1, 1)))
 
-    value_error = errors(jnp.sum((shares[:, None] * jnp.abs(means)) ** 2, axis=0))
+    value_error = errors(jnp.sum(jnp.abs(shares[:, None] * means) ** 2, axis=0))
     if not derive:
         return Spread(values(value), values(value_error), [], []), aux
 
@@ -811,13 +814,16 @@ def spread(
 
     def add_square(*args: Any) -> tuple[Array, tuple[()]]:
         found, share = jacobians(*args)
-        return jnp.sum((share * jnp.abs(found - jacobian[None])) ** 2, axis=0), ()
+        return jnp.sum(jnp.abs(share * (found - jacobian[None])) ** 2, axis=0), ()
 
     squares, _ = _over_groups(plan, add_square, (residual, beta))
 
     def in_leaves(rows: Array) -> list[list[Array]]:
         columns = [jnp.moveaxis(v, 0, -1) for v in values(rows.T)]
-        return [_split(v, x, [leaf.dtype for leaf in x]) for v in columns]
+        return [
+            _split(v, x, [v.dtype if jnp.iscomplexobj(v) else leaf.dtype for leaf in x])
+            for v in columns
+        ]
 
     found = Spread(
         values(value), values(value_error), in_leaves(jacobian), in_leaves(errors(squares))
