@@ -99,8 +99,8 @@ def make_perturbed_fun(
     Raises:
       TypeError: at construction or call, where an argument is not of the kind described.
       ValueError: where num_samples or batch_size is below 1, sigma is not positive and finite (a
-        matrix: not invertible) or does not fit x, or noise returns arrays of another shape than
-        asked for.
+        matrix: not invertible) or does not fit x, or noise or sampler returns arrays of another
+        shape than asked for.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -142,6 +142,8 @@ def make_perturbed_fun(
         dtype = _arguments.noise_dtype(leaves)
         law, law_operands = noise, None
         dim = _arguments.num_elements(leaves)
+        if sampler is not None:
+            _arguments.check_group_size(sampler, num_samples, dim)
         # A polynomial of no coordinates is a constant.
         wanted = 0 if dim == 0 else degree
         chosen = _defaults.choose(sampler, wanted, num_samples, dim, noise)

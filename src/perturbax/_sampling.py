@@ -344,6 +344,8 @@ def _draw_block(
         typed = jax.random.wrap_key_data(_bits.child(key, group), impl="threefry2x32")
         if group_size == 1 and isinstance(sampler, Independent):
             return noise.sample(typed, (dim,), dtype)[None].astype(dtype)
-        return sampler.sample_group(typed, noise, group_size, dim, dtype)
+        own = type(sampler) in (Independent, Antithetic, Orthogonal, Sobol)
+        sample = sampler.sample_group if own else partial(_arguments.sample_group, sampler)
+        return sample(typed, noise, group_size, dim, dtype)
 
     return jax.vmap(one)(groups).reshape(count * group_size, dim)
