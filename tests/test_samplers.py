@@ -358,6 +358,8 @@ def test_errors_name_the_remedy():
         px.make_perturbed_fun(jnp.sum, noise=Draws(), sampler=px.Sobol())(jax.random.key(0), x)
     with pytest.raises(ValueError, match="degree=1 needs noise with a finite mean"):
         px.make_perturbed_fun(jnp.sum, noise=px.Cauchy(), degree=1)(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"StudentT\(df=2.0\) has none: use degree=0"):
+        px.make_perturbed_fun(jnp.sum, noise=px.StudentT(2), degree=1)(jax.random.key(0), x)
 
 
 @pytest.mark.parametrize(
