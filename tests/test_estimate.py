@@ -83,6 +83,24 @@ def test_wrong_errors_would_be_noticed(scale):
     assert not ((shares > 0.915) & (shares < 0.985)).any()
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "dim", "sampler", "num_groups"),
+    [
+        (10, 1, px.Sobol(9), 5),
+        (10, 1, px.Sobol(6), 5),
+        (13, 3, None, 7),
+        (4, 1, None, 4),
+        (1000, 3, None, 8),
+        (65_536, 3, None, 8),
+        (65_537, 3, None, 9),
+    ],
+)
+def test_there_are_as_many_nets_as_the_documentation_says(num_samples, dim, sampler, num_groups):
+    smooth = px.make_perturbed_fun(relu, num_samples, noise=px.Normal(), sampler=sampler)
+    found = jax.eval_shape(lambda x: px.estimate(smooth, KEY, x), jnp.zeros(dim))
+    assert found.degrees_of_freedom == num_groups - 1
+
+
 def test_errors_of_nets_are_not_those_of_independent_samples():
     """The spread is that of whole nets: far below what their points, one by one, would say."""
     smooth = px.make_perturbed_fun(relu, 512, 0.3, px.Normal(), sampler=px.Sobol(8), degree=0)

@@ -122,7 +122,7 @@ def estimate(
 
     Value and gradient are those that `perturbed_fun` and `jax.grad` of it have at the same key if
     it was given a sampler. If it was not, and would take two nets of samples, eight smaller ones
-    are taken here, for two say next to nothing of their spread.
+    (fewer of few samples) are taken here, for two say next to nothing of their spread.
 
     Args:
       perturbed_fun: what `make_perturbed_fun` returned.
