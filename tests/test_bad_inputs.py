@@ -174,6 +174,20 @@ class Noise:
         return self.draw(key, sample_shape, dtype)
 
 
+class Groups:
+    """A sampler made of a function; groups of four."""
+
+    def __init__(self, draw=jax.random.normal, size=4):
+        self.draw = draw
+        self.size = size
+
+    def group_size(self, num_samples, dim):
+        return self.size
+
+    def sample_group(self, key, noise, group_size, dim, dtype):
+        return self.draw(key, (group_size, dim), dtype)
+
+
 def call(x=X, key=KEY, **arguments):
     return lambda: smooth(**arguments)(key, x)
 
@@ -354,6 +368,83 @@ CALLS = {
         call(noise=Noise(log_prob=lambda z: -0.5 * z[:2] ** 2)),
         ValueError,
         ["noise.log_prob(inputs) returned shape (2,)", "shape (3,)", "expected (3,), or ()"],
+    ),
+    "a group of columns": (
+        call(sampler=Groups(lambda key, shape, dtype: jax.random.normal(key, shape[::-1], dtype))),
+        ValueError,
+        [
+            "sampler.sample_group(key, noise, 4, 3, float32) returned shape (3, 4)",
+            "expected (4, 3)",
+            "one row for each sample",
+        ],
+    ),
+    "a group in one row": (
+        call(sampler=Groups(lambda key, shape, dtype: jax.random.normal(key, (12,), dtype))),
+        ValueError,
+        ["returned shape (12,)", "expected (4, 3)"],
+    ),
+    "a group of too many rows": (
+        call(sampler=Groups(lambda key, shape, dtype: jax.random.normal(key, (8, 3), dtype))),
+        ValueError,
+        ["returned shape (8, 3)", "expected (4, 3)"],
+    ),
+    "no group": (
+        call(sampler=Groups(lambda key, shape, dtype: None)),
+        TypeError,
+        ["sampler.sample_group(key, noise, 4, 3, float32) must return one array"],
+    ),
+    "a group of bfloat16": (
+        call(sampler=Groups(lambda key, shape, dtype: jax.random.normal(key, shape, "bfloat16"))),
+        TypeError,
+        ["returned bfloat16", "so few numbers", "Draw in float32"],
+    ),
+    "a group of integers": (
+        call(sampler=Groups(lambda key, shape, dtype: jax.random.randint(key, shape, 0, 2))),
+        TypeError,
+        ["returned dtype int32, expected a floating dtype"],
+    ),
+    "a group drawn by numpy": (
+        call(sampler=Groups(lambda key, shape, dtype: np.random.randn(*shape).astype(dtype))),
+        TypeError,
+        ["sampler.sample_group(key", "does not depend on key", "all groups", "jax.random"],
+    ),
+    "a group seeded by numpy": (
+        call(sampler=Groups(lambda key, shape, dtype: np.asarray(jax.random.key_data(key)))),
+        jax.errors.TracerArrayConversionError,
+        ["sampler.sample_group(key", "jax.random, not with numpy"],
+    ),
+    "a sampler that takes other arguments": (
+        call(sampler=Groups(lambda key, shape: jax.random.normal(key, shape))),
+        TypeError,
+        ["takes 2 positional arguments", "sampler.sample_group(key", "perturbax.Sampler"],
+    ),
+    "a derivative with a group of columns": (
+        lambda: jax.grad(
+            smooth(sampler=Groups(lambda key, shape, dtype: jax.random.normal(key, shape[::-1]))),
+            argnums=1,
+        )(KEY, X),
+        ValueError,
+        ["returned shape (3, 4)", "expected (4, 3)"],
+    ),
+    "groups of none": (
+        call(sampler=Groups(size=0)),
+        ValueError,
+        ["sampler.group_size(8, 3) must be >= 1, got 0"],
+    ),
+    "groups of a negative size": (
+        call(sampler=Groups(size=-1)),
+        ValueError,
+        ["sampler.group_size(8, 3) must be >= 1, got -1"],
+    ),
+    "groups of a whole float": (
+        call(sampler=Groups(size=4.0)),
+        TypeError,
+        ["sampler.group_size(8, 3) must be an int, got float"],
+    ),
+    "groups of an array": (
+        call(sampler=Groups(size=jnp.int32(4))),
+        TypeError,
+        ["sampler.group_size(8, 3) must be a Python int, got a JAX array", "int(...)"],
     ),
     "callback that cannot be vmapped": (
         call(fun=lambda y: jax.pure_callback(np.sum, jax.ShapeDtypeStruct((), np.float32), y)),
@@ -623,11 +714,29 @@ def test_nothing_to_perturb(x):
     assert gradient == x
 
 
-def test_empty_array():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"degree": 1},
+        {"degree": 2, "batch_size": 2},
+        {"sampler": px.Sobol()},
+        {"sampler": px.Antithetic(), "degree": 1},
+        {"sampler": px.Orthogonal()},
+    ],
+    ids=str,
+)
+def test_empty_array(options):
+    """A division by zero, once, wherever a group had several samples."""
     x = jnp.zeros((0, 2))
-    value, gradient = jax.value_and_grad(smooth(), argnums=1)(KEY, x)
+    fun = smooth(**options)
+    value, gradient = jax.value_and_grad(fun, argnums=1)(KEY, x)
     assert value == 0.0
     assert_trees_close(gradient, x)
+    assert jax.hessian(fun, argnums=1)(KEY, x).shape == (0, 2, 0, 2)
+    found = px.estimate(fun, KEY, x)
+    assert found.value == found.value_error == 0.0
+    assert found.gradient.shape == found.gradient_error.shape == (0, 2)
 
 
 def test_nan_in_x_stays_where_it_is():

@@ -1,5 +1,7 @@
 """px.estimate: the numbers of the perturbed function, and errors that are what they say."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,24 @@ def test_wrong_errors_would_be_noticed(scale):
     assert not ((shares > 0.915) & (shares < 0.985)).any()
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "dim", "sampler", "num_groups"),
+    [
+        (10, 1, px.Sobol(9), 5),
+        (10, 1, px.Sobol(6), 5),
+        (13, 3, None, 7),
+        (4, 1, None, 4),
+        (1000, 3, None, 8),
+        (65_536, 3, None, 8),
+        (65_537, 3, None, 9),
+    ],
+)
+def test_there_are_as_many_nets_as_the_documentation_says(num_samples, dim, sampler, num_groups):
+    smooth = px.make_perturbed_fun(relu, num_samples, noise=px.Normal(), sampler=sampler)
+    found = jax.eval_shape(lambda x: px.estimate(smooth, KEY, x), jnp.zeros(dim))
+    assert found.degrees_of_freedom == num_groups - 1
+
+
 def test_errors_of_nets_are_not_those_of_independent_samples():
     """The spread is that of whole nets: far below what their points, one by one, would say."""
     smooth = px.make_perturbed_fun(relu, 512, 0.3, px.Normal(), sampler=px.Sobol(8), degree=0)
@@ -130,6 +150,55 @@ def test_aux_and_narrow_leaves():
     assert found.gradient.dtype == jnp.bfloat16
 
 
+def test_complex_values_have_real_errors():
+    """Those of their parts together. (The gradient lacked its imaginary part.)"""
+    factor = np.complex64(3 - 4j)
+
+    def results(fun):
+        smooth = px.make_perturbed_fun(fun, 100, 0.3, px.Normal(), sampler=px.Sobol(4))
+        return smooth, px.estimate(smooth, KEY, X)
+
+    smooth, found = results(lambda x: {"z": factor * relu(x), "r": relu(x)})
+    _, real = results(relu)
+    gradient = jax.jacfwd(smooth, argnums=1)(KEY, X)
+    for name, size in (("z", 5), ("r", 1)):
+        assert found.gradient[name].dtype == found.value[name].dtype == gradient[name].dtype
+        np.testing.assert_allclose(found.gradient[name], gradient[name], rtol=1e-4, atol=1e-4)
+        for field in ("value_error", "gradient_error"):
+            error = getattr(found, field)[name]
+            assert error.dtype == jnp.float32
+            np.testing.assert_allclose(error, size * getattr(real, field), rtol=1e-3)
+    with pytest.raises(TypeError, match="intervals are of real numbers, but the value is complex"):
+        found.interval()
+
+
+@pytest.mark.parametrize(
+    ("level", "error", "text"),
+    [
+        ("a", TypeError, "level must be a number between 0 and 1, such as 0.95, got str"),
+        (None, TypeError, "got NoneType"),
+        (True, TypeError, "got bool"),
+        (1j, TypeError, "got complex"),
+        (np.array([0.9, 0.95]), TypeError, r"got an array of shape \(2,\)"),
+        (95, ValueError, "between 0 and 1, got 95; 0.95 stands for"),
+        (0.0, ValueError, "between 0 and 1, got 0.0"),
+        (float("nan"), ValueError, "between 0 and 1, got nan"),
+    ],
+    ids=str,
+)
+def test_levels_that_are_refused(level, error, text):
+    with pytest.raises(error, match=text):
+        px.estimate(px.make_perturbed_fun(relu, 20), KEY, X).interval(level)
+
+
+def test_levels():
+    found = px.estimate(px.make_perturbed_fun(relu, 20), KEY, X)
+    with pytest.raises(TypeError, match="level must be static"):
+        jax.jit(found.interval)(0.9)
+    for level in (np.float32(0.5), jnp.float32(0.5), np.array(0.5)):
+        assert found.interval(level)[0] == found.interval(0.5)[0]
+
+
 def test_noise_without_derivatives_has_a_value():
     found = px.estimate(px.make_perturbed_fun(relu, 64, 0.1, px.Uniform()), KEY, X)
     assert found.gradient is None
@@ -145,6 +214,60 @@ def test_a_traced_scale_that_is_not_positive_gives_nan():
     assert all(np.isnan(v).all() for v in jax.jit(errors)(-1.0))
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", ["x", "sigma", "what the function and its noise depend on"])
+@pytest.mark.parametrize("derivative", [jax.jacrev, jax.jacfwd])
+def test_results_have_no_derivatives(derivative, name, jit):
+    """They were zero in x, and in sigma a part of what they should be, without a word."""
+
+    def results(number):
+        x, sigma, factor = X, 0.2, 1.0
+        if name == "x":
+            x = number * X
+        elif name == "sigma":
+            sigma = number
+        else:
+            factor = number
+        fun = px.make_perturbed_fun(lambda x, factor: factor * relu(x), 20, sigma)
+        found = px.estimate(fun, KEY, x, factor)
+        return found.value, found.gradient, found.gradient_error
+
+    with pytest.raises(NotImplementedError, match=f"in {name}, .*perturbed function itself"):
+        derivative(jax.jit(results) if jit else results)(0.3)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_results_may_be_looked_at_while_something_is_differentiated(jit):
+    smooth = px.make_perturbed_fun(relu, 20, 0.2, px.Normal())
+
+    def loss(x):
+        found = px.estimate(smooth, KEY, jax.lax.stop_gradient(x))
+        return smooth(KEY, x), (found.value, found.value_error, found.interval())
+
+    derive = jax.grad(loss, has_aux=True)
+    gradient, (value, error, _) = (jax.jit(derive) if jit else derive)(X)
+    found = px.estimate(smooth, KEY, X)
+    np.testing.assert_allclose((value, error), (found.value, found.value_error), rtol=1e-5)
+    np.testing.assert_allclose(gradient, jax.grad(smooth, argnums=1)(KEY, X), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        jax.jit,
+        lambda g: jax.vmap(g, (None, 0)),
+        lambda g: jax.grad(g, 1),
+        lambda g: functools.wraps(g)(lambda *args: -g(*args)),
+    ],
+    ids=["jit", "vmap", "grad", "wraps"],
+)
+def test_wrappers_of_a_perturbed_function_are_not_looked_through(wrap):
+    """They share its attributes: the estimate was that of the function inside."""
+    wrapped = wrap(px.make_perturbed_fun(relu, 20, 0.2))
+    with pytest.raises(TypeError, match=r"got a function that wraps it.*function itself"):
+        px.estimate(wrapped, KEY, X)
+
+
 def test_what_it_cannot_do_it_says():
     smooth = px.make_perturbed_fun(relu, 10, 0.1, sampler=px.Sobol(1))
     with pytest.raises(ValueError, match=r"at least two groups.*Sobol\(num_groups=1\) makes one"):
@@ -153,5 +276,3 @@ def test_what_it_cannot_do_it_says():
         px.estimate(px.make_perturbed_fun(relu, 1), KEY, X)
     with pytest.raises(TypeError, match="must be what make_perturbed_fun returned, got relu"):
         px.estimate(relu, KEY, X)
-    with pytest.raises(ValueError, match="between 0 and 1, got 95"):
-        px.estimate(px.make_perturbed_fun(relu, 20), KEY, X).interval(95)

@@ -611,6 +611,29 @@ def test_what_a_distribution_knows_is_passed_on():
     assert as_noise(Declared()).derivatives == 1
 
 
+class Transformeds(Numpyros):
+    """The convention of numpyro, where it does not know the moments of a law."""
+
+    @property
+    def mean(self):
+        raise NotImplementedError
+
+    @property
+    def variance(self):
+        raise NotImplementedError
+
+
+def test_moments_that_are_not_implemented_are_none():
+    """The error of the property was once all that a call came to."""
+    noise = as_noise(Transformeds())
+    assert not hasattr(noise, "mean")
+    assert not hasattr(noise, "variance")
+    with pytest.raises(AttributeError, match="Transformeds does not know its mean"):
+        _ = noise.mean
+    known, unknown = (px.make_perturbed_fun(jnp.sum, 8, 0.5, v) for v in (Numpyros(), noise))
+    np.testing.assert_array_equal(unknown(KEY, X), known(KEY, X))
+
+
 def test_own_noise_is_left_alone():
     noise = px.Gumbel()
     assert as_noise(noise) is noise

@@ -358,3 +358,33 @@ def test_errors_name_the_remedy():
         px.make_perturbed_fun(jnp.sum, noise=Draws(), sampler=px.Sobol())(jax.random.key(0), x)
     with pytest.raises(ValueError, match="degree=1 needs noise with a finite mean"):
         px.make_perturbed_fun(jnp.sum, noise=px.Cauchy(), degree=1)(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"StudentT\(df=2.0\) has none: use degree=0"):
+        px.make_perturbed_fun(jnp.sum, noise=px.StudentT(2), degree=1)(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: px.Sobol(0), ValueError, "num_groups must be >= 1, got 0"),
+        (lambda: px.Sobol(True), TypeError, "num_groups must be an int, got bool"),
+        (lambda: px.Sobol(2.5), TypeError, "num_groups must be an int, got float"),
+        (lambda: px.Sobol("2"), TypeError, "num_groups must be an int, got str"),
+        (lambda: jax.jit(px.Sobol)(2), TypeError, "num_groups must be static"),
+        (lambda: px.Independent(0), ValueError, "block must be >= 1, got 0"),
+        (lambda: px.Independent(2.5), TypeError, "block must be an int, got float"),
+        (lambda: px.Orthogonal(0), ValueError, "block must be >= 1, got 0"),
+        (lambda: px.Orthogonal(-2), ValueError, "block must be >= 1, got -2"),
+        (lambda: px.Orthogonal(antithetic="no"), TypeError, "antithetic must be a bool, got 'no'"),
+    ],
+)
+def test_fields_of_samplers_are_checked(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_fields_of_any_integer_type_are_the_same_sampler():
+    """A program that is compiled for one serves the other; a JAX array could not be hashed."""
+    for count in (np.int64(3), jnp.int32(3)):
+        assert px.Sobol(count) == px.Sobol(3)
+        assert hash(px.Independent(count)) == hash(px.Independent(3))
+    assert repr(px.Orthogonal(np.int8(3), np.True_)) == "Orthogonal(block=3, antithetic=True)"

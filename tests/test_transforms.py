@@ -332,12 +332,24 @@ def test_eval_shape():
     assert row == jax.ShapeDtypeStruct((3,), jnp.float32)
 
 
-def test_export_with_a_symbolic_shape():
+class Pairs:
+    """A user's sampler: opposite numbers."""
+
+    def group_size(self, num_samples, dim):
+        return 2
+
+    def sample_group(self, key, noise, group_size, dim, dtype):
+        z = jax.random.normal(key, (1, dim), dtype)
+        return jnp.concatenate([z, -z])
+
+
+@pytest.mark.parametrize("sampler", [px.Independent(), Pairs()], ids=["independent", "own"])
+def test_export_with_a_symbolic_shape(sampler):
     (size,) = jax.export.symbolic_shape("n")
 
     def run(data, x):
-        # Where the number of coordinates is unknown, that is what is chosen.
-        g = smooth(lambda y: jnp.sum(y**2), sampler=px.Independent(), degree=0)
+        # Where the number of coordinates is unknown, independent samples are what is chosen.
+        g = smooth(lambda y: jnp.sum(y**2), sampler=sampler, degree=0)
         return jax.value_and_grad(g, argnums=1)(jax.random.wrap_key_data(data), x)
 
     data = jax.random.key_data(KEY)

@@ -49,6 +49,24 @@ def check_bool(value: Any, name: str) -> bool:
     return bool(value)
 
 
+def check_level(value: Any) -> float:
+    """A static number between 0 and 1."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            "level must be static (a Python number), got a traced value; pass it outside jit, or "
+            "mark it with static_argnums"
+        )
+    number = isinstance(value, int | float | np.number | np.ndarray | Array)
+    if isinstance(value, bool) or not number or np.shape(value):
+        what = f"an array of shape {np.shape(value)}" if np.shape(value) else type(value).__name__
+        raise TypeError(f"level must be a number between 0 and 1, such as 0.95, got {what}")
+    if not 0 < value < 1:
+        raise ValueError(
+            f"level must be between 0 and 1, got {value}; 0.95 stands for intervals of 95 %"
+        )
+    return float(value)
+
+
 def check_noise(noise: Any) -> None:
     """Raises TypeError unless `noise` is an object with the methods sample and log_prob."""
     if isinstance(noise, type):
@@ -82,6 +100,15 @@ def check_sampler(sampler: Any) -> None:
             f"sampler must be hashable, for it is static under jit; make {type(sampler).__name__} "
             "a frozen dataclass"
         )
+
+
+def check_group_size(sampler: Any, num_samples: int, dim: int) -> None:
+    """Raises unless the sampler's groups have a size: a Python (or numpy) int of at least 1."""
+    size = sampler.group_size(num_samples, dim)
+    name = f"sampler.group_size({num_samples}, {dim})"
+    if isinstance(size, Array) and not isinstance(size, Tracer):
+        raise TypeError(f"{name} must be a Python int, got a JAX array; convert it by int(...)")
+    check_count(size, name)
 
 
 def check_degree(degree: Any) -> None:
@@ -561,6 +588,43 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
     operands = (sample_operands, log_prob_operands, icdf_operands)
     operands = tuple(tuple(map(_on_device, v)) for v in operands)
     return TracedNoise(sample, log_prob, icdf, noise), operands
+
+
+def sample_group(
+    sampler: Any, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+) -> Array:
+    """Noise of one group by a user's sampler; checks its shape, dtype and use of the key."""
+    name = np.dtype(dtype).name
+    what = f"sampler.sample_group(key, noise, {group_size}, {dim}, {name})"
+    try:
+        traced, operands = trace(
+            lambda k: sampler.sample_group(k, noise, group_size, dim, dtype), key
+        )
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+        error.add_note(f"{what} must compute with jax.random, not with numpy")
+        raise
+    except TypeError as error:
+        error.add_note(f"raised by {what}, a call that perturbax.Sampler describes")
+        raise
+    [aval] = _only_leaf(traced, what)
+    if aval.shape != (group_size, dim):
+        raise ValueError(
+            f"{what} returned shape {aval.shape}, expected ({group_size}, {dim}): one row for each "
+            "sample of the group"
+        )
+    if not jnp.issubdtype(aval.dtype, jnp.floating):
+        raise TypeError(f"{what} returned dtype {aval.dtype}, expected a floating dtype")
+    if aval.dtype.itemsize < 4:
+        raise TypeError(
+            f"{what} returned {aval.dtype}, which holds so few numbers that the gradient would be "
+            f"far off. Draw in {name}, as asked for"
+        )
+    if dim != 0 and not traced.depends_on_inputs():
+        raise TypeError(
+            f"{what} does not depend on key: all groups would share one draw. Return a traced JAX "
+            "array drawn with jax.random from the key"
+        )
+    return traced(operands, key)[0].astype(dtype)
 
 
 def _only_leaf(traced: TracedFunction, what: str) -> Any:

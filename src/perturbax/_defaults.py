@@ -34,7 +34,7 @@ def choose(
       TypeError: if the sampler needs an inverse distribution function that the noise lacks.
       ValueError: if a surrogate needs moments that the noise lacks.
     """
-    name = getattr(noise, "law", type(noise).__name__)
+    name = getattr(noise, "law", repr(noise))
     invertible = is_invertible(noise)
     polynomial = _has_moments(noise) and isinstance(dim, int)
     if isinstance(sampler, Antithetic | Orthogonal | Sobol) and not invertible:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from . import _arguments, _estimator
 from ._perturb import Perturbed
@@ -29,7 +30,8 @@ class Estimate:
 
     Attributes:
       value: as the perturbed function returns it.
-      value_error: its standard errors, of the same structure.
+      value_error: its standard errors, of the same structure; real, those of a complex number
+        being the root of what its two parts' squares add up to.
       gradient: in x, with its structure, None in place of leaves that are not perturbed; where the
         value is not one number, the Jacobian, structured as by `jax.jacobian`. None for noise that
         is good for no derivative.
@@ -51,16 +53,22 @@ class Estimate:
         By Student's law, whose tails allow for how well few groups tell their own spread.
 
         Args:
-          level: how often each interval is to contain what is estimated, between 0 and 1.
+          level: how often each interval is to contain what is estimated, between 0 and 1, a Python
+            number.
 
         Returns:
           `(low, high)` for the value and `(low, high)` for the gradient.
 
         Raises:
+          TypeError: if level is not a number, or traced; if the value is complex.
           ValueError: if level is not between 0 and 1.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level must be between 0 and 1, got {level}")
+        level = _arguments.check_level(level)
+        if any(map(jnp.iscomplexobj, jax.tree.leaves((self.value, self.gradient)))):
+            raise TypeError(
+                "intervals are of real numbers, but the value is complex: let the function return "
+                "its real and imaginary parts"
+            )
         import scipy.stats  # takes long to import
 
         width = float(scipy.stats.t.ppf((1 + level) / 2, self.degrees_of_freedom))
@@ -72,17 +80,49 @@ class Estimate:
         return ends(self.value, self.value_error), ends(self.gradient, self.gradient_error)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _underived(name: str, value: Array) -> Array:
+    """The value as it is; derivatives of what is computed from it raise.
+
+    Noise and the point of evaluation are held fixed in what follows, so that automatic
+    differentiation would find zero, or a part of the derivative, and say nothing.
+    """
+    del name
+    return value
+
+
+@partial(_underived.defjvp, symbolic_zeros=True)
+def _underived_jvp(name: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (value,), (dot,) = primals, tangents
+    if not isinstance(dot, SymbolicZero):
+        raise NotImplementedError(
+            f"a derivative of the results of estimate was asked for, in {name}, but they have "
+            "none. Differentiate the perturbed function itself, by jax.grad(g, argnums=1)(key, x), "
+            "say; where results are only to be looked at, compute them from jax.lax.stop_gradient "
+            f"of {name}"
+        )
+    return value, jnp.zeros_like(value)
+
+
+def _without_derivatives(name: str, values: Any) -> Any:
+    """A pytree of arrays whose floating leaves are `_underived`."""
+    return jax.tree.map(
+        lambda v: _underived(name, v) if jnp.issubdtype(v.dtype, jnp.inexact) else v, values
+    )
+
+
 def estimate(
     perturbed_fun: Callable[..., Any], key: Array, x: Any, /, *args: Any, **kwargs: Any
 ) -> Estimate:
     """Value and gradient of a perturbed function, and the standard error of each.
 
     The errors come from the spread of the groups of samples, which are independent of each other:
-    the function is evaluated no more often than for a gradient alone. Works under `jit` and `vmap`.
+    the function is evaluated no more often than for a gradient alone. Works under `jit` and `vmap`;
+    the results have no derivatives, which the perturbed function has.
 
     Value and gradient are those that `perturbed_fun` and `jax.grad` of it have at the same key if
     it was given a sampler. If it was not, and would take two nets of samples, eight smaller ones
-    are taken here, for two say next to nothing of their spread.
+    (fewer of few samples) are taken here, for two say next to nothing of their spread.
 
     Args:
       perturbed_fun: what `make_perturbed_fun` returned.
@@ -95,8 +135,9 @@ def estimate(
       An `Estimate`.
 
     Raises:
-      TypeError: if perturbed_fun is not what make_perturbed_fun returned.
+      TypeError: if perturbed_fun is not what make_perturbed_fun returned, but wraps it, say.
       ValueError: if its sampler puts all samples into one group.
+      NotImplementedError: if the results are differentiated, in x, sigma or anything else.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -114,11 +155,19 @@ def estimate(
     perturbed = getattr(perturbed_fun, "_perturbed", None)
     if not isinstance(perturbed, Perturbed):
         kind = getattr(perturbed_fun, "__name__", type(perturbed_fun).__name__)
+        raise TypeError(f"perturbed_fun must be what make_perturbed_fun returned, got {kind}")
+    if perturbed.function is not perturbed_fun:
         raise TypeError(
-            f"perturbed_fun must be what make_perturbed_fun returned, got {kind}; "
-            "apply jit, vmap and the like to estimate itself"
+            "perturbed_fun must be what make_perturbed_fun returned, got a function that wraps it, "
+            "as those of jit, vmap and grad do; pass the perturbed function itself, and apply jit "
+            "and vmap to estimate"
         )
     call = perturbed.prepare(perturbed.sampler, key, x, args, kwargs)
+    call = call._replace(
+        x=_without_derivatives("x", call.x),
+        sigma=_without_derivatives("sigma", call.sigma),
+        operands=_without_derivatives("what the function and its noise depend on", call.operands),
+    )
     if perturbed.sampler is None and isinstance(call.plan.sampler, Sobol):
         sampler = Sobol(num_groups=_NUM_GROUPS)
         call = call._replace(plan=dataclasses.replace(call.plan, sampler=sampler))

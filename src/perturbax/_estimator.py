@@ -359,7 +359,8 @@ def _grouped(plan: Plan, rows: Array) -> Array:
     missing = -rows.shape[0] % plan.group_size
     if missing:
         rows = jnp.concatenate([rows, jnp.zeros((missing, *rows.shape[1:]), rows.dtype)])
-    return rows.reshape(-1, plan.group_size, *rows.shape[1:])
+    # In sizes, for -1 says nothing about an array without elements.
+    return rows.reshape(rows.shape[0] // plan.group_size, plan.group_size, *rows.shape[1:])
 
 
 def _zeros(aval: Any) -> Array:
@@ -649,7 +650,8 @@ def _jacobian_of_surrogates(
     def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[Any, tuple[()]]:
         f, beta = xs
         z = noise_of(first, count)[:rows]
-        q = _surrogate.predict(_grouped(plan, phi(z)), beta).reshape(-1, plan.num_rows)[:rows]
+        q = _surrogate.predict(_grouped(plan, phi(z)), beta)
+        q = q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[:rows]
         return [_product((f - q).T, v) for v in _slopes(plan, wrt, noise, z, r)], ()
 
     sums, _ = _over_groups(plan, weigh, (f, beta))
@@ -662,7 +664,8 @@ def _jacobian_of_surrogates(
     for argnum in np.flatnonzero(wrt):
         slope = jax.jacfwd(expected, argnums=int(argnum))(a, r)  # (P, D), or (P,) in a scalar r
         weighed = sums[len(jacobians)] / plan.num_samples
-        jacobians.append(weighed.reshape(-1, *slope.shape[1:]) + _product(mean_beta.T, slope))
+        weighed = weighed.reshape(plan.num_rows, *slope.shape[1:])
+        jacobians.append(weighed + _product(mean_beta.T, slope))
     return (jnp.mean(f, axis=0), *jacobians)
 
 
@@ -732,7 +735,7 @@ def spread(
     noise = _noise(plan, operands)
     if derive:
         # Bounds the Jacobians of groups that are held at a time.
-        most = max(1, _CHUNK["cpu"] // (plan.num_rows * max(plan.dim, 1)))
+        most = max(1, _CHUNK["cpu"] // max(plan.num_rows * plan.dim, 1))
         if most < plan.groups_at_a_time():
             plan = dataclasses.replace(plan, batch_size=most * plan.group_size)
     noise_of = _drawer(plan, words, operands)
@@ -748,12 +751,15 @@ def spread(
     avals = plan.fun.out_avals[: plan.num_outputs]
 
     def values(flat: Array) -> list[Array]:
-        return _split(flat, avals, plan.output_dtypes)
+        dtypes = plan.output_dtypes
+        if not jnp.iscomplexobj(flat):  # errors are real, also those of complex numbers
+            dtypes = [np.dtype(jnp.finfo(dtype).dtype) for dtype in dtypes]
+        return _split(flat, avals, dtypes)
 
     def errors(squares: Array) -> Array:
         return jnp.sqrt(squares * (plan.num_groups / max(plan.num_groups - 1, 1)))
 
-    value_error = errors(jnp.sum((shares[:, None] * jnp.abs(means)) ** 2, axis=0))
+    value_error = errors(jnp.sum(jnp.abs(shares[:, None] * means) ** 2, axis=0))
     if not derive:
         return Spread(values(value), values(value_error), [], []), aux
 
@@ -781,7 +787,7 @@ def spread(
         z = noise_of(first, count)[:rows]
         if phi is not None:
             q = _surrogate.predict(_grouped(plan, phi(z)), beta)
-            residual = residual - q.reshape(-1, plan.num_rows)[:rows]
+            residual = residual - q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[:rows]
         left = jnp.swapaxes(_grouped(plan, residual), 1, 2)
         found = _product(left, _grouped(plan, in_x(_slope(noise, z))))
         last = first + lax.iota(jnp.uint32, count) == plan.num_groups - 1
@@ -799,13 +805,16 @@ def spread(
 
     def add_square(*args: Any) -> tuple[Array, tuple[()]]:
         found, share = jacobians(*args)
-        return jnp.sum((share * jnp.abs(found - jacobian[None])) ** 2, axis=0), ()
+        return jnp.sum(jnp.abs(share * (found - jacobian[None])) ** 2, axis=0), ()
 
     squares, _ = _over_groups(plan, add_square, (residual, beta))
 
     def in_leaves(rows: Array) -> list[list[Array]]:
         columns = [jnp.moveaxis(v, 0, -1) for v in values(rows.T)]
-        return [_split(v, x, [leaf.dtype for leaf in x]) for v in columns]
+        return [
+            _split(v, x, [v.dtype if jnp.iscomplexobj(v) else leaf.dtype for leaf in x])
+            for v in columns
+        ]
 
     found = Spread(
         values(value), values(value_error), in_leaves(jacobian), in_leaves(errors(squares))

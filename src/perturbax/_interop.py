@@ -138,10 +138,10 @@ class AdaptedNoise:
             return self.limit.derivatives
         if name == "icdf":
             return _inverse(self.noise)
-        value = getattr(self.noise, name)
         if name not in ("mean", "variance"):
-            return value
+            return getattr(self.noise, name)
         try:
+            value = getattr(self.noise, name)  # may be a property, which raises here
             return value() if callable(value) else value
         except (NotImplementedError, ValueError) as error:
             raise AttributeError(f"{self.law} does not know its {name}") from error

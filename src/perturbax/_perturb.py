@@ -25,8 +25,17 @@ class Call(NamedTuple):
 
 
 class Perturbed(NamedTuple):
-    """What a perturbed function is made of."""
+    """What a perturbed function is made of.
 
+    Attributes:
+      function: the perturbed function. What wraps it takes over its attributes, but is not it.
+      prepare: checks a call's arguments and traces what is called.
+      sampler: as given to make_perturbed_fun.
+      has_aux: as given to make_perturbed_fun.
+      batch_size: as given to make_perturbed_fun.
+    """
+
+    function: Callable[..., Any]
     prepare: Callable[..., Call]
     sampler: Sampler | None
     has_aux: bool
@@ -90,8 +99,8 @@ def make_perturbed_fun(
     Raises:
       TypeError: at construction or call, where an argument is not of the kind described.
       ValueError: where num_samples or batch_size is below 1, sigma is not positive and finite (a
-        matrix: not invertible) or does not fit x, or noise returns arrays of another shape than
-        asked for.
+        matrix: not invertible) or does not fit x, or noise or sampler returns arrays of another
+        shape than asked for.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -133,7 +142,11 @@ def make_perturbed_fun(
         dtype = _arguments.noise_dtype(leaves)
         law, law_operands = noise, None
         dim = _arguments.num_elements(leaves)
-        chosen = _defaults.choose(sampler, degree, num_samples, dim, noise)
+        if sampler is not None:
+            _arguments.check_group_size(sampler, num_samples, dim)
+        # A polynomial of no coordinates is a constant.
+        wanted = 0 if dim == 0 else degree
+        chosen = _defaults.choose(sampler, wanted, num_samples, dim, noise)
         if not hasattr(noise, "from_bits"):
             law, law_operands = _arguments.trace_noise(noise, key, dim, dtype)
         plan = _estimator.Plan(
@@ -159,5 +172,6 @@ def make_perturbed_fun(
         return (value, jax.tree.unflatten(call.aux_tree, aux)) if has_aux else value
 
     # What `estimate` needs to know of it.
-    perturbed_fun.__dict__["_perturbed"] = Perturbed(prepare, sampler, has_aux, batch_size)
+    known = Perturbed(perturbed_fun, prepare, sampler, has_aux, batch_size)
+    perturbed_fun.__dict__["_perturbed"] = known
     return perturbed_fun

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 from scipy.stats import qmc
 
-from . import _bits
+from . import _arguments, _bits
 from ._noise import Normal, from_normal, from_words
 
 # A group is drawn as a whole; this bounds the memory that it takes.
@@ -56,6 +56,10 @@ class Independent:
     """
 
     block: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks block."""
+        object.__setattr__(self, "block", _arguments.check_count(self.block, "block"))
 
     def group_size(self, num_samples: int, dim: int) -> int:
         """Samples in a group."""
@@ -112,6 +116,13 @@ class Orthogonal:
     block: int | None = None
     antithetic: bool = False
 
+    def __post_init__(self) -> None:
+        """Checks block and antithetic."""
+        if self.block is not None:
+            object.__setattr__(self, "block", _arguments.check_count(self.block, "block"))
+        pairs = _arguments.check_bool(self.antithetic, "antithetic")
+        object.__setattr__(self, "antithetic", pairs)
+
     def group_size(self, num_samples: int, dim: int) -> int:
         """Samples in a group."""
         directions = min(dim, self.block or dim, _MAX_GROUP)
@@ -150,6 +161,11 @@ class Sobol:
     """
 
     num_groups: int = 2
+
+    def __post_init__(self) -> None:
+        """Checks num_groups."""
+        count = _arguments.check_count(self.num_groups, "num_groups")
+        object.__setattr__(self, "num_groups", count)
 
     def group_size(self, num_samples: int, dim: int) -> int:
         """Samples in a group."""
@@ -328,6 +344,8 @@ def _draw_block(
         typed = jax.random.wrap_key_data(_bits.child(key, group), impl="threefry2x32")
         if group_size == 1 and isinstance(sampler, Independent):
             return noise.sample(typed, (dim,), dtype)[None].astype(dtype)
-        return sampler.sample_group(typed, noise, group_size, dim, dtype)
+        own = type(sampler) in (Independent, Antithetic, Orthogonal, Sobol)
+        sample = sampler.sample_group if own else partial(_arguments.sample_group, sampler)
+        return sample(typed, noise, group_size, dim, dtype)
 
     return jax.vmap(one)(groups).reshape(count * group_size, dim)
