@@ -42,6 +42,12 @@ def choose(
             f"{type(sampler).__name__}() needs noise with an inverse distribution function, which "
             f"{name} lacks: define noise.icdf(u), or use Independent()"
         )
+    if not isinstance(dim, int) and (degree or isinstance(sampler, Orthogonal | Sobol)):
+        asked = f"degree={degree}" if degree else f"{type(sampler).__name__}()"
+        raise ValueError(
+            f"{asked} needs to know how many coordinates x has, but its shape is symbolic, {dim}: "
+            "use Independent() and degree=0"
+        )
     if degree and not polynomial:
         raise ValueError(
             f"degree={degree} needs noise with a finite mean and variance, given as noise.mean and "

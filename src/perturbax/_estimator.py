@@ -496,7 +496,7 @@ def _differentiable(
         z = noise_of(first, count)[:rows]
         if phi is not None:
             q = _surrogate.predict(_grouped(plan, phi(z)), beta)
-            residual = residual - q.reshape(-1, plan.num_rows)[:rows]
+            residual = residual - q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[:rows]
         w = unit_weight(_log_density(plan, operands, z, a, r))
         w = w[:, None].astype(residual.dtype)
         return [jnp.sum(w * part, axis=0) for part in _cut(residual, avals)], ()
