@@ -171,6 +171,21 @@ def test_solves_transforms_and_costs_with_parameters():
     assert np.isnan(jax.jit(lambda s: make(sigma=s)(KEY, X).weights)(-1.0)).all()
 
 
+@pytest.mark.parametrize("dtype", [int, bool, jnp.int8, jnp.bfloat16])
+def test_an_expectation_has_the_dtype_of_the_weights(dtype):
+    """With integer costs it was float64, and without 64 bits a warning."""
+    cost = jnp.array([0, 1, 1], dtype)
+    with jax.enable_x64(True):
+        found = make()(KEY, X.astype(jnp.float32))
+        wide = found.expectation(lambda y: cost[jnp.argmax(y)])
+    mean = make()(KEY, X).expectation(lambda y: cost[jnp.argmax(y)])
+    assert wide.dtype == mean.dtype == jnp.float32
+    expected = make()(KEY, X).expectation(lambda y: y)[1:].sum()
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
+    of_complex = found.expectation(lambda y: 1j * y[0])
+    assert of_complex.dtype == jnp.complex64
+
+
 def test_errors():
     with pytest.raises(ValueError, match="needs noise=Normal"):
         make(multiplicative=True)

@@ -40,12 +40,15 @@ class EmpiricalDistribution:
 
         Its derivative in the scores is that of the weights; in further arguments and in whatever
         `cost` closes over it is that of the cost. The cost, vmapped, may be any function of a
-        solution; it is not differentiated in it, where the solver is not.
+        solution; it is not differentiated in it, where the solver is not. It is evaluated at every
+        place, those that repeat the first solution included: as often as there are samples.
         """
         costs = jax.vmap(lambda y: cost(y, *args))(self.solutions)
 
         def mean(values: Array) -> Array:
-            dtype = np.result_type(self.weights.dtype, np.asarray(0, values.dtype))
+            dtype = self.weights.dtype
+            if jnp.issubdtype(values.dtype, jnp.inexact):
+                dtype = np.result_type(dtype, values.dtype)
             values = values.astype(dtype)
             weights = self.weights.astype(dtype).reshape(-1, *[1] * (values.ndim - 1))
             return jnp.sum(weights * values, axis=0)
