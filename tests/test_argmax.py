@@ -522,6 +522,36 @@ def test_solvers_with_side_effects():
     assert seen
 
 
+class TheirNormal:
+    """Normal noise of another library, with a density up to a constant."""
+
+    def __init__(self, loc=0.0, scale=1.0):
+        self.loc, self.scale = loc, scale
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return self.loc + self.scale * px.Normal().sample(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -0.5 * ((inputs - self.loc) / self.scale) ** 2
+
+
+def test_multiplicative_perturbation_by_the_normal_noise_of_others():
+    """Only this library's own was taken."""
+    options = {"multiplicative": True, "num_samples": 16}
+    optax = pytest.importorskip("optax.perturbations")
+    argmax(noise=optax.Normal(), **options)
+    theta, sigma = np.array([1.5, 1.0]), 0.6
+    choice, _ = two_way(theta, sigma)
+
+    def estimates(key, x):  # the noise is looked at inside a trace
+        layer = argmax(noise=TheirNormal(), sigma=sigma, **options)
+        return {"value": layer(key, x), "gradient": jax.jacrev(layer, argnums=1)(key, x)}
+
+    exact = {name: choice[name] for name in ("value", "gradient")}
+    args = (jnp.asarray(theta, jnp.float32),)
+    assert_unbiased(estimates, exact, seed=17, num_keys=8192, args=args, promise=0.05)
+
+
 # --- Errors
 
 
@@ -542,6 +572,9 @@ def test_wrong_shapes_are_told():
     ("error", "message", "options"),
     [
         (ValueError, "needs noise=Normal", {"multiplicative": True}),
+        (ValueError, r"got Gumbel\(\)", {"multiplicative": True}),
+        (ValueError, r"got TheirNormal$", {"multiplicative": True, "noise": TheirNormal(scale=2)}),
+        (ValueError, r"got TheirNormal$", {"multiplicative": True, "noise": TheirNormal(loc=1)}),
         (TypeError, "maximize must be a bool", {"maximize": 1}),
         (TypeError, "symmetrize must be a bool", {"symmetrize": None}),
         (TypeError, "multiplicative must be a bool", {"multiplicative": "yes"}),
