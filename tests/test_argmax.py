@@ -506,18 +506,37 @@ def test_a_zero_score_under_multiplicative_noise():
 
 
 def test_solvers_with_side_effects():
-    """An ordered callback: no symmetry and no Danskin, but right as far as the score goes."""
+    """An ordered callback: no symmetry, but Danskin's gradient, which was that of the score."""
     seen = []
 
-    def solver(x):
+    def solver(x, shift=0.0):
         jax.experimental.io_callback(lambda v: seen.append(v), None, x[0], ordered=True)
-        return one_hot(x)
+        return one_hot(x) + shift
+
+    def pure(x, shift=0.0):
+        return one_hot(x) + shift
 
     options = {"num_samples": 4, "batch_size": 1}
     assert_trees_close(argmax(solver, **options)(KEY, X), argmax(**options)(KEY, X))
-    gradient = jax.grad(maximum(solver, **options), argnums=1)(KEY, X)
-    plain = px.make_perturbed_fun(lambda u: jnp.max(u), sigma=SIGMA, **options)
-    assert_trees_close(gradient, jax.grad(plain, argnums=1)(KEY, X), atol=1e-5)
+
+    def derivatives(solver):
+        def value(x, sigma, shift):
+            return maximum(solver, sigma=sigma, symmetrize=False, **options)(KEY, x, shift)
+
+        args = X, SIGMA, 0.5
+        return {
+            "value": value(*args),
+            "gradient": jax.grad(value, argnums=range(3))(*args),
+            "hessian": jax.jacfwd(jax.jacfwd(value, argnums=(0, 1)))(*args),
+            "mixed": jax.jacfwd(jax.jacfwd(value, argnums=2))(*args),
+        }
+
+    assert_trees_close(derivatives(solver), derivatives(pure), atol=2e-5)
+
+    def by_noise(loc, solver):
+        return maximum(solver, noise=TheirNormal(loc), **options)(KEY, X)
+
+    assert_trees_close(jax.grad(by_noise)(0.1, solver), jax.grad(by_noise)(0.1, pure), atol=1e-5)
     jax.effects_barrier()
     assert seen
 
