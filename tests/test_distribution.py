@@ -155,6 +155,16 @@ def test_gradient_is_that_of_the_baseline_of_other_samples():
     np.testing.assert_allclose(jax.grad(expected)(X, True), by_hand, atol=1e-4)
 
 
+def test_a_single_sample_has_no_baseline():
+    """As documented: a constant cost has the gradient zero from two samples on."""
+
+    def expected(x, num_samples):
+        return make(num_samples=num_samples)(KEY, x).expectation(lambda y: 5.0)
+
+    assert np.abs(jax.grad(expected)(X, 1)).max() > 0.1
+    np.testing.assert_allclose(jax.grad(expected)(X, 2), 0, atol=1e-5)
+
+
 def test_solves_transforms_and_costs_with_parameters():
     solver = HostSolver()
     jax.block_until_ready(jax.jit(make(solver, 7))(KEY, X))

@@ -87,7 +87,8 @@ def make_perturbed_distribution(
       noise: as in `make_perturbed_argmax`.
       use_baseline: weigh each solution against the frequencies among the samples of other groups,
         which lowers the variance of derivatives; for a cost c, that is the baseline of the mean
-        of the others' costs.
+        of the others' costs. One sample, or one group of samples, has no others, hence no
+        baseline.
       maximize: False for a solver that minimises costs theta, which sees theta - sigma Z.
       multiplicative: as in `make_perturbed_argmax`.
       batch_size: as in `make_perturbed_argmax`.
