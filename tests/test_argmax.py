@@ -506,20 +506,69 @@ def test_a_zero_score_under_multiplicative_noise():
 
 
 def test_solvers_with_side_effects():
-    """An ordered callback: no symmetry and no Danskin, but right as far as the score goes."""
+    """An ordered callback: no symmetry, but Danskin's gradient, which was that of the score."""
     seen = []
 
-    def solver(x):
+    def solver(x, shift=0.0):
         jax.experimental.io_callback(lambda v: seen.append(v), None, x[0], ordered=True)
-        return one_hot(x)
+        return one_hot(x) + shift
+
+    def pure(x, shift=0.0):
+        return one_hot(x) + shift
 
     options = {"num_samples": 4, "batch_size": 1}
     assert_trees_close(argmax(solver, **options)(KEY, X), argmax(**options)(KEY, X))
-    gradient = jax.grad(maximum(solver, **options), argnums=1)(KEY, X)
-    plain = px.make_perturbed_fun(lambda u: jnp.max(u), sigma=SIGMA, **options)
-    assert_trees_close(gradient, jax.grad(plain, argnums=1)(KEY, X), atol=1e-5)
+
+    def derivatives(solver):
+        def value(x, sigma, shift):
+            return maximum(solver, sigma=sigma, symmetrize=False, **options)(KEY, x, shift)
+
+        args = X, SIGMA, 0.5
+        return {
+            "value": value(*args),
+            "gradient": jax.grad(value, argnums=range(3))(*args),
+            "hessian": jax.jacfwd(jax.jacfwd(value, argnums=(0, 1)))(*args),
+            "mixed": jax.jacfwd(jax.jacfwd(value, argnums=2))(*args),
+        }
+
+    assert_trees_close(derivatives(solver), derivatives(pure), atol=2e-5)
+
+    def by_noise(loc, solver):
+        return maximum(solver, noise=TheirNormal(loc), **options)(KEY, X)
+
+    assert_trees_close(jax.grad(by_noise)(0.1, solver), jax.grad(by_noise)(0.1, pure), atol=1e-5)
     jax.effects_barrier()
     assert seen
+
+
+class TheirNormal:
+    """Normal noise of another library, with a density up to a constant."""
+
+    def __init__(self, loc=0.0, scale=1.0):
+        self.loc, self.scale = loc, scale
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return self.loc + self.scale * px.Normal().sample(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -0.5 * ((inputs - self.loc) / self.scale) ** 2
+
+
+def test_multiplicative_perturbation_by_the_normal_noise_of_others():
+    """Only this library's own was taken."""
+    options = {"multiplicative": True, "num_samples": 16}
+    optax = pytest.importorskip("optax.perturbations")
+    argmax(noise=optax.Normal(), **options)
+    theta, sigma = np.array([1.5, 1.0]), 0.6
+    choice, _ = two_way(theta, sigma)
+
+    def estimates(key, x):  # the noise is looked at inside a trace
+        layer = argmax(noise=TheirNormal(), sigma=sigma, **options)
+        return {"value": layer(key, x), "gradient": jax.jacrev(layer, argnums=1)(key, x)}
+
+    exact = {name: choice[name] for name in ("value", "gradient")}
+    args = (jnp.asarray(theta, jnp.float32),)
+    assert_unbiased(estimates, exact, seed=17, num_keys=8192, args=args, promise=0.05)
 
 
 # --- Errors
@@ -542,6 +591,9 @@ def test_wrong_shapes_are_told():
     ("error", "message", "options"),
     [
         (ValueError, "needs noise=Normal", {"multiplicative": True}),
+        (ValueError, r"got Gumbel\(\)", {"multiplicative": True}),
+        (ValueError, r"got TheirNormal$", {"multiplicative": True, "noise": TheirNormal(scale=2)}),
+        (ValueError, r"got TheirNormal$", {"multiplicative": True, "noise": TheirNormal(loc=1)}),
         (TypeError, "maximize must be a bool", {"maximize": 1}),
         (TypeError, "symmetrize must be a bool", {"symmetrize": None}),
         (TypeError, "multiplicative must be a bool", {"multiplicative": "yes"}),

@@ -155,6 +155,16 @@ def test_gradient_is_that_of_the_baseline_of_other_samples():
     np.testing.assert_allclose(jax.grad(expected)(X, True), by_hand, atol=1e-4)
 
 
+def test_a_single_sample_has_no_baseline():
+    """As documented: a constant cost has the gradient zero from two samples on."""
+
+    def expected(x, num_samples):
+        return make(num_samples=num_samples)(KEY, x).expectation(lambda y: 5.0)
+
+    assert np.abs(jax.grad(expected)(X, 1)).max() > 0.1
+    np.testing.assert_allclose(jax.grad(expected)(X, 2), 0, atol=1e-5)
+
+
 def test_solves_transforms_and_costs_with_parameters():
     solver = HostSolver()
     jax.block_until_ready(jax.jit(make(solver, 7))(KEY, X))
@@ -169,6 +179,21 @@ def test_solves_transforms_and_costs_with_parameters():
     mirror = make(lambda c: one_hot(-c), maximize=False)(KEY, -X)
     assert_trees_close(mirror, make()(KEY, X), atol=1e-6)
     assert np.isnan(jax.jit(lambda s: make(sigma=s)(KEY, X).weights)(-1.0)).all()
+
+
+@pytest.mark.parametrize("dtype", [int, bool, jnp.int8, jnp.bfloat16])
+def test_an_expectation_has_the_dtype_of_the_weights(dtype):
+    """With integer costs it was float64, and without 64 bits a warning."""
+    cost = jnp.array([0, 1, 1], dtype)
+    with jax.enable_x64(True):
+        found = make()(KEY, X.astype(jnp.float32))
+        wide = found.expectation(lambda y: cost[jnp.argmax(y)])
+    mean = make()(KEY, X).expectation(lambda y: cost[jnp.argmax(y)])
+    assert wide.dtype == mean.dtype == jnp.float32
+    expected = make()(KEY, X).expectation(lambda y: y)[1:].sum()
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
+    of_complex = found.expectation(lambda y: 1j * y[0])
+    assert of_complex.dtype == jnp.complex64
 
 
 def test_errors():

@@ -47,6 +47,30 @@ def test_gradient_is_the_difference_quotient(maximize, two_sided):
     )
 
 
+@pytest.mark.parametrize("maximize", [True, False], ids=["max", "min"])
+@pytest.mark.parametrize("alpha", [0.0, 0.25])
+def test_the_target_weighs_the_scores(alpha, maximize):
+    """Exactly a difference of mean solutions with the same noise, the second at the target."""
+    lam, sign = 0.8, 1 if maximize else -1
+    cost = jnp.asarray(COST, jnp.float32)
+
+    def solver(x):
+        return one_hot(sign * x)
+
+    for x, step in [(X, cost), (X.at[1].set(-sign * jnp.inf), cost.at[1].set(0))]:
+        choose = layer(solver, lam=lam, alpha=alpha, maximize=maximize)
+        plain = px.make_perturbed_argmax(solver, 32, SIGMA, maximize=maximize)
+        target = jnp.where(jnp.isfinite(x), alpha * x, x) - sign * lam * step
+        value, pull = jax.vjp(lambda x, choose=choose: choose(KEY, x), x)
+        assert_trees_close(value, plain(KEY, x), atol=1e-6)
+        expected = sign * (plain(KEY, x) - plain(KEY, target)) / lam
+        assert_trees_close(pull(step)[0], expected, atol=1e-6)
+    both = layer(solver, lam=lam, alpha=alpha, maximize=maximize, two_sided=True)
+    gradient = jax.jit(jax.grad(lambda x: both(KEY, x) @ cost))(X)
+    ends = [plain(KEY, alpha * X + side * sign * lam * cost) for side in (1, -1)]
+    assert_trees_close(gradient, sign * (ends[0] - ends[1]) / (2 * lam), atol=1e-6)
+
+
 def test_both_means_share_their_noise():
     """A step that changes no choice has the gradient zero, exactly."""
 
@@ -107,6 +131,10 @@ def test_errors():
             layer(lam=lam)
     with pytest.raises(TypeError, match="lam must be a positive number, got str"):
         layer(lam="1")
+    with pytest.raises(ValueError, match="alpha must be one finite number, got nan"):
+        layer(alpha=np.nan)
+    with pytest.raises(TypeError, match="alpha must be a number, got bool"):
+        layer(alpha=True)
     with pytest.raises(ValueError, match=r"\(2,\), expected that of theta, \(3,\)"):
         layer(lambda x: x[:2])(KEY, X)
     with pytest.raises(ValueError, match="k must be >= 1"):

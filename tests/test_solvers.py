@@ -290,6 +290,26 @@ def test_grid_shortest_path_goes_round_walls_however_long_the_way():
     assert np.isnan(solutions[1:]).all()
 
 
+def test_paths_of_enormous_costs():
+    """Their sums were infinite, and the end was taken for walled in."""
+    cost = np.float32(3e38)
+    costs = np.full((4, 4), cost)
+    assert solvers.grid_shortest_path(costs).tolist() == np.eye(4).tolist()
+    costs[2, 2] = np.inf
+    path = np.asarray(solvers.grid_shortest_path(costs))
+    assert path.sum() == 5
+    assert path[2, 2] == 0
+    edges = np.array([(0, 1), (1, 2), (2, 3), (0, 3), (3, 0)])
+    for num_edges in (4, 5):  # without and with a cycle
+        costs = np.array([cost / 4, cost / 4, cost / 4, cost, cost], np.float32)[:num_edges]
+        path = solvers.graph_shortest_path(costs, edges[:num_edges], 0, 3)
+        assert path.tolist() == [1, 1, 1, 0, 0][:num_edges]
+        costs[:3] = cost
+        costs[3] = np.inf
+        path = solvers.graph_shortest_path(costs, edges[:num_edges], 0, 3)
+        assert path.tolist() == [1, 1, 1, 0, 0][:num_edges]
+
+
 # Shortest paths on graphs
 
 
@@ -497,6 +517,28 @@ def test_knapsack_with_weights_of_each_instance():
     )
 
 
+def test_knapsack_with_known_weights_beyond_the_integers():
+    """They were an OverflowError of JAX's."""
+    assert solvers.knapsack(jnp.ones(3), [1, 2**40, 3], 5).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype", "capacity", "scale", "expected"),
+    [
+        ([1, 2**16, 3], np.int32, 1, 2**16, [1, 0, 0]),  # 2^32, which was taken for 0
+        ([1, 2**31 + 5, 3], np.uint32, 5, 1, [1, 0, 1]),
+        ([1, 2, 0], np.int32, 1e-9, 10**10, [0, 0, 1]),
+        ([1, 127, 3], np.int8, 300, 7, [1, 1, 1]),
+    ],
+)
+def test_knapsack_with_traced_weights_beyond_the_integers(
+    weights, dtype, capacity, scale, expected
+):
+    solver = functools.partial(solvers.knapsack, capacity=capacity, scale=scale)
+    weights = np.array(weights, dtype)
+    assert jax.jit(solver)(jnp.ones(3), weights).tolist() == expected
+
+
 def test_knapsack_with_infinite_values_and_a_negative_traced_weight():
     values = jnp.array([jnp.inf, 1.0, -jnp.inf, jnp.inf])
     assert solvers.knapsack(values, [2, 1, 0, 2], 3).tolist() == [1, 1, 0, 0]
@@ -700,6 +742,26 @@ WRONG = [
     (lambda: solvers.ranks(jnp.ones(3, bool)), TypeError, "scores .* dtype bool; convert"),
     (lambda: solvers.ranks(jnp.ones(3, complex)), TypeError, "scores .* dtype complex64"),
     (lambda: solvers.ranks(jax.random.key(0)), TypeError, "dtype key<fry>"),
+    (
+        lambda: solvers.ranks(SCORES, descending="no"),
+        TypeError,
+        r"descending must be a bool, got 'no' \(str\)",
+    ),
+    (
+        lambda: solvers.sorting_permutation(SCORES, descending=1),
+        TypeError,
+        "descending must be a bool, got 1",
+    ),
+    (
+        lambda: jax.jit(lambda d: solvers.ranks(SCORES, descending=d))(True),
+        TypeError,
+        "descending must be a bool, got a traced value",
+    ),
+    (
+        lambda: solvers.graph_shortest_path(SCORES, EDGES, 0, 3, directed="no"),
+        TypeError,
+        "directed must be a bool, got 'no'",
+    ),
     (lambda: solvers.top_k_mask(SCORES, 0), ValueError, "k must be between 1 and 6, .* got 0"),
     (lambda: solvers.top_k_mask(SCORES, 7), ValueError, "k must be between 1 and 6, .* got 7"),
     (lambda: solvers.top_k_mask(SCORES, 2.0), TypeError, "k must be a Python int, got float"),
@@ -756,6 +818,11 @@ WRONG = [
     (lambda: solvers.knapsack(SCORES, SCORES, -1), ValueError, "capacity .* >= 0, got -1"),
     (lambda: solvers.knapsack(SCORES, SCORES, jnp.inf), ValueError, "capacity must be finite"),
     (lambda: solvers.knapsack(SCORES, SCORES, [1, 2]), ValueError, "capacity .* got 2 for 1"),
+    (lambda: solvers.knapsack(SCORES, SCORES, "5"), TypeError, r"capacity .* got '5' \(str\)"),
+    (lambda: solvers.knapsack(SCORES, SCORES, None), TypeError, r"capacity .* got None"),
+    (lambda: solvers.knapsack(SCORES, SCORES, True), TypeError, r"capacity .* got True \(bool\)"),
+    (lambda: solvers.knapsack(SCORES, SCORES, [[1], [1, 2]]), TypeError, "capacity .* list"),
+    (lambda: solvers.knapsack(SCORES, SCORES, 3, scale=10**9), ValueError, "capacity .* smaller"),
     (lambda: solvers.knapsack(SCORES, -SCORES, 3), ValueError, "weights must be >= 0, got -1"),
     (
         lambda: solvers.knapsack(SCORES, 1.5 * SCORES, 3),
@@ -763,6 +830,7 @@ WRONG = [
         "scale=1, got 1.5; choose scale",
     ),
     (lambda: solvers.knapsack(SCORES, jnp.nan * SCORES, 3), ValueError, "weights must be integers"),
+    (lambda: solvers.knapsack(SCORES, jnp.inf * SCORES, 3), ValueError, "weights .* got inf"),
     (lambda: solvers.knapsack(SCORES, SCORES, 3, scale=0), ValueError, "scale must be at least 1"),
     (
         lambda: solvers.knapsack(SCORES, jnp.ones((1, 1, 6)), 3),

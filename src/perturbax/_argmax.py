@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 
 from . import _arguments
@@ -193,7 +193,8 @@ def make_perturbed_max(
 
     Returns:
       A function `g(key, theta, *args, **kwargs)` that returns an estimate of F, a scalar. `key` is
-      one PRNG key; it is consumed. If argmax_fun has side effects, the first derivative is that of
+      one PRNG key; it is consumed. If argmax_fun has side effects, `symmetrize` is without effect;
+      if the noise has traced parameters as well, the first derivative is that of
       `make_perturbed_fun`, by the score: unbiased, but noisier.
 
     Raises:
@@ -236,7 +237,7 @@ def make_perturbed_max(
         scales = scales_of(layer.sigma, theta, leaves, names, layer.multiplicative)
         dtype = _arguments.noise_dtype(leaves)
 
-        def solve(u: list[Array], noise: Any) -> tuple[list[Array], Array, list[Array]]:
+        def solution(u: list[Array]) -> tuple[list[Array], Array]:
             scores = layer.unsigned(tree, u)
             y = layer.argmax_fun(scores, *args, **kwargs)
             if objective is None:
@@ -247,23 +248,38 @@ def make_perturbed_max(
                     scores, y, *args, **kwargs
                 )
                 g = jax.tree.leaves(g)
-            g = [v.astype(dtype) for v in g]
+            # Of the maximum in the scores, which a minimiser's are the opposites of.
+            return [v.astype(dtype) for v in g], value if layer.maximize else -value
+
+        def slopes_of(g: list[Array], noise: Any) -> tuple[list[Array], list[Array]]:
             perturbation, v = noise
             by_theta, by_sigma = perturbation.slopes(v)
             changes = [times(one, change) for one, change in zip(g, by_sigma, strict=True)]
             if by_theta is not None:
                 g = [times(one, factor) for one, factor in zip(g, by_theta, strict=True)]
-            # Of the maximum in the scores, which a minimiser's are the opposites of.
-            value = value if layer.maximize else -value
-            return g, value, perturbation.along_sigma(changes) if layer.is_traced(scales) else []
+            return g, perturbation.along_sigma(changes) if layer.is_traced(scales) else []
+
+        def solve(u: list[Array], noise: Any) -> tuple[list[Array], Array, list[Array]]:
+            g, value = solution(u)
+            g, changes = slopes_of(g, noise)
+            return g, value, changes
 
         def means(*parts: Array) -> Any:
             return layer.expectation(solve, key, *layer.split(parts, scales))
 
         inputs = layer.inputs(leaves, scales)
         traced, operands = trace(means, *inputs)
-        if traced.jaxpr.effects:
-            value = traced(operands, *inputs)[len(leaves)]
+        if traced.jaxpr.effects:  # JAX allows none inside a custom derivative rule
+
+            def with_fixed_value(u: list[Array], noise: Any) -> Any:
+                g, value = solution(u)
+                return slopes_of(lax.stop_gradient(g), noise), value, lax.stop_gradient(value)
+
+            *slopes, value, fixed = layer.expectation(
+                with_fixed_value, key, *layer.split(inputs, scales)
+            )
+            if not layer.has_traced_noise():
+                value = _with_slopes(value, fixed, slopes, inputs)
         else:
             num_symmetric = len(leaves) if symmetrize else 0
             value = _best(traced, len(leaves), num_symmetric, inputs, operands)
@@ -317,6 +333,11 @@ class _Layer:
     def is_traced(self, scales: list[Array]) -> bool:
         """Whether a scale may be differentiated with respect to."""
         return any(isinstance(s, Tracer) for s in scales)
+
+    def has_traced_noise(self) -> bool:
+        """Whether a parameter of the noise may be differentiated with respect to."""
+        _, parameters = trace(self.noise.log_prob, jnp.zeros(()))
+        return any(isinstance(p, Tracer) for p in parameters)
 
     def inputs(self, leaves: list[Array], scales: list[Array]) -> list[Array]:
         """What the estimate is a function of: scores, and scales as far as they are traced."""
@@ -442,3 +463,27 @@ def _maximum_jvp(
 
 
 _best = jax.jit(with_jvp(_maximum, _maximum_jvp, 3, symbolic_zeros=True), static_argnums=(0, 1, 2))
+
+
+def _value_alone(value: Array, fixed: Array, slopes: list[Array], inputs: list[Array]) -> Array:
+    """`value`, with `slopes` as its derivatives in the inputs.
+
+    `fixed` is the mean of the same values, held fixed: its derivatives are those of `value` by the
+    score alone, which are replaced; what is left are derivatives in operands, and mixed ones. So
+    the slopes have none of these.
+    """
+    del fixed, slopes, inputs
+    return value
+
+
+def _value_alone_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    value, _, slopes, _ = primals
+    value_dot, fixed_dot, _, inputs_dot = tangents
+    out_dot = _instantiated(value_dot, value) - _instantiated(fixed_dot, value)
+    for slope, dot in zip(slopes, inputs_dot, strict=True):
+        if is_live(dot):
+            out_dot += jnp.sum(slope.astype(value.dtype) * dot.astype(value.dtype))
+    return _with_slopes(*primals), out_dot
+
+
+_with_slopes = with_jvp(_value_alone, _value_alone_jvp, symbolic_zeros=True)

@@ -40,12 +40,15 @@ class EmpiricalDistribution:
 
         Its derivative in the scores is that of the weights; in further arguments and in whatever
         `cost` closes over it is that of the cost. The cost, vmapped, may be any function of a
-        solution; it is not differentiated in it, where the solver is not.
+        solution; it is not differentiated in it, where the solver is not. It is evaluated at every
+        place, those that repeat the first solution included: as often as there are samples.
         """
         costs = jax.vmap(lambda y: cost(y, *args))(self.solutions)
 
         def mean(values: Array) -> Array:
-            dtype = np.result_type(self.weights.dtype, np.asarray(0, values.dtype))
+            dtype = self.weights.dtype
+            if jnp.issubdtype(values.dtype, jnp.inexact):
+                dtype = np.result_type(dtype, values.dtype)
             values = values.astype(dtype)
             weights = self.weights.astype(dtype).reshape(-1, *[1] * (values.ndim - 1))
             return jnp.sum(weights * values, axis=0)
@@ -84,7 +87,8 @@ def make_perturbed_distribution(
       noise: as in `make_perturbed_argmax`.
       use_baseline: weigh each solution against the frequencies among the samples of other groups,
         which lowers the variance of derivatives; for a cost c, that is the baseline of the mean
-        of the others' costs.
+        of the others' costs. One sample, or one group of samples, has no others, hence no
+        baseline.
       maximize: False for a solver that minimises costs theta, which sees theta - sigma Z.
       multiplicative: as in `make_perturbed_argmax`.
       batch_size: as in `make_perturbed_argmax`.

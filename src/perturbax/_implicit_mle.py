@@ -30,6 +30,7 @@ def make_implicit_mle(
     noise: NoiseDistribution = Gumbel(),
     *,
     lam: float = 10.0,
+    alpha: float = 1.0,
     two_sided: bool = False,
     maximize: bool = True,
     batch_size: int | None = None,
@@ -40,13 +41,13 @@ def make_implicit_mle(
     Forward, the value is that of `make_perturbed_argmax`. Backward, the cotangent dL/dy moves the
     scores towards a target with a lower loss, and the gradient is
 
-    .. math:: \frac{\partial L}{\partial \theta} \approx \frac{1}{\lambda} \left(
-        \bar y(\theta) - \bar y\left(\theta - \lambda \frac{\partial L}{\partial y}\right)\right),
+    .. math:: \frac{\partial L}{\partial \theta} \approx \frac{1}{\lambda} \left( \bar y(\theta)
+        - \bar y\left(\alpha \theta - \lambda \frac{\partial L}{\partial y}\right)\right),
         \quad \bar y(\theta) = \frac{1}{N} \sum_i y^*(\theta + \sigma Z_i)
 
     with the same noise in both means. It needs no density of the noise, and has a small variance
-    where lam is large, at the price of a bias: it is a difference quotient of the mean solution,
-    and tends to the gradient of `make_perturbed_argmax` as lam goes to 0.
+    where lam is large, at the price of a bias: with alpha = 1 it is a difference quotient of the
+    mean solution, and tends to the gradient of `make_perturbed_argmax` as lam goes to 0.
 
     Args:
       argmax_fun: the solver, as in `make_perturbed_argmax`.
@@ -55,8 +56,11 @@ def make_implicit_mle(
       noise: law of the noise, an object with the methods of `NoiseDistribution`; `SumOfGamma` is
         made for solutions with a fixed number of ones.
       lam: length of the step to the target, lambda in the formula, > 0. May be traced.
-      two_sided: take the central difference, of theta + lam dL/dy and theta - lam dL/dy over
-        2 lam: twice the solutions, and a bias of higher order in lam.
+      alpha: weight of the scores themselves in the target, a finite number. With 0 the target is
+        the step alone: the solution that is best for L to first order, whatever the scores.
+        Infinite scores stay what they are. May be traced.
+      two_sided: take the central difference, of alpha theta + lam dL/dy and alpha theta - lam dL/dy
+        over 2 lam: twice the solutions, and a bias of higher order in lam.
       maximize: False for a solver that minimises costs theta; the solver sees theta - sigma Z.
       batch_size: as in `make_perturbed_fun`.
       sampler: as in `make_perturbed_fun`.
@@ -68,8 +72,9 @@ def make_implicit_mle(
 
     Raises:
       TypeError: at construction or call, where an argument is not of the kind described.
-      ValueError: where lam is not positive and finite, where argmax_fun returns another shape than
-        that of theta, and as in `make_perturbed_fun`. A traced lam that is not > 0 gives NaN.
+      ValueError: where lam is not positive and finite, or alpha not finite, where argmax_fun
+        returns another shape than that of theta, and as in `make_perturbed_fun`. A traced lam that
+        is not > 0 gives NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -87,7 +92,8 @@ def make_implicit_mle(
       Discrete Latent Variable Models, 2022, arXiv:2209.04862 (1 / lambda, and the two-sided form)
     """
     _arguments.check_fun(argmax_fun, "argmax_fun")
-    lam = _check_step(lam)
+    lam = _check_number(lam, "lam", "positive ", 0)
+    alpha = _check_number(alpha, "alpha")
     two_sided = _arguments.check_bool(two_sided, "two_sided")
     maximize = _arguments.check_bool(maximize, "maximize")
     sign = 1 if maximize else -1
@@ -117,20 +123,29 @@ def make_implicit_mle(
         scores = [sign * v for v in leaves]
         value = traced(operands, key, *lax.stop_gradient(scores))
         fixed = lax.stop_gradient((value, operands, jnp.asarray(lam, value[0].dtype)))
-        change: Any = _zeros(traced, two_sided, scores, *fixed, jax.random.clone(key))
+        # The target steps from alpha theta, but the gradient is one in theta.
+        start = [v + lax.stop_gradient(_scaled(v, alpha - 1)) for v in scores]
+        change: Any = _zeros(traced, two_sided, start, *fixed, jax.random.clone(key))
         return jax.tree.unflatten(tree, [v + c for v, c in zip(value, change, strict=True)])
 
     return implicit_mle
 
 
-def _check_step(lam: Any) -> Any:
-    if isinstance(lam, Tracer):
-        return lam
-    if isinstance(lam, bool) or not isinstance(lam, int | float | np.ndarray | np.generic | Array):
-        raise TypeError(f"lam must be a positive number, got {type(lam).__name__}")
-    if np.ndim(lam) or not (0 < float(lam) < math.inf):
-        raise ValueError(f"lam must be one positive finite number, got {lam}")
-    return lam
+def _check_number(value: Any, name: str, kind: str = "", above: float = -math.inf) -> Any:
+    if isinstance(value, Tracer):
+        return value
+    known = isinstance(value, int | float | np.ndarray | np.generic | Array)
+    if isinstance(value, bool) or not known:
+        raise TypeError(f"{name} must be a {kind}number, got {type(value).__name__}")
+    if np.ndim(value) or not (above < float(value) < math.inf):
+        raise ValueError(f"{name} must be one {kind}finite number, got {value}")
+    return value
+
+
+def _scaled(scores: Array, factor: Any) -> Array:
+    """factor times the scores, 0 for infinite ones: those of what is masked."""
+    finite = jnp.where(jnp.isfinite(scores), scores, jnp.zeros_like(scores))
+    return finite * jnp.asarray(factor, scores.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -24,6 +24,7 @@ from jax import Array, lax
 
 from . import _arguments
 from ._blocks import is_matrix
+from ._interop import AdaptedNoise
 from ._noise import Normal
 from ._rules import with_jvp
 
@@ -130,14 +131,30 @@ _log_departure = with_jvp(jnp.zeros_like, _log_departure_jvp)
 
 
 def check_multiplicative(multiplicative: Any, noise: Any) -> bool:
-    """A bool; raises ValueError if it is true and the noise is not Normal."""
+    """A bool; raises ValueError if it is true and the noise is not standard Normal."""
     multiplicative = _arguments.check_bool(multiplicative, "multiplicative")
-    if multiplicative and not isinstance(noise, Normal):
+    if multiplicative and not _is_standard_normal(noise):
+        name = noise.law if isinstance(noise, AdaptedNoise) else repr(noise)
         raise ValueError(
             "multiplicative=True needs noise=Normal(), for which exp(sigma Z - sigma^2 / 2) has "
-            f"the mean 1; got {noise!r}"
+            f"the mean 1; got {name}"
         )
     return multiplicative
+
+
+def _is_standard_normal(noise: Any) -> bool:
+    """Whether the noise is this library's Normal, or another with its density."""
+    if not isinstance(noise, AdaptedNoise):
+        return isinstance(noise, Normal)
+    # By its values, as a class of that name may have another mean and scale. Far out, too, where a
+    # truncated law differs; and up to a constant, which many leave away.
+    points = np.array([0.0, -9.0, -2.0, 0.5, 3.0, 9.0], np.float32)
+    try:
+        with jax.ensure_compile_time_eval():
+            found = np.array([float(jnp.sum(noise.log_prob(jnp.asarray(z)))) for z in points])
+    except jax.errors.ConcretizationTypeError:  # its parameters are traced
+        return False
+    return np.allclose(found - found[0], -(points**2) / 2, rtol=1e-4)
 
 
 def score_leaves(theta: Any, name: str = "theta") -> tuple[list[Array], list[str], Any]:

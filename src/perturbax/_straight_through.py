@@ -35,7 +35,9 @@ def make_straight_through_fun(
 
     Args:
       fun: as in `make_perturbed_fun`.
-      num_samples: how often fun is evaluated for derivatives; a value takes one evaluation.
+      num_samples: how often fun is evaluated for derivatives, and once more at x for their
+        baseline. A value takes one evaluation, so that value and derivatives together take
+        num_samples + 2, of which two are `fun(x)`.
       sigma: as in `make_perturbed_fun`.
       noise: as in `make_perturbed_fun`.
       use_baseline: as in `make_perturbed_fun`.

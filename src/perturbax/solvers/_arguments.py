@@ -1,5 +1,6 @@
 """What every solver asks of its arguments, and the form in which it returns a solution."""
 
+import math
 import operator
 
 import jax
@@ -30,7 +31,10 @@ def real_array(name: str, value: ArrayLike, *, ndim: int | None = None) -> Array
         ValueError: If it has another number of axes, or an axis of length 0.
     """
     try:
-        array = jnp.asarray(value)
+        try:
+            array = jnp.asarray(value)
+        except OverflowError:  # of integers too large for JAX's own, which floats still hold
+            array = jnp.asarray(np.asarray(value, float))
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name} must be an array of real numbers, got {type(value).__name__}; "
@@ -79,6 +83,13 @@ def accumulator(scores: Array) -> Array:
     return scores.astype(at_least_float32(solution_dtype(scores)))
 
 
+def summable(costs: Array, count: int) -> Array:
+    """``costs``, divided by a power of two where the sum of ``count`` of them might overflow."""
+    power = 2.0 ** math.ceil(math.log2(count))
+    largest = jnp.max(jnp.abs(costs), where=jnp.isfinite(costs), initial=0)
+    return jnp.where(largest > float(jnp.finfo(costs.dtype).max) / power, costs / power, costs)
+
+
 def as_solution(selected: Array, scores: Array, *, feasible: ArrayLike = True) -> Array:
     """Casts a solution to its dtype, and makes it NaN where there is none.
 
@@ -104,6 +115,18 @@ def static_int(name: str, value: object) -> int:
         return operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError:
         raise TypeError(f"{name} must be a Python int, got {type(value).__name__}.") from None
+
+
+def static_bool(name: str, value: object) -> bool:
+    """Returns ``value`` as a Python bool, or raises a TypeError that names it."""
+    if not is_static(value):
+        raise TypeError(
+            f"{name} must be a bool, got a traced value; it chooses the computation: "
+            "close over it, or mark it with static_argnames."
+        )
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {value!r} ({type(value).__name__}).")
+    return bool(value)
 
 
 def edge_list(costs: Array, edges: ArrayLike) -> np.ndarray:

@@ -63,54 +63,90 @@ def knapsack(
             "capacity must be known while tracing, got a traced value; it sets the size of the "
             "table: close over it, or mark it with static_argnames."
         )
-    scaled_weights = _scaled_weights(weights, scale)
-    if scaled_weights.shape[1] != values.shape[0]:
-        raise ValueError(
-            f"weights must have one entry an item, got shape {np.shape(weights)} "
-            f"for {values.shape[0]} values."
-        )
-    capacities = np.asarray(capacity, float).reshape(-1)
-    if len(capacities) != scaled_weights.shape[0]:
-        raise ValueError(
-            f"capacity must have one entry a constraint, got {len(capacities)} "
-            f"for {scaled_weights.shape[0]}, the rows of weights."
-        )
-    if not (np.isfinite(capacities).all() and capacities.min() >= 0):
-        raise ValueError(f"capacity must be finite and >= 0, got {capacity}.")
-    # The small addition takes 0.29 * 100 = 28.999999999999996 for 29.
-    limits = tuple(int(limit) for limit in np.floor(capacities * scale + _ROUNDING))
-    return _pack(values, scaled_weights, limits)
-
-
-# What a weight may differ from an integer by once scaled; float32 weights need that much.
-_ROUNDING = 1e-4
-
-
-def _scaled_weights(weights: ArrayLike, scale: int) -> Array | np.ndarray:
-    """Weights as integers of shape (num_constraints, n)."""
     array = real_array("weights", weights)
     if array.ndim > 2:
         raise ValueError(
             f"weights must have shape (n,) or (num_constraints, n), got {array.shape}."
         )
-    if not is_static(weights):
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise TypeError(
-                f"weights must hold integers where they are traced, got dtype {array.dtype}; "
-                "round them first."
-            )
-        return jnp.atleast_2d(array).astype(int) * scale
-    exact = np.atleast_2d(np.asarray(weights, float)) * scale
-    rounded = np.round(exact)
-    if not np.all(np.abs(exact - rounded) <= _ROUNDING):
+    if array.shape[-1] != values.shape[0]:
+        raise ValueError(
+            f"weights must have one entry an item, got shape {array.shape} "
+            f"for {values.shape[0]} values."
+        )
+    limits = _scaled_capacities(capacity, scale, len(jnp.atleast_2d(array)))
+    if is_static(weights):
+        return _pack(values, _scaled_weights(weights, scale), limits)
+    return _pack(values, _scaled_traced_weights(array, scale, limits), limits)
+
+
+# What a weight may differ from an integer by once scaled; float32 weights need that much.
+_ROUNDING = 1e-4
+_LARGEST = np.iinfo(np.int32).max
+
+
+def _scaled_capacities(capacity: ArrayLike, scale: int, num_constraints: int) -> tuple[int, ...]:
+    """Capacities as integers, one for each constraint."""
+    try:
+        capacities = np.asarray(capacity)
+    except ValueError:  # a ragged list
+        capacities = np.asarray(None)
+    kind = capacities.dtype
+    if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
+        raise TypeError(
+            "capacity must be a real number, or a list of one for each constraint, "
+            f"got {capacity!r} ({type(capacity).__name__})."
+        )
+    capacities = capacities.astype(float).reshape(-1)
+    if len(capacities) != num_constraints:
+        raise ValueError(
+            f"capacity must have one entry a constraint, got {len(capacities)} "
+            f"for {num_constraints}, the rows of weights."
+        )
+    if not (np.isfinite(capacities).all() and capacities.min() >= 0):
+        raise ValueError(f"capacity must be finite and >= 0, got {capacity}.")
+    if capacities.max() * scale >= _LARGEST:
+        raise ValueError(
+            f"capacity must be below {_LARGEST} once multiplied by scale={scale}, got {capacity}; "
+            "the table has an entry for each unit: choose a smaller scale."
+        )
+    # The small addition takes 0.29 * 100 = 28.999999999999996 for 29.
+    return tuple(int(limit) for limit in np.floor(capacities * scale + _ROUNDING))
+
+
+def _scaled_traced_weights(weights: Array, scale: int, limits: tuple[int, ...]) -> Array:
+    """Traced weights as integers of shape (num_constraints, n), too large ones made smaller."""
+    if not jnp.issubdtype(weights.dtype, jnp.integer):
+        raise TypeError(
+            f"weights must hold integers where they are traced, got dtype {weights.dtype}; "
+            "round them first."
+        )
+    kind = jnp.iinfo(weights.dtype)
+    rows = []
+    for row, limit in zip(jnp.atleast_2d(weights), limits, strict=True):
+        # Before they are multiplied, as the product may not fit the integers of the weights. What
+        # fits into the capacity weighs `most` units at most.
+        most = limit // scale
+        bounded = jnp.clip(row, max(-1, kind.min), min(most, kind.max)).astype(int)
+        fits = row <= min(most, kind.max)
+        rows.append(jnp.where(fits, bounded * min(scale, limit + 1), limit + 1))
+    return jnp.stack(rows)
+
+
+def _scaled_weights(weights: ArrayLike, scale: int) -> np.ndarray:
+    """Weights that are known, as integers of shape (num_constraints, n)."""
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told below
+        exact = np.atleast_2d(np.asarray(weights, float)) * scale
+        rounded = np.round(exact)
+        off = np.abs(exact - rounded)
+    if not np.all(off <= _ROUNDING):
         raise ValueError(
             f"weights must be integers once multiplied by scale={scale}, "
-            f"got {np.asarray(weights).flat[np.argmax(np.abs(exact - rounded))]}; "
+            f"got {np.asarray(weights).flat[np.argmax(off)]}; "
             "choose scale so that they are, for instance 100 for two decimals."
         )
     if rounded.min() < 0:
         raise ValueError(f"weights must be >= 0, got {np.min(np.asarray(weights))}.")
-    return np.minimum(rounded, np.iinfo(np.int32).max).astype(np.int32)
+    return np.minimum(rounded, _LARGEST).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="limits")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._arguments import at_least_float32, constant_scores, solution_dtype
+from ._arguments import at_least_float32, constant_scores, solution_dtype, static_bool
 
 # Up to this length counting smaller entries is faster than sorting, on CPU by up to 20 times.
 _LARGEST_COUNTED = 64
@@ -29,7 +29,7 @@ def ranks(scores: ArrayLike, *, descending: bool = False) -> Array:
         cannot hold 257. NaN where a score is NaN. Its derivative is zero.
 
     Raises:
-        TypeError: If ``scores`` does not hold real numbers.
+        TypeError: If ``scores`` does not hold real numbers, or ``descending`` is no bool.
         ValueError: If ``scores`` is empty or a scalar.
 
     Example:
@@ -42,7 +42,7 @@ def ranks(scores: ArrayLike, *, descending: bool = False) -> Array:
     """
     scores = constant_scores("scores", scores)
     dtype = at_least_float32(solution_dtype(scores))
-    positions = _positions(scores, descending).astype(dtype) + 1
+    positions = _positions(scores, static_bool("descending", descending)).astype(dtype) + 1
     invalid = jnp.any(jnp.isnan(scores), -1, keepdims=True)
     return jnp.where(invalid, jnp.nan, positions)
 
@@ -67,7 +67,7 @@ def sorting_permutation(scores: ArrayLike, *, descending: bool = False) -> Array
         score is NaN. Its derivative is zero.
 
     Raises:
-        TypeError: If ``scores`` does not hold real numbers.
+        TypeError: If ``scores`` does not hold real numbers, or ``descending`` is no bool.
         ValueError: If ``scores`` is empty or a scalar.
 
     Example:
@@ -77,7 +77,7 @@ def sorting_permutation(scores: ArrayLike, *, descending: bool = False) -> Array
                [0., 1., 0.]], dtype=float32)
     """
     scores = constant_scores("scores", scores)
-    positions = _positions(scores, descending)
+    positions = _positions(scores, static_bool("descending", descending))
     size = scores.shape[-1]
     rows = jnp.arange(size).reshape((1,) * (scores.ndim - 1) + (size, 1))
     permutation = (positions[..., None, :] == rows).astype(solution_dtype(scores))

@@ -15,7 +15,9 @@ from ._arguments import (
     constant_scores,
     edge_list,
     is_static,
+    static_bool,
     static_int,
+    summable,
 )
 
 _SIDES = ((-1, 0), (0, -1), (0, 1), (1, 0))
@@ -117,7 +119,7 @@ def graph_shortest_path(
     source, target = (
         _node(name, node, num_nodes) for name, node in (("source", source), ("target", target))
     )
-    if not directed:
+    if not static_bool("directed", directed):
         pairs = np.concatenate([pairs, pairs[:, ::-1]])
     tails, heads = pairs.T
     levels = _levels(tails, heads, num_nodes)
@@ -173,7 +175,7 @@ def _grid_path(costs: Array, steps: tuple[tuple[int, int], ...]) -> Array:
     A sweep updates every cell at once, from its neighbours' distances in the sweep before.
     """
     width = costs.shape[1]
-    entering = jnp.maximum(accumulator(costs), 0)
+    entering = summable(jnp.maximum(accumulator(costs), 0), costs.size)
     distance = jnp.full(costs.shape, jnp.inf, entering.dtype).at[0, 0].set(entering[0, 0])
     changed_in = jnp.zeros(costs.shape, jnp.int32)
 
@@ -287,7 +289,7 @@ def _acyclic_path(
     starts, sizes, count = blocks
     num_edges, width = costs.shape[0], count.shape[0]
     order = jnp.pad(order, (0, width))
-    lengths = accumulator(costs)[order]
+    lengths = summable(accumulator(costs), num_edges)[order]
     distance = _starting_at(source, num_nodes, lengths)
     previous = jnp.full(num_nodes, num_edges, order.dtype)
 
@@ -315,7 +317,7 @@ def _cyclic_path(
 
     Twice as many edges as costs stand for edges that may be walked both ways.
     """
-    lengths = jnp.maximum(accumulator(costs), 0)
+    lengths = summable(jnp.maximum(accumulator(costs), 0), costs.shape[0])
     lengths = jnp.tile(lengths, tails.shape[0] // costs.shape[0])
     distance = _starting_at(source, num_nodes, lengths)
     changed_in = jnp.zeros(num_nodes, jnp.int32)
