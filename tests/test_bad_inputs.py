@@ -4,6 +4,8 @@ The tables list mistakes; what must work although it looks odd has a test each, 
 value. Nothing may end in a silent wrong number.
 """
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -372,6 +374,12 @@ CALLS = {
         TypeError,
         ["grad requires real- or complex-valued inputs", "key<fry>"],
     ),
+    "x is missing": (
+        lambda: smooth()(KEY, scale=2.0),
+        TypeError,
+        ["x is missing", "g(key, x, ...)", "['scale']"],
+    ),
+    "key is missing": (lambda: smooth()(x=X), TypeError, ["key is missing", "g(key, x, ...)"]),
     "an argument that fun does not take": (
         lambda: smooth(fun=lambda y: y)(KEY, X, 1.0),
         TypeError,
@@ -688,9 +696,46 @@ def test_further_arguments_are_forwarded():
     )
 
 
-def test_key_and_x_are_positional_so_that_fun_may_use_their_names():
+def test_key_and_x_may_be_given_by_name():
+    """As in optax, where they are ordinary parameters."""
+    g = smooth(lambda y, scale=1.0: scale * jnp.sum(y**2))
+    expected = g(KEY, X)
+    assert_trees_close(g(KEY, x=X), expected)
+    assert_trees_close(g(x=X, key=KEY), expected)
+    assert_trees_close(jax.jit(g)(KEY, x=X), expected, rtol=1e-6)
+    assert_trees_close(g(KEY, x=X, scale=2.0), 2.0 * expected, rtol=1e-6)
+
+
+def test_fun_may_have_a_key_and_an_x_of_its_own():
     g = smooth(lambda y, *, key, x: jnp.sum(y) + key + x)
     assert_trees_close(g(KEY, X, key=1.0, x=2.0), smooth(jnp.sum)(KEY, X) + 3.0, rtol=1e-6)
+
+
+def cost(y, weights, *, scale=1.0):
+    """Not the docstring of what is made of it."""
+    return scale * jnp.sum(weights * y)
+
+
+class Callable:
+    def __call__(self, y, key):
+        return jnp.sum(y)
+
+
+@pytest.mark.parametrize(
+    ("fun", "name", "signature"),
+    [
+        (cost, "perturbed_cost", "(key, x, weights, *, scale=1.0)"),
+        (lambda *values: 0.0, "perturbed_<lambda>", "(key, x, *values)"),
+        (Callable(), "perturbed_Callable", "(key, x, *args, **kwargs)"),
+        (lambda: 0.0, "perturbed_<lambda>", "(key, x, *args, **kwargs)"),
+    ],
+)
+def test_perturbed_functions_describe_themselves(fun, name, signature):
+    g = smooth(fun, num_samples=12)
+    assert g.__name__ == g.__qualname__ == name
+    assert str(inspect.signature(g)) == signature
+    assert g.__doc__.startswith(f"Estimates E[{name.removeprefix('perturbed_')}(x + sigma eps)]")
+    assert "12 samples" in g.__doc__
 
 
 def test_callback_without_a_rule_for_vmap():
@@ -749,6 +794,13 @@ def test_spike_at_x_does_not_matter_much():
     plain = np.std(gradients(0.0, sampler=px.Independent(), degree=0), axis=0)
     for settings in ({"degree": 0}, {}):
         assert (np.std(gradients(1000.0, **settings), axis=0) < 2.0 * plain).all()
+
+
+def test_aux_is_constant_in_x_and_differentiable_in_further_arguments():
+    g = smooth(lambda y, scale: (jnp.sum(y), scale * jnp.sum(y)), has_aux=True)
+    in_x, in_scale = jax.grad(lambda x, s: g(KEY, x, s)[1].sum(), argnums=(0, 1))(X, 2.0)
+    assert_trees_close(in_x, jnp.zeros(3))
+    assert_trees_close(in_scale, g(KEY, X, 1.0)[1].sum(), rtol=1e-5)
 
 
 def test_aux_is_stacked_and_untouched():
