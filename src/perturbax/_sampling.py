@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from scipy.stats import qmc
 
 from . import _bits
 from ._noise import Normal, from_normal, from_words
 
 # A group is drawn as a whole; this bounds the memory that it takes.
 _MAX_GROUP = 2**13
+# Of scipy's direction numbers.
+_MAX_SOBOL_DIM = 21_201
 # Rows of a net shorter than this are not worth a vector instruction.
 _NARROW = 8
 
@@ -225,11 +226,13 @@ def _widen(points: Array, key: Array, dtype: np.dtype) -> Array:
 @functools.lru_cache(maxsize=64)
 def _sobol_generators(dim: int, levels: int) -> np.ndarray:
     """Direction numbers of the first `dim` Sobol coordinates, uint32 (levels, dim)."""
-    if dim > qmc.Sobol.MAXDIM:
+    if dim > _MAX_SOBOL_DIM:
         raise ValueError(
-            f"Sobol nets have at most {qmc.Sobol.MAXDIM} coordinates, x has {dim}; "
+            f"Sobol nets have at most {_MAX_SOBOL_DIM} coordinates, x has {dim}; "
             "use Independent() or Orthogonal(block=8)"
         )
+    from scipy.stats import qmc  # takes as long to import as JAX does
+
     engine = qmc.Sobol(dim, scramble=False, bits=32)
     generators = np.zeros((levels, dim), np.uint32)
     for k in range(levels):
