@@ -504,11 +504,46 @@ def test_derivative_in_sigma(noise):
 
 
 @pytest.mark.parametrize(
-    ("x", "sigma"), [(X, 1e-30), (jnp.full(3, 100.0, jnp.bfloat16), 0.01), (1e4, 1e-4)], ids=str
+    ("x", "sigma"),
+    [
+        (X, 1e-30),
+        (jnp.full(3, 100.0, jnp.bfloat16), 0.24),  # spaced by 0.5
+        (jnp.full(3, 100.0, jnp.float16), 0.03),  # by 0.0625
+        (1e4, 4.8e-4),  # by 9.8e-4
+        (X, np.diag([1.0, 1.0, 1e-8])),
+    ],
+    ids=str,
 )
-def test_sigma_that_is_lost_in_rounding_is_warned_of(x, sigma):
-    with pytest.warns(UserWarning, match="sigma is below the spacing of .* at leaf 'x'.*larger"):
-        smooth(sigma=sigma)(KEY, x)
+@pytest.mark.parametrize("transform", ["none", "grad", "value_and_grad", "grad in sigma", "jvp"])
+def test_sigma_that_is_lost_in_rounding_is_warned_of(x, sigma, transform):
+    """It was not while differentiating, nor up to twice as large, and not at the user's line."""
+    run = {
+        "none": lambda: smooth(sigma=sigma)(KEY, x),
+        "grad": lambda: jax.grad(smooth(sigma=sigma), argnums=1)(KEY, x),
+        "value_and_grad": lambda: jax.value_and_grad(smooth(sigma=sigma), argnums=1)(KEY, x),
+        "grad in sigma": lambda: jax.grad(lambda s: smooth(sigma=s)(KEY, x))(sigma),
+        "jvp": lambda: jax.jvp(lambda v: smooth(sigma=sigma)(KEY, v), (x,), (x,)),
+    }[transform]
+    message = "sigma is below the spacing of .* at leaf 'x'.*larger"
+    with pytest.warns(UserWarning, match=message) as found:
+        run()
+    assert {warning.filename for warning in found} == {__file__}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("x", "sigma"),
+    [
+        (jnp.full(3, 100.0, jnp.bfloat16), 0.26),
+        (jnp.full(3, 100.0, jnp.float16), 0.033),
+        (1e4, 5e-4),
+        (jnp.array([-jnp.inf, jnp.nan, 1.0]), 1e-4),
+    ],
+    ids=str,
+)
+def test_sigma_of_the_order_of_the_spacing_is_not_warned_of(x, sigma):
+    smooth(sigma=sigma)(KEY, x)
+    jax.grad(smooth(sigma=sigma), argnums=1)(KEY, x)
 
 
 def test_small_sigma_at_zero_is_not_lost():

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,9 @@ from jax.core import Tracer
 
 from . import _blocks
 from ._trace import TracedFunction, trace
+
+# Whose frames a warning passes over.
+_NOT_OF_USERS = ("jax", "perturbax")
 
 
 def check_fun(fun: Any, name: str = "fun") -> None:
@@ -349,23 +353,36 @@ def _poisoned(dims: tuple[int | None, ...], value: list[Array], scales: list[Arr
 
 
 def _warn_if_lost(scales: list[Any], leaves: list[Array], names: list[str]) -> None:
-    """Warns where x + sigma z rounds to x, so that fun would see no perturbation at all."""
+    """Warns where x + sigma z rounds to x, so that fun would hardly see a perturbation at all."""
     for i, (leaf, name) in enumerate(zip(leaves, names, strict=True)):
-        scale = scales[i] if len(scales) > 1 else scales[0]
-        if not leaf.size or not all(map(_is_known, (leaf, scale))):
+        found = _value_of(leaf), _value_of(scales[i] if len(scales) > 1 else scales[0])
+        if not leaf.size or not all(map(_is_known, found)):
             continue
-        values, scale = jax.device_get((leaf, scale))
+        values, scale = map(np.asarray, jax.device_get(found))
         if _blocks.is_matrix(scale, leaf):
             scale = _blocks.row_lengths(scale.reshape(leaf.size, leaf.size)).reshape(leaf.shape)
-        values = np.abs(values).astype(np.promote_types(leaf.dtype, np.float32))
-        spacing = np.where(np.isfinite(values), values, 0) * float(jnp.finfo(leaf.dtype).eps) / 4
-        if (scale < spacing).any():
+        with np.errstate(all="ignore"):
+            spacing = np.spacing(np.abs(values.astype(leaf.dtype))).astype(np.float64)
+        if (scale < np.where(np.isfinite(spacing), spacing, 0) / 2).any():
             warnings.warn(
                 f"sigma is below the spacing of {leaf.dtype} numbers at leaf {name!r}: fun sees "
-                "the same input at every sample, and the gradient is noise. Use a larger sigma, "
+                "the same input at most samples, and the gradient is noise. Use a larger sigma, "
                 "rescale x, or use a wider dtype.",
-                stacklevel=4,
+                stacklevel=_stacklevel_of_user(),
             )
+
+
+def _value_of(value: Any) -> Any:
+    """The value itself where it is known although JAX is differentiating, as in an eager grad."""
+    return jax.lax.stop_gradient(value) if isinstance(value, Tracer) else value
+
+
+def _stacklevel_of_user() -> int:
+    """The stacklevel at which its caller's warning points at the line of the user."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_OF_USERS:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def share_axes(
