@@ -176,6 +176,12 @@ class Noise:
         return self.draw(key, sample_shape, dtype)
 
 
+def with_method(name, method):
+    noise = Noise()
+    setattr(noise, name, method)
+    return noise
+
+
 def call(x=X, key=KEY, **arguments):
     return lambda: smooth(**arguments)(key, x)
 
@@ -356,6 +362,16 @@ CALLS = {
         call(noise=Noise(log_prob=lambda z: -0.5 * z[:2] ** 2)),
         ValueError,
         ["noise.log_prob(inputs) returned shape (2,)", "shape (3,)", "expected (3,), or ()"],
+    ),
+    "inverse of a wrong shape": (
+        call(noise=with_method("icdf", lambda u: u.reshape(-1)[:2])),
+        ValueError,
+        ["noise.icdf returned shape (2,)", "of shape (3,)", "expected (3,)"],
+    ),
+    "words made into a wrong shape": (
+        call(noise=with_method("from_bits", lambda bits: jnp.zeros(()))),
+        ValueError,
+        ["noise.from_bits returned shape ()", "of shape (3,)", "expected (3,)"],
     ),
     "callback that cannot be vmapped": (
         call(fun=lambda y: jax.pure_callback(np.sum, jax.ShapeDtypeStruct((), np.float32), y)),

@@ -478,31 +478,32 @@ def trace_fun(
     return traced, tuple(map(_on_device, operands)), value_tree.num_leaves, value_tree, aux_tree
 
 
+# What a noise may know of its inverse distribution function: functions of numbers, one by one.
+_INVERSES = ("icdf", "from_bits", "from_normal")
+
+
 class TracedNoise:
     """A user's noise, traced: what it closes over is an operand, and equal traces are equal."""
 
-    def __init__(
-        self,
-        sample: TracedFunction,
-        log_prob: TracedFunction,
-        icdf: TracedFunction | None,
-        noise: Any,
-    ):
-        """Wraps the traced methods, for one shape, and takes over the moments of `noise`."""
-        self._methods = (sample, log_prob, icdf)
-        self._moments = (getattr(noise, "mean", None), getattr(noise, "variance", None))
+    def __init__(self, methods: dict[str, TracedFunction], noise: Any):
+        """Wraps the traced methods, for one shape, and takes over what else `noise` tells."""
+        self.methods = methods
+        self.derivatives = getattr(noise, "derivatives", math.inf)
+        moments = (getattr(noise, name, None) for name in ("mean", "variance"))
+        # Others serve for nothing, and may be tracers, which cannot be compared.
+        self.mean, self.variance = (m if isinstance(m, int | float) else None for m in moments)
+
+    @property
+    def _parts(self) -> Any:
+        return tuple(self.methods.items()), self.derivatives, self.mean, self.variance
 
     def __hash__(self) -> int:
         """A hash of the methods' operations."""
-        return hash(self._methods)
+        return hash(self._parts)
 
     def __eq__(self, other: object) -> bool:
         """Whether all methods perform the same operations."""
-        return (
-            isinstance(other, TracedNoise)
-            and self._methods == other._methods
-            and self._moments == other._moments
-        )
+        return isinstance(other, TracedNoise) and self._parts == other._parts
 
     def bind(self, operands: Any) -> "BoundNoise":
         """The noise, given what its methods closed over."""
@@ -512,22 +513,32 @@ class TracedNoise:
 class BoundNoise:
     """A traced noise with its operands: draws and log-densities for the shape it was traced at."""
 
-    def __init__(self, traced: TracedNoise, operands: Any):
-        """Binds the operands of sample, log_prob and, if there is one, icdf."""
-        self._sample, self._log_prob, icdf = traced._methods
-        self._operands = operands
-        self.mean, self.variance = traced._moments
-        if icdf is not None:
-            self.icdf = lambda u: jax.vmap(lambda row: icdf(operands[2], row)[0].astype(u.dtype))(u)
+    # It holds arrays.
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self, traced: TracedNoise, operands: dict[str, Any]):
+        """Binds the operands of each method; has those inverses that were traced."""
+        self._methods, self._operands = traced.methods, operands
+        self.mean, self.variance = traced.mean, traced.variance
+        for name in _INVERSES:
+            if name in traced.methods:
+                setattr(self, name, functools.partial(self._inverse, name))
 
     def sample(self, key: Array, sample_shape: Any, dtype: Any) -> Array:
         """One draw of the traced shape."""
         del sample_shape
-        return self._sample(self._operands[0], key)[0].astype(dtype)
+        return self._call("sample", key).astype(dtype)
 
     def log_prob(self, inputs: Array) -> Array:
         """Log-density of one draw."""
-        return self._log_prob(self._operands[1], inputs)[0].astype(inputs.dtype)
+        return self._call("log_prob", inputs).astype(inputs.dtype)
+
+    def _call(self, name: str, argument: Array) -> Array:
+        return self._methods[name](self._operands[name], argument)[0]
+
+    def _inverse(self, name: str, rows: Array) -> Array:
+        dtype = np.dtype(np.float32 if rows.dtype.itemsize <= 4 else np.float64)
+        return jax.vmap(functools.partial(self._call, name))(rows).astype(dtype)
 
 
 def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[TracedNoise, Any]:
@@ -535,10 +546,13 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
     what = f"noise.sample(key, ({dim},), {np.dtype(dtype).name})"
     like_key: Any = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     like_z: Any = jax.ShapeDtypeStruct((dim,), dtype)
+    words = np.uint32 if np.dtype(dtype).itemsize <= 4 else np.uint64
+    like_bits: Any = jax.ShapeDtypeStruct((dim,), words)
     axes = tuple(varying_axes(key))
     if axes:  # inside shard_map, where only an array has the axes in its type
         like_key = jax.random.wrap_key_data(jax.random.bits(key, (2,)), impl="threefry2x32")
         like_z = jax.lax.pcast(jnp.zeros((dim,), dtype), axes, to="varying")
+        like_bits = jax.lax.pcast(jnp.zeros((dim,), words), axes, to="varying")
     try:
         sample, sample_operands = trace(lambda k: noise.sample(k, (dim,), dtype), like_key)
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
@@ -557,25 +571,29 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
             f"{what} does not depend on key: all samples would share one draw. Return a traced "
             "JAX array drawn with jax.random from the key"
         )
-    log_prob, log_prob_operands = trace(lambda v: noise.log_prob(v), like_z)
-    [aval] = _only_leaf(log_prob, "noise.log_prob(inputs)")
+    methods, operands = {"sample": sample}, {"sample": sample_operands}
+    methods["log_prob"], operands["log_prob"] = trace(lambda v: noise.log_prob(v), like_z)
+    [aval] = _only_leaf(methods["log_prob"], "noise.log_prob(inputs)")
     if aval.shape not in ((dim,), ()):
         raise ValueError(
             f"noise.log_prob(inputs) returned shape {aval.shape} for inputs of shape ({dim},), "
             f"expected ({dim},), or () for the log-density of all coordinates together"
         )
-    icdf, icdf_operands = None, ()
-    if hasattr(noise, "icdf"):
-        icdf, icdf_operands = trace(lambda u: noise.icdf(u), like_z)
-        [aval] = _only_leaf(icdf, "noise.icdf(u)")
+    for name in _INVERSES:
+        if not hasattr(noise, name):
+            continue
+        method = getattr(noise, name)
+        methods[name], operands[name] = trace(
+            lambda v, method=method: method(v), like_bits if name == "from_bits" else like_z
+        )
+        [aval] = _only_leaf(methods[name], f"noise.{name}")
         if aval.shape != (dim,):
             raise ValueError(
-                f"noise.icdf(u) returned shape {aval.shape} for u of shape ({dim},), expected "
-                f"({dim},)"
+                f"noise.{name} returned shape {aval.shape} for an array of shape ({dim},), "
+                f"expected ({dim},)"
             )
-    operands = (sample_operands, log_prob_operands, icdf_operands)
-    operands = tuple(tuple(map(_on_device, v)) for v in operands)
-    return TracedNoise(sample, log_prob, icdf, noise), operands
+    operands = {name: tuple(map(_on_device, v)) for name, v in operands.items()}
+    return TracedNoise(methods, noise), operands
 
 
 def _only_leaf(traced: TracedFunction, what: str) -> Any:

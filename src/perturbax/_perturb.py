@@ -8,7 +8,7 @@ import jax
 from jax import Array
 
 from . import _arguments, _defaults, _estimator
-from ._interop import as_noise
+from ._interop import AdaptedNoise, as_noise
 from ._noise import Gumbel, NoiseDistribution
 from ._sampling import Sampler
 
@@ -136,7 +136,7 @@ def make_perturbed_fun(
         law, law_operands = noise, None
         dim = _arguments.num_elements(leaves)
         chosen = _defaults.choose(sampler, degree, num_samples, dim, noise)
-        if not hasattr(noise, "from_bits"):
+        if isinstance(noise, AdaptedNoise):
             law, law_operands = _arguments.trace_noise(noise, key, dim, dtype)
         plan = _estimator.Plan(
             fun=fun_traced,

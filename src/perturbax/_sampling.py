@@ -6,7 +6,7 @@ groups are independent of each other. That is all the estimator relies on.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -269,7 +269,7 @@ def draw(
       dtype: floating dtype of the result.
     """
     # Traced once for value and derivative, where everything but key and first can be hashed.
-    static = isinstance(dim, int) and hasattr(noise, "from_bits")
+    static = isinstance(dim, int) and isinstance(noise, Hashable)
     # The mesh is told, for JAX tells it in derivative rules alone, and would trace once for each.
     with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
         return (_draw_traced_once if static else _draw)(
