@@ -313,6 +313,11 @@ CALLS = {
         jax.errors.TracerIntegerConversionError,
         ["fun is traced and vmapped", "jax.pure_callback"],
     ),
+    "fun selects by its argument": (
+        call(fun=lambda y: jnp.sum(y[y > 0])),
+        jax.errors.NonConcreteBooleanIndexError,
+        ["fun is traced and vmapped", "index of bools", "jax.pure_callback"],
+    ),
     "fun returns a string": (
         call(fun=lambda y: {"a": y, "b": "hi"}),
         TypeError,
@@ -362,6 +367,40 @@ CALLS = {
         call(noise=Noise(log_prob=lambda z: -0.5 * z[:2] ** 2)),
         ValueError,
         ["noise.log_prob(inputs) returned shape (2,)", "shape (3,)", "expected (3,), or ()"],
+    ),
+    "log-density by numpy": (
+        call(noise=Noise(log_prob=lambda z: -0.5 * np.square(np.asarray(z)))),
+        jax.errors.TracerArrayConversionError,
+        ["noise.log_prob(inputs) is traced", "jax.numpy, not with numpy"],
+    ),
+    "log-density by cases": (
+        call(noise=Noise(log_prob=lambda z: jnp.sum(z[z > 0]))),
+        jax.errors.NonConcreteBooleanIndexError,
+        ["noise.log_prob(inputs) is traced"],
+    ),
+    "log-density of integers": (
+        call(noise=Noise(log_prob=lambda z: jnp.zeros(3, jnp.int32))),
+        TypeError,
+        ["noise.log_prob(inputs) returned int32", "a floating dtype"],
+    ),
+    "log-density of integers, declared smooth": (
+        call(
+            noise=type("Smooth", (Noise,), {"derivatives": np.inf})(
+                log_prob=lambda z: jnp.zeros(3, jnp.int32)
+            )
+        ),
+        TypeError,
+        ["noise.log_prob(inputs) returned int32", "a floating dtype"],
+    ),
+    "log-density that is rounded": (
+        call(noise=Noise(log_prob=lambda z: (-0.5 * z**2).astype(jnp.int32))),
+        TypeError,
+        ["noise.log_prob(inputs) returned int32", "a floating dtype"],
+    ),
+    "words by numpy": (
+        call(noise=with_method("from_bits", lambda bits: np.asarray(bits))),
+        jax.errors.TracerArrayConversionError,
+        ["noise.from_bits is traced", "jax.numpy, not with numpy"],
     ),
     "inverse of a wrong shape": (
         call(noise=with_method("icdf", lambda u: u.reshape(-1)[:2])),

@@ -18,6 +18,14 @@ from jax.core import Tracer
 from . import _blocks
 from ._trace import TracedFunction, trace
 
+# What JAX raises where a function needs values of what is traced.
+_NEEDS_VALUES = (
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerBoolConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
 # Whose frames a warning passes over.
 _NOT_OF_USERS = ("jax", "perturbax")
 
@@ -64,6 +72,16 @@ def check_noise(noise: Any) -> None:
         raise TypeError(
             f"noise must define sample and log_prob (see NoiseDistribution); "
             f"{type(noise).__name__} lacks {' and '.join(missing)}"
+        )
+
+
+def check_log_prob(value: Any) -> None:
+    """Raises TypeError unless `value`, what log_prob returned, is an array of floating dtype."""
+    dtype = getattr(value, "dtype", type(value).__name__)
+    if not isinstance(dtype, np.dtype) or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"noise.log_prob(inputs) returned {dtype}, expected an array of a floating dtype: its "
+            "derivative is needed"
         )
 
 
@@ -462,16 +480,11 @@ def trace_fun(
 
     try:
         traced, operands = trace(flat, *leaves)
-    except (
-        jax.errors.TracerArrayConversionError,
-        jax.errors.TracerBoolConversionError,
-        jax.errors.TracerIntegerConversionError,
-        jax.errors.ConcretizationTypeError,
-    ) as error:
+    except _NEEDS_VALUES as error:
         error.add_note(
-            "fun is traced and vmapped over the samples, so it cannot use numpy, float() or `if` "
-            "on its argument. Call such code through jax.pure_callback; what cannot be vmapped "
-            "is evaluated one sample at a time with batch_size=1."
+            "fun is traced and vmapped over the samples, so it cannot use numpy, float(), `if` or "
+            "an index of bools on its argument. Call such code through jax.pure_callback; what "
+            "cannot be vmapped is evaluated one sample at a time with batch_size=1."
         )
         raise
     value_tree, aux_tree = structures
@@ -555,7 +568,7 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
         like_bits = jax.lax.pcast(jnp.zeros((dim,), words), axes, to="varying")
     try:
         sample, sample_operands = trace(lambda k: noise.sample(k, (dim,), dtype), like_key)
-    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+    except _NEEDS_VALUES as error:
         error.add_note(f"{what} must compute with jax.random, not with numpy")
         raise
     except TypeError as error:
@@ -572,20 +585,21 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
             "JAX array drawn with jax.random from the key"
         )
     methods, operands = {"sample": sample}, {"sample": sample_operands}
-    methods["log_prob"], operands["log_prob"] = trace(lambda v: noise.log_prob(v), like_z)
+    methods["log_prob"], operands["log_prob"] = _trace_method(
+        noise.log_prob, like_z, "noise.log_prob(inputs)"
+    )
     [aval] = _only_leaf(methods["log_prob"], "noise.log_prob(inputs)")
     if aval.shape not in ((dim,), ()):
         raise ValueError(
             f"noise.log_prob(inputs) returned shape {aval.shape} for inputs of shape ({dim},), "
             f"expected ({dim},), or () for the log-density of all coordinates together"
         )
+    check_log_prob(aval)
     for name in _INVERSES:
         if not hasattr(noise, name):
             continue
-        method = getattr(noise, name)
-        methods[name], operands[name] = trace(
-            lambda v, method=method: method(v), like_bits if name == "from_bits" else like_z
-        )
+        like = like_bits if name == "from_bits" else like_z
+        methods[name], operands[name] = _trace_method(getattr(noise, name), like, f"noise.{name}")
         [aval] = _only_leaf(methods[name], f"noise.{name}")
         if aval.shape != (dim,):
             raise ValueError(
@@ -594,6 +608,15 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
             )
     operands = {name: tuple(map(_on_device, v)) for name, v in operands.items()}
     return TracedNoise(methods, noise), operands
+
+
+def _trace_method(method: Callable[..., Any], like: Any, what: str) -> Any:
+    """`trace` with hints where it fails."""
+    try:
+        return trace(lambda v: method(v), like)
+    except _NEEDS_VALUES as error:
+        error.add_note(f"{what} is traced, so it must compute with jax.numpy, not with numpy")
+        raise
 
 
 def _only_leaf(traced: TracedFunction, what: str) -> Any:
