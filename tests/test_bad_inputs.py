@@ -84,10 +84,15 @@ CONSTRUCTION = {
     ),
     "sigma a string": ({"sigma": "0.1"}, TypeError, ["sigma must be a positive number", "str"]),
     "sigma missing": ({"sigma": None}, TypeError, ["sigma must be a positive number", "None"]),
-    "sigma missing for a leaf": (
-        {"sigma": [0.1, None]},
+    "sigma an array of strings": (
+        {"sigma": np.array(["a"])},
         TypeError,
-        ["sigma must be a positive number", "None"],
+        ["sigma must be a real number", "array of <U1"],
+    ),
+    "sigma wider than double precision": (
+        {"sigma": [np.longdouble(1.0)]},
+        TypeError,
+        ["sigma must be a real number", "array of float", "convert it to float32"],
     ),
     "sigma complex": ({"sigma": 1j}, TypeError, ["sigma must be real", "complex64"]),
     "sigma a complex array": (
@@ -96,6 +101,11 @@ CONSTRUCTION = {
         ["sigma must be real", "complex64"],
     ),
     "no samples": ({"num_samples": 0}, ValueError, ["num_samples must be >= 1", "got 0"]),
+    "more samples than can be counted": (
+        {"num_samples": 2**33},
+        ValueError,
+        ["num_samples must be <= 2147483647", "got 8589934592", "different keys"],
+    ),
     "negative samples": ({"num_samples": -1}, ValueError, ["num_samples must be >= 1", "got -1"]),
     "num_samples a whole float": (
         {"num_samples": 10.0},
@@ -221,6 +231,16 @@ CALLS = {
         ValueError,
         ["PyTreeDef({'b': *})", "PyTreeDef({'a': *})", "prefix"],
     ),
+    "sigma missing for a leaf": (
+        call(x=[X, {"w": X}], sigma=[0.1, {"w": None}]),
+        TypeError,
+        ["sigma[1]['w'] must be a positive number", "x[1]['w']", "got None"],
+    ),
+    "sigma missing for a subtree": (
+        call(x=[X, {"w": X}], sigma=[0.1, None]),
+        TypeError,
+        ["sigma[1] must be a positive number", "x[1]", "got None"],
+    ),
     "sigma too small for the dtype": (
         call(sigma=1e-300),
         ValueError,
@@ -293,6 +313,20 @@ CALLS = {
         TypeError,
         ["leaf \"x['w'][1]\" is a str", "further argument, g(key, x, ...)"],
     ),
+    **{
+        f"x of dtype {kind}": (
+            call(x={"w": [X, np.array([value], kind)]}),
+            TypeError,
+            ["leaf \"x['w'][1]\" is an array of", shown, "further argument", "float32"],
+        )
+        for kind, value, shown in [
+            ("U2", "hi", "<U2"),
+            ("O", None, "object"),
+            ("g", 1.0, str(np.dtype("g"))),
+            ("M8[D]", "2020-01-01", "datetime64[D]"),
+            (">f4", 1.0, ">f4"),
+        ]
+    },
     "fun uses numpy": (
         call(fun=lambda y: np.sin(y)),
         jax.errors.TracerArrayConversionError,
@@ -322,6 +356,21 @@ CALLS = {
         call(fun=lambda y: {"a": y, "b": "hi"}),
         TypeError,
         ["fun's value must be a pytree of arrays", "value['b']", "str"],
+    ),
+    "fun returns an array of strings": (
+        call(fun=lambda y: {"a": y, "b": np.array("hi")}),
+        TypeError,
+        ["fun's value must be a pytree of arrays", "value['b']", "array of <U2"],
+    ),
+    "fun returns an array of objects": (
+        call(fun=lambda y: np.array([None])),
+        TypeError,
+        ["fun's value must be a pytree of arrays", "'value'", "array of object"],
+    ),
+    "fun returns a key": (
+        call(fun=lambda y: [y, KEY]),
+        TypeError,
+        ["fun's value must be a pytree of numbers", "value[1]", "PRNG key", "has_aux=True"],
     ),
     "aux holds a string": (
         call(fun=lambda y: (jnp.sum(y), {"name": "hi"}), has_aux=True),
@@ -528,6 +577,15 @@ def test_sigma_as_a_pytree_or_prefix():
     assert_trees_close(prefix, whole)
     assert_trees_close(arrays, whole, rtol=1e-6)
     assert abs(float(smooth(sigma=0.5)(KEY, x) - whole)) > 1e-3
+
+
+def test_sigma_may_be_none_where_x_is():
+    """As it is made by a tree.map over x."""
+    x = {"u": X, "n": None, "v": [X, None]}
+    sigma = jax.tree.map(lambda _: 0.5, x)
+    assert_trees_close(smooth(sigma=sigma)(KEY, x), smooth(sigma=0.5)(KEY, x), rtol=1e-6)
+    prefix = {"u": 0.5, "n": None, "v": 0.5}
+    assert_trees_close(smooth(sigma=prefix)(KEY, x), smooth(sigma=0.5)(KEY, x), rtol=1e-6)
 
 
 def test_sigma_of_double_precision_leaves_single_precision_alone():

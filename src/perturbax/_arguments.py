@@ -36,8 +36,8 @@ def check_fun(fun: Any, name: str = "fun") -> None:
         raise TypeError(f"{name} must be callable, got {type(fun).__name__}")
 
 
-def check_count(value: Any, name: str) -> int:
-    """A static integer of at least 1."""
+def check_count(value: Any, name: str, most: int | None = None) -> int:
+    """A static integer of at least 1, and at most `most`."""
     if isinstance(value, Tracer):
         raise TypeError(
             f"{name} must be static (a Python int), got a traced value; pass it outside jit, or "
@@ -51,6 +51,10 @@ def check_count(value: Any, name: str) -> int:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
     if count < 1:
         raise ValueError(f"{name} must be >= 1, got {count}")
+    if most is not None and count > most:
+        raise ValueError(
+            f"{name} must be <= {most}, got {count}; average calls with different keys instead"
+        )
     return count
 
 
@@ -119,11 +123,12 @@ def check_degree(degree: Any) -> None:
 def check_sigma(sigma: Any) -> Any:
     """The scale as a pytree of numpy arrays and tracers, each real and, if known, positive.
 
-    What may be a matrix for a leaf, having its axes twice, may hold any finite number.
+    What may be a matrix for a leaf, having its axes twice, may hold any finite number. A None
+    inside may stand beside a None of x, which is seen when x is.
     """
     if sigma is None:
         raise TypeError("sigma must be a positive number, array or pytree of them, got None")
-    return jax.tree.map(_check_scale, sigma, is_leaf=lambda v: v is None)
+    return jax.tree.map(_check_scale, sigma)
 
 
 def _check_scale(scale: Any) -> Any:
@@ -133,7 +138,12 @@ def _check_scale(scale: Any) -> Any:
         raise TypeError(
             f"sigma must be a positive number, array or pytree of them, got {type(scale).__name__}"
         )
-    dtype = jnp.result_type(scale)
+    dtype = _dtype(scale)
+    if dtype is None:
+        raise TypeError(
+            f"sigma must be a real number, got {_kind(scale)}, a dtype that JAX has not: "
+            "convert it to float32, say"
+        )
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"sigma must be real, got {dtype}")
     if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
@@ -161,6 +171,20 @@ def _check_positive(known: np.ndarray) -> None:
 
 def _first(values: np.ndarray, wrong: np.ndarray) -> float:
     return float(values[wrong].ravel()[0])
+
+
+def _dtype(value: Any) -> Any:
+    """As JAX has it; None for those that it has not, such as that of strings."""
+    try:
+        return jnp.result_type(value)
+    except TypeError:
+        return None
+
+
+def _kind(value: Any) -> str:
+    """What an error calls it."""
+    dtype = getattr(value, "dtype", None)
+    return f"a {type(value).__name__}" if dtype is None else f"an array of {dtype}"
 
 
 def check_key(key: Any, x: Any) -> Array:
@@ -221,7 +245,13 @@ def perturbed_leaves(x: Any) -> tuple[list[Array], list[str], Callable[[Any], An
                 f"x must be a pytree of arrays, but leaf {leaf_name(path)!r} is a "
                 f"{type(leaf).__name__}: pass it to fun as a further argument, g(key, x, ...)"
             )
-        dtype = jnp.result_type(leaf)
+        dtype = _dtype(leaf)
+        if dtype is None:
+            raise TypeError(
+                f"x must be a pytree of arrays, but leaf {leaf_name(path)!r} is {_kind(leaf)}, "
+                "a dtype that JAX has not: convert it to float32, say, or pass it to fun as a "
+                "further argument, g(key, x, ...)"
+            )
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
                 f"complex leaves are not supported (leaf {leaf_name(path)!r} is {dtype}); "
@@ -256,6 +286,7 @@ def scale_leaves(sigma: Any, x: Any, leaves: list[Array], names: list[str]) -> l
         scales = scales * (len(leaves) if np.ndim(scales[0]) else 1)
     else:
         try:
+            jax.tree_util.tree_map_with_path(_check_none, sigma, x, is_leaf=lambda v: v is None)
             spread = jax.tree.broadcast(sigma, x)
         except ValueError as error:
             raise ValueError(
@@ -290,6 +321,14 @@ def scale_leaves(sigma: Any, x: Any, leaves: list[Array], names: list[str]) -> l
             _check_range(scale, noise_dtype(leaves))
     _warn_if_lost(scales, leaves, names)
     return [_on_device(s) for s in scales]
+
+
+def _check_none(path: Any, scale: Any, part: Any) -> None:
+    if scale is None and jax.tree.leaves(part):
+        raise TypeError(
+            f"sigma{jax.tree_util.keystr(path)} must be a positive number, array or pytree of "
+            f"them, as {leaf_name(path)} is not None, got None"
+        )
 
 
 def noise_dtype(leaves: list[Array]) -> np.dtype:
@@ -468,12 +507,17 @@ def trace_fun(
         value, aux = out if has_aux else (out, None)
         for name, tree in (("value", value), ("aux", aux)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                if not isinstance(
-                    leaf, bool | int | float | complex | np.generic | np.ndarray | Array
-                ):
+                kinds = bool | int | float | complex | np.generic | np.ndarray | Array
+                if not isinstance(leaf, kinds) or _dtype(leaf) is None:
                     raise TypeError(
                         f"fun's {name} must be a pytree of arrays, but its leaf "
-                        f"'{name}{jax.tree_util.keystr(path)}' is a {type(leaf).__name__}"
+                        f"'{name}{jax.tree_util.keystr(path)}' is {_kind(leaf)}"
+                    )
+                if name == "value" and jnp.issubdtype(_dtype(leaf), jax.dtypes.prng_key):
+                    raise TypeError(
+                        "fun's value must be a pytree of numbers, for it is averaged, but its leaf "
+                        f"'{name}{jax.tree_util.keystr(path)}' is a PRNG key; return it as aux, "
+                        "with has_aux=True"
                     )
         structures[:] = [jax.tree.structure(value), jax.tree.structure(aux)]
         return [*jax.tree.leaves(value), *jax.tree.leaves(aux)]

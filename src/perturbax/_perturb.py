@@ -12,6 +12,9 @@ from ._interop import AdaptedNoise, as_noise
 from ._noise import Gumbel, NoiseDistribution
 from ._sampling import Sampler
 
+# Sums over samples are divided by their number, an int32.
+_MAX_SAMPLES = 2**31 - 1
+
 
 class Call(NamedTuple):
     """A call of a perturbed function: its arguments, checked, and what was found out about them."""
@@ -91,9 +94,9 @@ def make_perturbed_fun(
 
     Raises:
       TypeError: at construction or call, where an argument is not of the kind described.
-      ValueError: where num_samples or batch_size is below 1, sigma is not positive and finite (a
-        matrix: not invertible) or does not fit x, or noise returns arrays of another shape than
-        asked for.
+      ValueError: where num_samples or batch_size is below 1 or num_samples above 2^31 - 1, sigma
+        is not positive and finite (a matrix: not invertible) or does not fit x, or noise returns
+        arrays of another shape than asked for.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -111,7 +114,7 @@ def make_perturbed_fun(
       arXiv:1802.05098
     """
     _arguments.check_fun(fun)
-    num_samples = _arguments.check_count(num_samples, "num_samples")
+    num_samples = _arguments.check_count(num_samples, "num_samples", _MAX_SAMPLES)
     sigma = _arguments.check_sigma(sigma)
     _arguments.check_noise(noise)
     noise = as_noise(noise)
