@@ -621,3 +621,19 @@ def test_wrong_arguments_are_told():
         argmax(sigma=jnp.ones(2))(KEY, X)
     assert np.isnan(jax.jit(lambda s: argmax(sigma=s)(KEY, X))(-1.0)).all()
     assert np.isnan(jax.jit(lambda s: maximum(sigma=s)(KEY, X))(0.0))
+
+
+@pytest.mark.parametrize("symmetrize", [True, False])
+def test_joint_derivatives_of_the_maximum_in_chunks(symmetrize):
+    """In scores and a further argument at once, whatever the number of samples at a time."""
+
+    def solver(u, shift):
+        return one_hot(u) + shift
+
+    def hessian(batch_size):
+        fun = maximum(solver, 8, batch_size=batch_size, symmetrize=symmetrize)
+        derived = jax.jacfwd(jax.grad(fun, argnums=(1, 2)), argnums=(1, 2))
+        return derived(KEY, X, jnp.float32(0.5))
+
+    assert_trees_close(hessian(2), hessian(None), rtol=1e-4, atol=1e-5)
+    assert np.abs(hessian(None)[0][0]).max() > 0.1

@@ -4,6 +4,8 @@ The tables list mistakes; what must work although it looks odd has a test each, 
 value. Nothing may end in a silent wrong number.
 """
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,10 +84,15 @@ CONSTRUCTION = {
     ),
     "sigma a string": ({"sigma": "0.1"}, TypeError, ["sigma must be a positive number", "str"]),
     "sigma missing": ({"sigma": None}, TypeError, ["sigma must be a positive number", "None"]),
-    "sigma missing for a leaf": (
-        {"sigma": [0.1, None]},
+    "sigma an array of strings": (
+        {"sigma": np.array(["a"])},
         TypeError,
-        ["sigma must be a positive number", "None"],
+        ["sigma must be a real number", "array of <U1"],
+    ),
+    "sigma wider than double precision": (
+        {"sigma": [np.longdouble(1.0)]},
+        TypeError,
+        ["sigma must be a real number", "array of float", "convert it to float32"],
     ),
     "sigma complex": ({"sigma": 1j}, TypeError, ["sigma must be real", "complex64"]),
     "sigma a complex array": (
@@ -94,6 +101,11 @@ CONSTRUCTION = {
         ["sigma must be real", "complex64"],
     ),
     "no samples": ({"num_samples": 0}, ValueError, ["num_samples must be >= 1", "got 0"]),
+    "more samples than can be counted": (
+        {"num_samples": 2**33},
+        ValueError,
+        ["num_samples must be <= 2147483647", "got 8589934592", "different keys"],
+    ),
     "negative samples": ({"num_samples": -1}, ValueError, ["num_samples must be >= 1", "got -1"]),
     "num_samples a whole float": (
         {"num_samples": 10.0},
@@ -188,6 +200,12 @@ class Groups:
         return self.draw(key, (group_size, dim), dtype)
 
 
+def with_method(name, method):
+    noise = Noise()
+    setattr(noise, name, method)
+    return noise
+
+
 def call(x=X, key=KEY, **arguments):
     return lambda: smooth(**arguments)(key, x)
 
@@ -226,6 +244,16 @@ CALLS = {
         call(x={"a": X}, sigma={"b": 0.1}),
         ValueError,
         ["PyTreeDef({'b': *})", "PyTreeDef({'a': *})", "prefix"],
+    ),
+    "sigma missing for a leaf": (
+        call(x=[X, {"w": X}], sigma=[0.1, {"w": None}]),
+        TypeError,
+        ["sigma[1]['w'] must be a positive number", "x[1]['w']", "got None"],
+    ),
+    "sigma missing for a subtree": (
+        call(x=[X, {"w": X}], sigma=[0.1, None]),
+        TypeError,
+        ["sigma[1] must be a positive number", "x[1]", "got None"],
     ),
     "sigma too small for the dtype": (
         call(sigma=1e-300),
@@ -299,6 +327,20 @@ CALLS = {
         TypeError,
         ["leaf \"x['w'][1]\" is a str", "further argument, g(key, x, ...)"],
     ),
+    **{
+        f"x of dtype {kind}": (
+            call(x={"w": [X, np.array([value], kind)]}),
+            TypeError,
+            ["leaf \"x['w'][1]\" is an array of", shown, "further argument", "float32"],
+        )
+        for kind, value, shown in [
+            ("U2", "hi", "<U2"),
+            ("O", None, "object"),
+            ("g", 1.0, str(np.dtype("g"))),
+            ("M8[D]", "2020-01-01", "datetime64[D]"),
+            (">f4", 1.0, ">f4"),
+        ]
+    },
     "fun uses numpy": (
         call(fun=lambda y: np.sin(y)),
         jax.errors.TracerArrayConversionError,
@@ -319,10 +361,30 @@ CALLS = {
         jax.errors.TracerIntegerConversionError,
         ["fun is traced and vmapped", "jax.pure_callback"],
     ),
+    "fun selects by its argument": (
+        call(fun=lambda y: jnp.sum(y[y > 0])),
+        jax.errors.NonConcreteBooleanIndexError,
+        ["fun is traced and vmapped", "index of bools", "jax.pure_callback"],
+    ),
     "fun returns a string": (
         call(fun=lambda y: {"a": y, "b": "hi"}),
         TypeError,
         ["fun's value must be a pytree of arrays", "value['b']", "str"],
+    ),
+    "fun returns an array of strings": (
+        call(fun=lambda y: {"a": y, "b": np.array("hi")}),
+        TypeError,
+        ["fun's value must be a pytree of arrays", "value['b']", "array of <U2"],
+    ),
+    "fun returns an array of objects": (
+        call(fun=lambda y: np.array([None])),
+        TypeError,
+        ["fun's value must be a pytree of arrays", "'value'", "array of object"],
+    ),
+    "fun returns a key": (
+        call(fun=lambda y: [y, KEY]),
+        TypeError,
+        ["fun's value must be a pytree of numbers", "value[1]", "PRNG key", "has_aux=True"],
     ),
     "aux holds a string": (
         call(fun=lambda y: (jnp.sum(y), {"name": "hi"}), has_aux=True),
@@ -446,6 +508,50 @@ CALLS = {
         TypeError,
         ["sampler.group_size(8, 3) must be a Python int, got a JAX array", "int(...)"],
     ),
+    "log-density by numpy": (
+        call(noise=Noise(log_prob=lambda z: -0.5 * np.square(np.asarray(z)))),
+        jax.errors.TracerArrayConversionError,
+        ["noise.log_prob(inputs) is traced", "jax.numpy, not with numpy"],
+    ),
+    "log-density by cases": (
+        call(noise=Noise(log_prob=lambda z: jnp.sum(z[z > 0]))),
+        jax.errors.NonConcreteBooleanIndexError,
+        ["noise.log_prob(inputs) is traced"],
+    ),
+    "log-density of integers": (
+        call(noise=Noise(log_prob=lambda z: jnp.zeros(3, jnp.int32))),
+        TypeError,
+        ["noise.log_prob(inputs) returned int32", "a floating dtype"],
+    ),
+    "log-density of integers, declared smooth": (
+        call(
+            noise=type("Smooth", (Noise,), {"derivatives": np.inf})(
+                log_prob=lambda z: jnp.zeros(3, jnp.int32)
+            )
+        ),
+        TypeError,
+        ["noise.log_prob(inputs) returned int32", "a floating dtype"],
+    ),
+    "log-density that is rounded": (
+        call(noise=Noise(log_prob=lambda z: (-0.5 * z**2).astype(jnp.int32))),
+        TypeError,
+        ["noise.log_prob(inputs) returned int32", "a floating dtype"],
+    ),
+    "words by numpy": (
+        call(noise=with_method("from_bits", lambda bits: np.asarray(bits))),
+        jax.errors.TracerArrayConversionError,
+        ["noise.from_bits is traced", "jax.numpy, not with numpy"],
+    ),
+    "inverse of a wrong shape": (
+        call(noise=with_method("icdf", lambda u: u.reshape(-1)[:2])),
+        ValueError,
+        ["noise.icdf returned shape (2,)", "of shape (3,)", "expected (3,)"],
+    ),
+    "words made into a wrong shape": (
+        call(noise=with_method("from_bits", lambda bits: jnp.zeros(()))),
+        ValueError,
+        ["noise.from_bits returned shape ()", "of shape (3,)", "expected (3,)"],
+    ),
     "callback that cannot be vmapped": (
         call(fun=lambda y: jax.pure_callback(np.sum, jax.ShapeDtypeStruct((), np.float32), y)),
         NotImplementedError,
@@ -463,6 +569,12 @@ CALLS = {
         TypeError,
         ["grad requires real- or complex-valued inputs", "key<fry>"],
     ),
+    "x is missing": (
+        lambda: smooth()(KEY, scale=2.0),
+        TypeError,
+        ["x is missing", "g(key, x, ...)", "['scale']"],
+    ),
+    "key is missing": (lambda: smooth()(x=X), TypeError, ["key is missing", "g(key, x, ...)"]),
     "an argument that fun does not take": (
         lambda: smooth(fun=lambda y: y)(KEY, X, 1.0),
         TypeError,
@@ -558,6 +670,15 @@ def test_sigma_as_a_pytree_or_prefix():
     assert abs(float(smooth(sigma=0.5)(KEY, x) - whole)) > 1e-3
 
 
+def test_sigma_may_be_none_where_x_is():
+    """As it is made by a tree.map over x."""
+    x = {"u": X, "n": None, "v": [X, None]}
+    sigma = jax.tree.map(lambda _: 0.5, x)
+    assert_trees_close(smooth(sigma=sigma)(KEY, x), smooth(sigma=0.5)(KEY, x), rtol=1e-6)
+    prefix = {"u": 0.5, "n": None, "v": 0.5}
+    assert_trees_close(smooth(sigma=prefix)(KEY, x), smooth(sigma=0.5)(KEY, x), rtol=1e-6)
+
+
 def test_sigma_of_double_precision_leaves_single_precision_alone():
     with jax.enable_x64(True):
         x = jnp.asarray(X, jnp.float32)
@@ -587,11 +708,46 @@ def test_derivative_in_sigma(noise):
 
 
 @pytest.mark.parametrize(
-    ("x", "sigma"), [(X, 1e-30), (jnp.full(3, 100.0, jnp.bfloat16), 0.01), (1e4, 1e-4)], ids=str
+    ("x", "sigma"),
+    [
+        (X, 1e-30),
+        (jnp.full(3, 100.0, jnp.bfloat16), 0.24),  # spaced by 0.5
+        (jnp.full(3, 100.0, jnp.float16), 0.03),  # by 0.0625
+        (1e4, 4.8e-4),  # by 9.8e-4
+        (X, np.diag([1.0, 1.0, 1e-8])),
+    ],
+    ids=str,
 )
-def test_sigma_that_is_lost_in_rounding_is_warned_of(x, sigma):
-    with pytest.warns(UserWarning, match="sigma is below the spacing of .* at leaf 'x'.*larger"):
-        smooth(sigma=sigma)(KEY, x)
+@pytest.mark.parametrize("transform", ["none", "grad", "value_and_grad", "grad in sigma", "jvp"])
+def test_sigma_that_is_lost_in_rounding_is_warned_of(x, sigma, transform):
+    """It was not while differentiating, nor up to twice as large, and not at the user's line."""
+    run = {
+        "none": lambda: smooth(sigma=sigma)(KEY, x),
+        "grad": lambda: jax.grad(smooth(sigma=sigma), argnums=1)(KEY, x),
+        "value_and_grad": lambda: jax.value_and_grad(smooth(sigma=sigma), argnums=1)(KEY, x),
+        "grad in sigma": lambda: jax.grad(lambda s: smooth(sigma=s)(KEY, x))(sigma),
+        "jvp": lambda: jax.jvp(lambda v: smooth(sigma=sigma)(KEY, v), (x,), (x,)),
+    }[transform]
+    message = "sigma is below the spacing of .* at leaf 'x'.*larger"
+    with pytest.warns(UserWarning, match=message) as found:
+        run()
+    assert {warning.filename for warning in found} == {__file__}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("x", "sigma"),
+    [
+        (jnp.full(3, 100.0, jnp.bfloat16), 0.26),
+        (jnp.full(3, 100.0, jnp.float16), 0.033),
+        (1e4, 5e-4),
+        (jnp.array([-jnp.inf, jnp.nan, 1.0]), 1e-4),
+    ],
+    ids=str,
+)
+def test_sigma_of_the_order_of_the_spacing_is_not_warned_of(x, sigma):
+    smooth(sigma=sigma)(KEY, x)
+    jax.grad(smooth(sigma=sigma), argnums=1)(KEY, x)
 
 
 def test_small_sigma_at_zero_is_not_lost():
@@ -797,9 +953,46 @@ def test_further_arguments_are_forwarded():
     )
 
 
-def test_key_and_x_are_positional_so_that_fun_may_use_their_names():
+def test_key_and_x_may_be_given_by_name():
+    """As in optax, where they are ordinary parameters."""
+    g = smooth(lambda y, scale=1.0: scale * jnp.sum(y**2))
+    expected = g(KEY, X)
+    assert_trees_close(g(KEY, x=X), expected)
+    assert_trees_close(g(x=X, key=KEY), expected)
+    assert_trees_close(jax.jit(g)(KEY, x=X), expected, rtol=1e-6)
+    assert_trees_close(g(KEY, x=X, scale=2.0), 2.0 * expected, rtol=1e-6)
+
+
+def test_fun_may_have_a_key_and_an_x_of_its_own():
     g = smooth(lambda y, *, key, x: jnp.sum(y) + key + x)
     assert_trees_close(g(KEY, X, key=1.0, x=2.0), smooth(jnp.sum)(KEY, X) + 3.0, rtol=1e-6)
+
+
+def cost(y, weights, *, scale=1.0):
+    """Not the docstring of what is made of it."""
+    return scale * jnp.sum(weights * y)
+
+
+class Callable:
+    def __call__(self, y, key):
+        return jnp.sum(y)
+
+
+@pytest.mark.parametrize(
+    ("fun", "name", "signature"),
+    [
+        (cost, "perturbed_cost", "(key, x, weights, *, scale=1.0)"),
+        (lambda *values: 0.0, "perturbed_<lambda>", "(key, x, *values)"),
+        (Callable(), "perturbed_Callable", "(key, x, *args, **kwargs)"),
+        (lambda: 0.0, "perturbed_<lambda>", "(key, x, *args, **kwargs)"),
+    ],
+)
+def test_perturbed_functions_describe_themselves(fun, name, signature):
+    g = smooth(fun, num_samples=12)
+    assert g.__name__ == g.__qualname__ == name
+    assert str(inspect.signature(g)) == signature
+    assert g.__doc__.startswith(f"Estimates E[{name.removeprefix('perturbed_')}(x + sigma eps)]")
+    assert "12 samples" in g.__doc__
 
 
 def test_callback_without_a_rule_for_vmap():
@@ -858,6 +1051,13 @@ def test_spike_at_x_does_not_matter_much():
     plain = np.std(gradients(0.0, sampler=px.Independent(), degree=0), axis=0)
     for settings in ({"degree": 0}, {}):
         assert (np.std(gradients(1000.0, **settings), axis=0) < 2.0 * plain).all()
+
+
+def test_aux_is_constant_in_x_and_differentiable_in_further_arguments():
+    g = smooth(lambda y, scale: (jnp.sum(y), scale * jnp.sum(y)), has_aux=True)
+    in_x, in_scale = jax.grad(lambda x, s: g(KEY, x, s)[1].sum(), argnums=(0, 1))(X, 2.0)
+    assert_trees_close(in_x, jnp.zeros(3))
+    assert_trees_close(in_scale, g(KEY, X, 1.0)[1].sum(), rtol=1e-5)
 
 
 def test_aux_is_stacked_and_untouched():

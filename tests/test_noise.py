@@ -1,5 +1,6 @@
 """The laws of noise: draws, densities, orders of derivatives, other libraries' laws, checks."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -649,6 +650,59 @@ def test_adapted_noise_traces_to_the_same_program(law):
     ]
     assert traces[0] == traces[1]
     assert hash(traces[0]) == hash(traces[1])
+
+
+class Stretched:
+    """Normal noise of a scale of its own, drawn by from_bits."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return self.scale * jax.random.normal(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -0.5 * (inputs / self.scale) ** 2
+
+    def from_bits(self, bits):
+        return self.scale * px.Normal().from_bits(bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenStretched:
+    scale: jax.Array
+
+    sample, log_prob, from_bits = Stretched.sample, Stretched.log_prob, Stretched.from_bits
+
+
+@pytest.mark.parametrize(
+    "sampler", [px.Independent(), px.Antithetic(), px.Sobol()], ids=lambda s: type(s).__name__
+)
+def test_from_bits_reads_parameters_at_each_call(sampler):
+    """It was part of the compiled program: changes went unseen, and arrays could not be hashed."""
+    run = lambda noise: px.make_perturbed_fun(  # noqa: E731
+        lambda y: jnp.sum(y), 8, 0.5, noise, sampler=sampler
+    )(KEY, jnp.zeros(2))
+    expected = run(px.Normal())
+    noise = Stretched(1.0)
+    results = [run(noise)]
+    noise.scale = 3.0
+    results += [run(noise), run(FrozenStretched(jnp.float32(3.0)))]
+    results += [run(FrozenStretched(np.array(3.0, np.float32)))]
+    np.testing.assert_allclose(results, expected * np.array([1, 3, 3, 3]), rtol=1e-5)
+
+
+def test_from_bits_of_a_scaled_law_is_a_scaled_sigma():
+    """Sample by sample, for the samples are the same, and so is the density at each."""
+    x = jnp.array([0.5, -1.0])
+    settings = {"sampler": px.Independent(), "degree": 0}
+    gradients = [
+        jax.grad(
+            px.make_perturbed_fun(lambda y: jnp.sum(y**2), 8, sigma, noise, **settings), argnums=1
+        )(KEY, x)
+        for sigma, noise in [(0.5, Stretched(1.5)), (0.75, px.Normal())]
+    ]
+    np.testing.assert_allclose(*gradients, rtol=1e-4)
 
 
 def test_location_and_scale_count_and_can_be_differentiated():

@@ -10,7 +10,7 @@ import closed_forms as cf
 import perturbax as px
 from helpers import assert_distributed_as, assert_unbiased
 from perturbax._defaults import choose
-from perturbax._sampling import _sobol_generators
+from perturbax._sampling import _MAX_SOBOL_DIM, _sobol_generators
 
 SAMPLERS = {
     "independent": px.Independent(),
@@ -259,6 +259,10 @@ def test_more_coordinates_than_samples_determine_stay_finite():
     fun = smooth(lambda y: jnp.sum(jnp.abs(y)), None, 0.5, px.Normal(), 16, degree=1)
     gradient = jax.grad(fun, argnums=1)(jax.random.key(5), jnp.linspace(-1.0, 1.0, 64))
     assert np.abs(gradient).max() < 100.0
+
+
+def test_nets_have_as_many_coordinates_as_those_of_scipy():
+    assert _MAX_SOBOL_DIM == qmc.Sobol.MAXDIM
 
 
 def test_generators_of_nets_are_those_of_scipy():

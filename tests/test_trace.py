@@ -217,6 +217,74 @@ def test_new_values_of_what_fun_closes_over_compile_nothing():
     assert compilations(lambda: run(second, wide)) == 0
 
 
+class ScaledNormal:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return self.scale * jax.random.normal(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -0.5 * (inputs / self.scale) ** 2
+
+
+# Proportional to the number that they are called with.
+OF_A_NUMBER = {
+    "further argument": lambda c: smooth(lambda y, rate: jnp.sum(y * rate))(KEY, X, c),
+    "keyword argument": lambda c: smooth(lambda y, rate: jnp.sum(y * rate))(KEY, X, rate=c),
+    "closure": lambda c: smooth(lambda y: jnp.sum(y) * c)(KEY, X),
+    "numpy scalar": lambda c: smooth(lambda y: jnp.sum(y * np.float32(c)))(KEY, X),
+    "result": lambda c: smooth(lambda y: c)(KEY, X),
+    "two choices": lambda c: smooth(lambda y: jnp.sum(jnp.where(y > 0, c, -c)))(KEY, X),
+    "gradient": lambda c: jax.grad(smooth(lambda y: jnp.sum(y) * c), argnums=1)(KEY, X),
+    "Hessian": lambda c: jax.hessian(smooth(lambda y: jnp.sum(y**2) * c), argnums=1)(KEY, X),
+    "one by one": lambda c: smooth(lambda y: jnp.sum(y) * c, batch_size=1)(KEY, X),
+    "vmap": lambda c: jax.vmap(smooth(lambda y: jnp.sum(y) * c), (None, 0))(KEY, X[None]),
+    "aux": lambda c: smooth(lambda y: (c * y, 3.0 * c), has_aux=True)(KEY, X),
+    "noise": lambda c: px.make_perturbed_fun(
+        jnp.sum, 6, 0.5, ScaledNormal(c), sampler=px.Independent()
+    )(KEY, jnp.zeros(3)),
+    "argmax": lambda c: px.make_perturbed_argmax(lambda y: jnp.where(y > 0, c, 0.0), 6, 0.5)(
+        KEY, X
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_NUMBER)
+def test_new_numbers_compile_nothing(name):
+    """A decaying rate, a Python number, once cost a compilation at every step."""
+    run = OF_A_NUMBER[name]
+    first, second = run(1.5), []
+    assert compilations(lambda: second.append(run(3.0)) or second) == 0
+    assert_trees_close(second[0], jax.tree.map(lambda v: 2.0 * v, first), rtol=1e-5)
+
+
+def test_sign_of_a_zero_is_that_of_the_call():
+    results = [smooth(lambda y, z=z: jnp.max(1.0 / (z * abs(y))))(KEY, X) for z in (0.0, -0.0, 0.0)]
+    np.testing.assert_array_equal(results, [np.inf, -np.inf, np.inf])
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_numbers_keep_their_types(x64):
+    with jax.enable_x64(x64):
+        fun = lambda y: (y * 2.0, 2.5, np.float32(2.5), y.astype(jnp.bfloat16) * 2.0, 1j)  # noqa: E731
+        leaf = jnp.ones(3, jnp.float32)
+        traced, operands = trace(fun, leaf)
+        assert len(operands) == 5
+        expected = jax.tree.leaves(jax.jit(fun)(leaf))
+        for value, like in zip(traced(operands, leaf), expected, strict=True):
+            assert jax.typeof(value) == jax.typeof(like)
+            assert_trees_close(value, like)
+
+
+def test_jitted_and_eager_calls_agree_about_numbers():
+    def fun(y, rate):
+        return jnp.sum(jnp.where(y > 0.25, 0.1 * y / 3.0, rate) + jax.nn.softplus(y * 0.7))
+
+    for run in (smooth(fun), jax.grad(smooth(fun), argnums=1)):
+        assert_trees_close(jax.jit(run)(KEY, X, 0.3), run(KEY, X, 0.3), rtol=1e-6)
+
+
 def test_fun_is_traced_once_a_call():
     counter = EvaluationCounter(jnp.sum)
     g = smooth(counter)
@@ -512,8 +580,8 @@ def from_namespace(slope):
 
 
 DIFFERENT = {
-    "literal": (lambda y: y * 2.0, lambda y: y * 3.0),
-    "sign of a zero": (lambda y: y * 0.0, lambda y: y * -0.0),
+    "literal": (lambda y: y.astype(jnp.int32) * 2, lambda y: y.astype(jnp.int32) * 3),
+    "exponent": (lambda y: abs(y) ** 0.5, lambda y: abs(y) ** 1.5),
     "integer and boolean": (lambda y: jnp.full(3, 1), lambda y: jnp.full(3, True)),
     "order of operands": (lambda y: y[0] - y[1], lambda y: y[1] - y[0]),
     "order of results": (lambda y: (y[0], y[1]), lambda y: (y[1], y[0])),
@@ -615,11 +683,7 @@ def test_different_functions_have_different_traces(name):
 
 @pytest.mark.parametrize(
     ("name", "ratio"),
-    [
-        ("literal", 1.5),
-        ("constant of an inner function", [1, 1, 4 / 3]),
-        ("closure of a callback", 2),
-    ],
+    [("constant of an inner function", [1, 1, 4 / 3]), ("closure of a callback", 2)],
 )
 def test_different_functions_have_results_of_their_own(name, ratio):
     first, second = (smooth(fun)(KEY, X) for fun in DIFFERENT[name])

@@ -821,3 +821,25 @@ def test_parameters_need_no_derivative_at_x_itself(num_samples):
         np.testing.assert_allclose(
             gradient, jax.grad(plain, argnums=2)(KEY, x, parameters), rtol=1e-5
         )
+
+
+def fun_of_two(y, scale):
+    return scale * jnp.max(y)
+
+
+def fun_with_effects(y, scale):
+    jax.experimental.io_callback(lambda _: None, None, y, ordered=True)
+    return fun_of_two(y, scale)
+
+
+@pytest.mark.parametrize("fun_of_x_and_scale", [fun_of_two, fun_with_effects])
+def test_mixed_derivatives_in_chunks_whatever_the_order(fun_of_x_and_scale):
+    """What reverse mode computes anew, chunk by chunk, has its derivatives too."""
+    whole = px.make_perturbed_fun(fun_of_two, 4, 0.5)
+    x, scale = jnp.array([0.5, 0.0625, -0.25]), 0.5
+    expected = jax.jacfwd(jax.jacfwd(whole, argnums=(1, 2)), argnums=(1, 2))(KEY, x, scale)
+    assert np.abs(expected[1][0]).min() > 0.01
+    chunks = px.make_perturbed_fun(fun_of_x_and_scale, 4, 0.5, batch_size=1)
+    for outer, inner in ((jax.jacfwd, jax.grad), (jax.jacrev, jax.grad), (jax.jacrev, jax.jacfwd)):
+        found = outer(inner(chunks, argnums=(1, 2)), argnums=(1, 2))(KEY, x, scale)
+        assert_trees_close(found, expected, rtol=1e-4, atol=1e-5)

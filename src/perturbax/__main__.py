@@ -1,11 +1,15 @@
 """Runs an unmodified program with `optax.perturbations` served by this package."""
 
+import functools
+import importlib.machinery
+import io
 import os
+import pkgutil
 import runpy
 import sys
 import types
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
 from ._patch import patch_optax
@@ -28,8 +32,8 @@ def main() -> None:
     """Runs the program that the command line names.
 
     The program finds what it would find under `python SCRIPT` or `python -m MODULE`: `sys.argv`,
-    `sys.path[0]`, `__name__` and `__file__`; its exit status becomes that of the process, and a
-    traceback begins with its own lines.
+    `sys.path[0]`, `__name__`, `__file__`, `__package__` and `__loader__`; its exit status becomes
+    that of the process, and a traceback begins with its own lines.
     """
     match sys.argv[1:]:
         case ["-h" | "--help", *_]:
@@ -43,7 +47,7 @@ def main() -> None:
         case ["-m", module, *arguments]:
             _serve()
             sys.argv[:] = ["-m", *arguments]  # runpy puts the module's file in the first place
-            _run(runpy.run_module, module, alter_sys=True)
+            _run(runpy.run_module, module, run_name="__main__", alter_sys=True)
         case [option, *_] if option.startswith("-"):
             _refuse(f"unknown option {option!r}; options of the script come after its name")
         case [script, *arguments]:
@@ -53,7 +57,10 @@ def main() -> None:
             sys.argv[:] = [script, *arguments]
             if not sys.flags.safe_path:
                 sys.path[0] = os.path.dirname(os.path.realpath(script))
-            _run(runpy.run_path, os.path.abspath(script))
+            path = os.path.abspath(script)
+            is_source = pkgutil.get_importer(path) is None and not path.endswith(".pyc")
+            # The other kinds are folders, archives and compiled files.
+            _run(_run_source if is_source else runpy.run_path, path, run_name="__main__")
 
 
 def _refuse(message: str) -> NoReturn:
@@ -71,14 +78,35 @@ def _serve() -> None:
         sys.exit(f"python -m perturbax: {error}")
 
 
-def _run(runner: Callable[..., object], program: str, **options: bool) -> None:
+def _run(runner: Callable[..., object], program: str, **options: Any) -> None:
     """Runs the program; what it raises is reported as if it had been started by itself."""
     try:
-        runner(program, run_name="__main__", **options)
-    except Exception as error:
-        error.__traceback__ = _from_program(error.__traceback__)
-        sys.excepthook(type(error), error, error.__traceback__)
-        sys.exit(1)
+        runner(program, **options)
+    except BaseException:
+        # Raised further, for the exit status is Python's own affair, as after an interrupt.
+        sys.excepthook = functools.partial(_report, sys.excepthook)
+        raise
+
+
+def _run_source(path: str, run_name: str) -> None:
+    """Runs a file of source; runpy would replace `sys.argv[0]`, and knows no loader."""
+    with io.open_code(path) as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    module = types.ModuleType(run_name)
+    loader = importlib.machinery.SourceFileLoader(run_name, path)
+    vars(module).update(__file__=path, __loader__=loader, __cached__=None)
+    sys.modules[run_name] = module
+    exec(code, vars(module))
+
+
+def _report(
+    hook: Callable[..., object],
+    kind: type[BaseException],
+    error: BaseException,
+    traceback: types.TracebackType | None,
+) -> None:
+    traceback = _from_program(traceback)
+    hook(kind, error.with_traceback(traceback), traceback)
 
 
 def _from_program(traceback: types.TracebackType | None) -> types.TracebackType | None:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,17 @@ from jax.core import Tracer
 from . import _blocks
 from ._trace import TracedFunction, trace
 
+# What JAX raises where a function needs values of what is traced.
+_NEEDS_VALUES = (
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerBoolConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+# Whose frames a warning passes over.
+_NOT_OF_USERS = ("jax", "perturbax")
+
 
 def check_fun(fun: Any, name: str = "fun") -> None:
     """Raises TypeError unless `fun` is callable."""
@@ -24,8 +36,8 @@ def check_fun(fun: Any, name: str = "fun") -> None:
         raise TypeError(f"{name} must be callable, got {type(fun).__name__}")
 
 
-def check_count(value: Any, name: str) -> int:
-    """A static integer of at least 1."""
+def check_count(value: Any, name: str, most: int | None = None) -> int:
+    """A static integer of at least 1, and at most `most`."""
     if isinstance(value, Tracer):
         raise TypeError(
             f"{name} must be static (a Python int), got a traced value; pass it outside jit, or "
@@ -39,6 +51,10 @@ def check_count(value: Any, name: str) -> int:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
     if count < 1:
         raise ValueError(f"{name} must be >= 1, got {count}")
+    if most is not None and count > most:
+        raise ValueError(
+            f"{name} must be <= {most}, got {count}; average calls with different keys instead"
+        )
     return count
 
 
@@ -78,6 +94,16 @@ def check_noise(noise: Any) -> None:
         raise TypeError(
             f"noise must define sample and log_prob (see NoiseDistribution); "
             f"{type(noise).__name__} lacks {' and '.join(missing)}"
+        )
+
+
+def check_log_prob(value: Any) -> None:
+    """Raises TypeError unless `value`, what log_prob returned, is an array of floating dtype."""
+    dtype = getattr(value, "dtype", type(value).__name__)
+    if not isinstance(dtype, np.dtype) or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"noise.log_prob(inputs) returned {dtype}, expected an array of a floating dtype: its "
+            "derivative is needed"
         )
 
 
@@ -124,11 +150,12 @@ def check_degree(degree: Any) -> None:
 def check_sigma(sigma: Any) -> Any:
     """The scale as a pytree of numpy arrays and tracers, each real and, if known, positive.
 
-    What may be a matrix for a leaf, having its axes twice, may hold any finite number.
+    What may be a matrix for a leaf, having its axes twice, may hold any finite number. A None
+    inside may stand beside a None of x, which is seen when x is.
     """
     if sigma is None:
         raise TypeError("sigma must be a positive number, array or pytree of them, got None")
-    return jax.tree.map(_check_scale, sigma, is_leaf=lambda v: v is None)
+    return jax.tree.map(_check_scale, sigma)
 
 
 def _check_scale(scale: Any) -> Any:
@@ -138,7 +165,12 @@ def _check_scale(scale: Any) -> Any:
         raise TypeError(
             f"sigma must be a positive number, array or pytree of them, got {type(scale).__name__}"
         )
-    dtype = jnp.result_type(scale)
+    dtype = _dtype(scale)
+    if dtype is None:
+        raise TypeError(
+            f"sigma must be a real number, got {_kind(scale)}, a dtype that JAX has not: "
+            "convert it to float32, say"
+        )
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"sigma must be real, got {dtype}")
     if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
@@ -166,6 +198,20 @@ def _check_positive(known: np.ndarray) -> None:
 
 def _first(values: np.ndarray, wrong: np.ndarray) -> float:
     return float(values[wrong].ravel()[0])
+
+
+def _dtype(value: Any) -> Any:
+    """As JAX has it; None for those that it has not, such as that of strings."""
+    try:
+        return jnp.result_type(value)
+    except TypeError:
+        return None
+
+
+def _kind(value: Any) -> str:
+    """What an error calls it."""
+    dtype = getattr(value, "dtype", None)
+    return f"a {type(value).__name__}" if dtype is None else f"an array of {dtype}"
 
 
 def check_key(key: Any, x: Any) -> Array:
@@ -226,7 +272,13 @@ def perturbed_leaves(x: Any) -> tuple[list[Array], list[str], Callable[[Any], An
                 f"x must be a pytree of arrays, but leaf {leaf_name(path)!r} is a "
                 f"{type(leaf).__name__}: pass it to fun as a further argument, g(key, x, ...)"
             )
-        dtype = jnp.result_type(leaf)
+        dtype = _dtype(leaf)
+        if dtype is None:
+            raise TypeError(
+                f"x must be a pytree of arrays, but leaf {leaf_name(path)!r} is {_kind(leaf)}, "
+                "a dtype that JAX has not: convert it to float32, say, or pass it to fun as a "
+                "further argument, g(key, x, ...)"
+            )
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
                 f"complex leaves are not supported (leaf {leaf_name(path)!r} is {dtype}); "
@@ -261,6 +313,7 @@ def scale_leaves(sigma: Any, x: Any, leaves: list[Array], names: list[str]) -> l
         scales = scales * (len(leaves) if np.ndim(scales[0]) else 1)
     else:
         try:
+            jax.tree_util.tree_map_with_path(_check_none, sigma, x, is_leaf=lambda v: v is None)
             spread = jax.tree.broadcast(sigma, x)
         except ValueError as error:
             raise ValueError(
@@ -295,6 +348,14 @@ def scale_leaves(sigma: Any, x: Any, leaves: list[Array], names: list[str]) -> l
             _check_range(scale, noise_dtype(leaves))
     _warn_if_lost(scales, leaves, names)
     return [_on_device(s) for s in scales]
+
+
+def _check_none(path: Any, scale: Any, part: Any) -> None:
+    if scale is None and jax.tree.leaves(part):
+        raise TypeError(
+            f"sigma{jax.tree_util.keystr(path)} must be a positive number, array or pytree of "
+            f"them, as {leaf_name(path)} is not None, got None"
+        )
 
 
 def noise_dtype(leaves: list[Array]) -> np.dtype:
@@ -376,23 +437,36 @@ def _poisoned(dims: tuple[int | None, ...], value: list[Array], scales: list[Arr
 
 
 def _warn_if_lost(scales: list[Any], leaves: list[Array], names: list[str]) -> None:
-    """Warns where x + sigma z rounds to x, so that fun would see no perturbation at all."""
+    """Warns where x + sigma z rounds to x, so that fun would hardly see a perturbation at all."""
     for i, (leaf, name) in enumerate(zip(leaves, names, strict=True)):
-        scale = scales[i] if len(scales) > 1 else scales[0]
-        if not leaf.size or not all(map(_is_known, (leaf, scale))):
+        found = _value_of(leaf), _value_of(scales[i] if len(scales) > 1 else scales[0])
+        if not leaf.size or not all(map(_is_known, found)):
             continue
-        values, scale = jax.device_get((leaf, scale))
+        values, scale = map(np.asarray, jax.device_get(found))
         if _blocks.is_matrix(scale, leaf):
             scale = _blocks.row_lengths(scale.reshape(leaf.size, leaf.size)).reshape(leaf.shape)
-        values = np.abs(values).astype(np.promote_types(leaf.dtype, np.float32))
-        spacing = np.where(np.isfinite(values), values, 0) * float(jnp.finfo(leaf.dtype).eps) / 4
-        if (scale < spacing).any():
+        with np.errstate(all="ignore"):
+            spacing = np.spacing(np.abs(values.astype(leaf.dtype))).astype(np.float64)
+        if (scale < np.where(np.isfinite(spacing), spacing, 0) / 2).any():
             warnings.warn(
                 f"sigma is below the spacing of {leaf.dtype} numbers at leaf {name!r}: fun sees "
-                "the same input at every sample, and the gradient is noise. Use a larger sigma, "
+                "the same input at most samples, and the gradient is noise. Use a larger sigma, "
                 "rescale x, or use a wider dtype.",
-                stacklevel=4,
+                stacklevel=_stacklevel_of_user(),
             )
+
+
+def _value_of(value: Any) -> Any:
+    """The value itself where it is known although JAX is differentiating, as in an eager grad."""
+    return jax.lax.stop_gradient(value) if isinstance(value, Tracer) else value
+
+
+def _stacklevel_of_user() -> int:
+    """The stacklevel at which its caller's warning points at the line of the user."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_OF_USERS:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def share_axes(
@@ -462,59 +536,60 @@ def trace_fun(
         value, aux = out if has_aux else (out, None)
         for name, tree in (("value", value), ("aux", aux)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                if not isinstance(
-                    leaf, bool | int | float | complex | np.generic | np.ndarray | Array
-                ):
+                kinds = bool | int | float | complex | np.generic | np.ndarray | Array
+                if not isinstance(leaf, kinds) or _dtype(leaf) is None:
                     raise TypeError(
                         f"fun's {name} must be a pytree of arrays, but its leaf "
-                        f"'{name}{jax.tree_util.keystr(path)}' is a {type(leaf).__name__}"
+                        f"'{name}{jax.tree_util.keystr(path)}' is {_kind(leaf)}"
+                    )
+                if name == "value" and jnp.issubdtype(_dtype(leaf), jax.dtypes.prng_key):
+                    raise TypeError(
+                        "fun's value must be a pytree of numbers, for it is averaged, but its leaf "
+                        f"'{name}{jax.tree_util.keystr(path)}' is a PRNG key; return it as aux, "
+                        "with has_aux=True"
                     )
         structures[:] = [jax.tree.structure(value), jax.tree.structure(aux)]
         return [*jax.tree.leaves(value), *jax.tree.leaves(aux)]
 
     try:
         traced, operands = trace(flat, *leaves)
-    except (
-        jax.errors.TracerArrayConversionError,
-        jax.errors.TracerBoolConversionError,
-        jax.errors.TracerIntegerConversionError,
-        jax.errors.ConcretizationTypeError,
-    ) as error:
+    except _NEEDS_VALUES as error:
         error.add_note(
-            "fun is traced and vmapped over the samples, so it cannot use numpy, float() or `if` "
-            "on its argument. Call such code through jax.pure_callback; what cannot be vmapped "
-            "is evaluated one sample at a time with batch_size=1."
+            "fun is traced and vmapped over the samples, so it cannot use numpy, float(), `if` or "
+            "an index of bools on its argument. Call such code through jax.pure_callback; what "
+            "cannot be vmapped is evaluated one sample at a time with batch_size=1."
         )
         raise
     value_tree, aux_tree = structures
     return traced, tuple(map(_on_device, operands)), value_tree.num_leaves, value_tree, aux_tree
 
 
+# What a noise may know of its inverse distribution function: functions of numbers, one by one.
+_INVERSES = ("icdf", "from_bits", "from_normal")
+
+
 class TracedNoise:
     """A user's noise, traced: what it closes over is an operand, and equal traces are equal."""
 
-    def __init__(
-        self,
-        sample: TracedFunction,
-        log_prob: TracedFunction,
-        icdf: TracedFunction | None,
-        noise: Any,
-    ):
-        """Wraps the traced methods, for one shape, and takes over the moments of `noise`."""
-        self._methods = (sample, log_prob, icdf)
-        self._moments = (getattr(noise, "mean", None), getattr(noise, "variance", None))
+    def __init__(self, methods: dict[str, TracedFunction], noise: Any):
+        """Wraps the traced methods, for one shape, and takes over what else `noise` tells."""
+        self.methods = methods
+        self.derivatives = getattr(noise, "derivatives", math.inf)
+        moments = (getattr(noise, name, None) for name in ("mean", "variance"))
+        # Others serve for nothing, and may be tracers, which cannot be compared.
+        self.mean, self.variance = (m if isinstance(m, int | float) else None for m in moments)
+
+    @property
+    def _parts(self) -> Any:
+        return tuple(self.methods.items()), self.derivatives, self.mean, self.variance
 
     def __hash__(self) -> int:
         """A hash of the methods' operations."""
-        return hash(self._methods)
+        return hash(self._parts)
 
     def __eq__(self, other: object) -> bool:
         """Whether all methods perform the same operations."""
-        return (
-            isinstance(other, TracedNoise)
-            and self._methods == other._methods
-            and self._moments == other._moments
-        )
+        return isinstance(other, TracedNoise) and self._parts == other._parts
 
     def bind(self, operands: Any) -> "BoundNoise":
         """The noise, given what its methods closed over."""
@@ -524,22 +599,32 @@ class TracedNoise:
 class BoundNoise:
     """A traced noise with its operands: draws and log-densities for the shape it was traced at."""
 
-    def __init__(self, traced: TracedNoise, operands: Any):
-        """Binds the operands of sample, log_prob and, if there is one, icdf."""
-        self._sample, self._log_prob, icdf = traced._methods
-        self._operands = operands
-        self.mean, self.variance = traced._moments
-        if icdf is not None:
-            self.icdf = lambda u: jax.vmap(lambda row: icdf(operands[2], row)[0].astype(u.dtype))(u)
+    # It holds arrays.
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self, traced: TracedNoise, operands: dict[str, Any]):
+        """Binds the operands of each method; has those inverses that were traced."""
+        self._methods, self._operands = traced.methods, operands
+        self.mean, self.variance = traced.mean, traced.variance
+        for name in _INVERSES:
+            if name in traced.methods:
+                setattr(self, name, functools.partial(self._inverse, name))
 
     def sample(self, key: Array, sample_shape: Any, dtype: Any) -> Array:
         """One draw of the traced shape."""
         del sample_shape
-        return self._sample(self._operands[0], key)[0].astype(dtype)
+        return self._call("sample", key).astype(dtype)
 
     def log_prob(self, inputs: Array) -> Array:
         """Log-density of one draw."""
-        return self._log_prob(self._operands[1], inputs)[0].astype(inputs.dtype)
+        return self._call("log_prob", inputs).astype(inputs.dtype)
+
+    def _call(self, name: str, argument: Array) -> Array:
+        return self._methods[name](self._operands[name], argument)[0]
+
+    def _inverse(self, name: str, rows: Array) -> Array:
+        dtype = np.dtype(np.float32 if rows.dtype.itemsize <= 4 else np.float64)
+        return jax.vmap(functools.partial(self._call, name))(rows).astype(dtype)
 
 
 def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[TracedNoise, Any]:
@@ -547,13 +632,16 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
     what = f"noise.sample(key, ({dim},), {np.dtype(dtype).name})"
     like_key: Any = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     like_z: Any = jax.ShapeDtypeStruct((dim,), dtype)
+    words = np.uint32 if np.dtype(dtype).itemsize <= 4 else np.uint64
+    like_bits: Any = jax.ShapeDtypeStruct((dim,), words)
     axes = tuple(varying_axes(key))
     if axes:  # inside shard_map, where only an array has the axes in its type
         like_key = jax.random.wrap_key_data(jax.random.bits(key, (2,)), impl="threefry2x32")
         like_z = jax.lax.pcast(jnp.zeros((dim,), dtype), axes, to="varying")
+        like_bits = jax.lax.pcast(jnp.zeros((dim,), words), axes, to="varying")
     try:
         sample, sample_operands = trace(lambda k: noise.sample(k, (dim,), dtype), like_key)
-    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+    except _NEEDS_VALUES as error:
         error.add_note(f"{what} must compute with jax.random, not with numpy")
         raise
     except TypeError as error:
@@ -569,25 +657,39 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
             f"{what} does not depend on key: all samples would share one draw. Return a traced "
             "JAX array drawn with jax.random from the key"
         )
-    log_prob, log_prob_operands = trace(lambda v: noise.log_prob(v), like_z)
-    [aval] = _only_leaf(log_prob, "noise.log_prob(inputs)")
+    methods, operands = {"sample": sample}, {"sample": sample_operands}
+    methods["log_prob"], operands["log_prob"] = _trace_method(
+        noise.log_prob, like_z, "noise.log_prob(inputs)"
+    )
+    [aval] = _only_leaf(methods["log_prob"], "noise.log_prob(inputs)")
     if aval.shape not in ((dim,), ()):
         raise ValueError(
             f"noise.log_prob(inputs) returned shape {aval.shape} for inputs of shape ({dim},), "
             f"expected ({dim},), or () for the log-density of all coordinates together"
         )
-    icdf, icdf_operands = None, ()
-    if hasattr(noise, "icdf"):
-        icdf, icdf_operands = trace(lambda u: noise.icdf(u), like_z)
-        [aval] = _only_leaf(icdf, "noise.icdf(u)")
+    check_log_prob(aval)
+    for name in _INVERSES:
+        if not hasattr(noise, name):
+            continue
+        like = like_bits if name == "from_bits" else like_z
+        methods[name], operands[name] = _trace_method(getattr(noise, name), like, f"noise.{name}")
+        [aval] = _only_leaf(methods[name], f"noise.{name}")
         if aval.shape != (dim,):
             raise ValueError(
-                f"noise.icdf(u) returned shape {aval.shape} for u of shape ({dim},), expected "
-                f"({dim},)"
+                f"noise.{name} returned shape {aval.shape} for an array of shape ({dim},), "
+                f"expected ({dim},)"
             )
-    operands = (sample_operands, log_prob_operands, icdf_operands)
-    operands = tuple(tuple(map(_on_device, v)) for v in operands)
-    return TracedNoise(sample, log_prob, icdf, noise), operands
+    operands = {name: tuple(map(_on_device, v)) for name, v in operands.items()}
+    return TracedNoise(methods, noise), operands
+
+
+def _trace_method(method: Callable[..., Any], like: Any, what: str) -> Any:
+    """`trace` with hints where it fails."""
+    try:
+        return trace(lambda v: method(v), like)
+    except _NEEDS_VALUES as error:
+        error.add_note(f"{what} is traced, so it must compute with jax.numpy, not with numpy")
+        raise
 
 
 def sample_group(

@@ -370,14 +370,17 @@ def _zeros(aval: Any) -> Array:
 # --- Weigh
 
 
-def _unit_weight_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    weight = unit_weight(*primals)
-    return weight, weight * tangents[0]
+def unit_weight(log_density: Array) -> Array:
+    """w = exp(l - stop_gradient(l)): it cannot overflow, and is 1 where l is infinite.
 
+    Not by a derivative rule, which JAX drops from what it computes anew in reverse mode.
 
-# exp(l - stop_gradient(l)) without the exponential: it cannot overflow, and l need not exist.
-# Foerster et al., DiCE: The Infinitely Differentiable Monte Carlo Estimator, 2018, arXiv:1802.05098
-unit_weight = with_jvp(jnp.ones_like, _unit_weight_jvp)
+    References:
+      Foerster et al., DiCE: The Infinitely Differentiable Monte Carlo Estimator, 2018,
+      arXiv:1802.05098
+    """
+    change = log_density - lax.stop_gradient(log_density)
+    return jnp.exp(jnp.where(jnp.isinf(log_density), jnp.zeros_like(change), change))
 
 
 def _log_prob(noise: Any, z: Array) -> Array:
@@ -526,8 +529,8 @@ def _value(plan: Plan, key: Array, point: Point, a: Array, r: Any, operands: Any
 
         return _over_groups(plan, evaluate)[0] / plan.num_samples
 
-    mean = _in_turn(plan, mean, key, point, operands)
-    return _cut(mean, plan.fun.out_avals[: plan.num_outputs])
+    value = _in_turn(plan, mean, key, point, operands)
+    return _cut(value, plan.fun.out_avals[: plan.num_outputs])
 
 
 def _value_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:

@@ -51,9 +51,9 @@ def patch_optax() -> None:
       False
     """
     module = _import_perturbations()
-    if _ORIGINALS in vars(module):
-        return
-    originals = {name: vars(module)[name] for name in _SERVED if name in vars(module)}
+    originals = dict(vars(module).get(_ORIGINALS, {}))
+    # After importlib.reload of the module its names are new ones of its own.
+    originals.update({name: vars(module)[name] for name in _SERVED if not _is_served(module, name)})
     vars(module).update(_SERVED, **{_ORIGINALS: originals})
 
 
@@ -66,12 +66,20 @@ def unpatch_optax() -> None:
     module = sys.modules.get(_MODULE_NAME)
     if module is None or _ORIGINALS not in vars(module):
         return
+    originals = vars(module).pop(_ORIGINALS)
     for name in _SERVED:
-        delattr(module, name)
-    vars(module).update(vars(module).pop(_ORIGINALS))
+        if _is_served(module, name):
+            delattr(module, name)
+            vars(module).update({name: originals[name]} if name in originals else {})
     if module.__spec__ is None:  # made by _import_perturbations, for an optax without it
         del sys.modules[_MODULE_NAME]
         delattr(sys.modules["optax"], "perturbations")
+
+
+def _is_served(module: types.ModuleType, name: str) -> bool:
+    """Whether a name is missing from the module, or comes from this package, imported once more."""
+    origin = getattr(vars(module).get(name), "__module__", None)
+    return name not in vars(module) or str(origin).split(".")[0] == __name__.split(".")[0]
 
 
 def _import_perturbations() -> types.ModuleType:

@@ -1,5 +1,6 @@
 """make_perturbed_fun: a smoothed, differentiable version of any function."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,9 +8,12 @@ import jax
 from jax import Array
 
 from . import _arguments, _defaults, _estimator
-from ._interop import as_noise
+from ._interop import AdaptedNoise, as_noise
 from ._noise import Gumbel, NoiseDistribution
 from ._sampling import Sampler
+
+# Sums over samples are divided by their number, an int32.
+_MAX_SAMPLES = 2**31 - 1
 
 
 class Call(NamedTuple):
@@ -87,20 +91,21 @@ def make_perturbed_fun(
         Needs noise with a mean and a variance unless 0, which stands for the mean of the values.
         Unused where use_baseline is False.
       has_aux: whether fun returns a pair (value, aux). The perturbed function then returns a pair
-        too, with aux as it is, stacked over the samples.
+        too, with aux as it is, stacked over the samples. In x and sigma aux has the derivative
+        zero; in further arguments it is differentiable as fun's own.
 
     Returns:
       A function `g(key, x, *args, **kwargs)` that returns an estimate of
       `E[fun(x + sigma eps, *args, **kwargs)]`, with the structure and shapes of fun's result, in
       its floating dtypes of at least single precision. `key` is one PRNG key; it is consumed. All
       floating leaves of x are perturbed, all others handed to fun as they are; so are further
-      arguments, in which g is differentiable as fun is.
+      arguments, in which g is differentiable as fun is. Key and x may also be given by name.
 
     Raises:
       TypeError: at construction or call, where an argument is not of the kind described.
-      ValueError: where num_samples or batch_size is below 1, sigma is not positive and finite (a
-        matrix: not invertible) or does not fit x, or noise or sampler returns arrays of another
-        shape than asked for.
+      ValueError: where num_samples or batch_size is below 1 or num_samples above 2^31 - 1, sigma
+        is not positive and finite (a matrix: not invertible) or does not fit x, or noise or sampler
+        returns arrays of another shape than asked for.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -118,7 +123,7 @@ def make_perturbed_fun(
       arXiv:1802.05098
     """
     _arguments.check_fun(fun)
-    num_samples = _arguments.check_count(num_samples, "num_samples")
+    num_samples = _arguments.check_count(num_samples, "num_samples", _MAX_SAMPLES)
     sigma = _arguments.check_sigma(sigma)
     _arguments.check_noise(noise)
     noise = as_noise(noise)
@@ -147,7 +152,7 @@ def make_perturbed_fun(
         # A polynomial of no coordinates is a constant.
         wanted = 0 if dim == 0 else degree
         chosen = _defaults.choose(sampler, wanted, num_samples, dim, noise)
-        if not hasattr(noise, "from_bits"):
+        if isinstance(noise, AdaptedNoise):
             law, law_operands = _arguments.trace_noise(noise, key, dim, dtype)
         plan = _estimator.Plan(
             fun=fun_traced,
@@ -163,8 +168,9 @@ def make_perturbed_fun(
         )
         return Call(plan, key, leaves, scales, (operands, law_operands), value_tree, aux_tree)
 
-    def perturbed_fun(key: Array, x: Any, /, *args: Any, **kwargs: Any) -> Any:
-        call = prepare(sampler, key, x, args, kwargs)
+    def perturbed_fun(*args: Any, **kwargs: Any) -> Any:
+        key, x, *rest = _key_and_x_first(args, kwargs)
+        call = prepare(sampler, key, x, tuple(rest), kwargs)
         with _arguments.explained_vmap(batch_size):
             value, aux = _estimator.estimate(*call[:5])
         value = _arguments.nan_unless_valid(value, call.sigma, call.x)
@@ -174,4 +180,51 @@ def make_perturbed_fun(
     # What `estimate` needs to know of it.
     known = Perturbed(perturbed_fun, prepare, sampler, has_aux, batch_size)
     perturbed_fun.__dict__["_perturbed"] = known
+    _describe(perturbed_fun, fun, num_samples)
     return perturbed_fun
+
+
+def _key_and_x_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """`args` with key and x in front, which are taken out of `kwargs` where they come by name.
+
+    Names are looked at only for what is missing by position, for fun may have a key and an x of its
+    own among its keyword arguments.
+    """
+    for name in ("key", "x")[len(args) :]:
+        if name not in kwargs:
+            raise TypeError(
+                f"{name} is missing: a perturbed function is called as g(key, x, ...), got "
+                f"{len(args)} of them by position and the names {sorted(kwargs)}"
+            )
+        args = (*args, kwargs.pop(name))
+    return args
+
+
+def _describe(perturbed_fun: Callable[..., Any], fun: Callable[..., Any], num_samples: int) -> None:
+    """Gives the perturbed function a name, a docstring and a signature of its own."""
+    name = getattr(fun, "__name__", None)
+    name = name if isinstance(name, str) else type(fun).__name__
+    perturbed_fun.__name__ = perturbed_fun.__qualname__ = f"perturbed_{name}"
+    perturbed_fun.__doc__ = (
+        f"Estimates E[{name}(x + sigma eps)] by the mean of {num_samples} samples.\n\n"
+        "`key` is one PRNG key, which is consumed. Further arguments are handed on. Made by\n"
+        "`perturbax.make_perturbed_fun`, whose documentation says more."
+    )
+    perturbed_fun.__dict__["__signature__"] = _signature(fun)
+
+
+def _signature(fun: Callable[..., Any]) -> inspect.Signature:
+    """(key, x, ...) with the further parameters of fun, if these can be told and have other names.
+
+    Reading it from the parameters of perturbed_fun would tell nothing but (*args, **kwargs).
+    """
+    kind = inspect.Parameter
+    key, x = (kind(name, kind.POSITIONAL_OR_KEYWORD) for name in ("key", "x"))
+    rest = kind("args", kind.VAR_POSITIONAL), kind("kwargs", kind.VAR_KEYWORD)
+    try:
+        first, *others = inspect.signature(fun).parameters.values()
+        if first.kind == kind.VAR_POSITIONAL:
+            others = [first, *others]
+        return inspect.Signature([key, x, *others])
+    except (TypeError, ValueError):
+        return inspect.Signature([key, x, *rest])

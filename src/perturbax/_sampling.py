@@ -6,7 +6,7 @@ groups are independent of each other. That is all the estimator relies on.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from scipy.stats import qmc
 
 from . import _arguments, _bits
 from ._noise import Normal, from_normal, from_words
 
 # A group is drawn as a whole; this bounds the memory that it takes.
 _MAX_GROUP = 2**13
+# Of scipy's direction numbers.
+_MAX_SOBOL_DIM = 21_201
 # Rows of a net shorter than this are not worth a vector instruction.
 _NARROW = 8
 
@@ -241,11 +242,13 @@ def _widen(points: Array, key: Array, dtype: np.dtype) -> Array:
 @functools.lru_cache(maxsize=64)
 def _sobol_generators(dim: int, levels: int) -> np.ndarray:
     """Direction numbers of the first `dim` Sobol coordinates, uint32 (levels, dim)."""
-    if dim > qmc.Sobol.MAXDIM:
+    if dim > _MAX_SOBOL_DIM:
         raise ValueError(
-            f"Sobol nets have at most {qmc.Sobol.MAXDIM} coordinates, x has {dim}; "
+            f"Sobol nets have at most {_MAX_SOBOL_DIM} coordinates, x has {dim}; "
             "use Independent() or Orthogonal(block=8)"
         )
+    from scipy.stats import qmc  # takes as long to import as JAX does
+
     engine = qmc.Sobol(dim, scramble=False, bits=32)
     generators = np.zeros((levels, dim), np.uint32)
     for k in range(levels):
@@ -282,7 +285,7 @@ def draw(
       dtype: floating dtype of the result.
     """
     # Traced once for value and derivative, where everything but key and first can be hashed.
-    static = isinstance(dim, int) and hasattr(noise, "from_bits")
+    static = isinstance(dim, int) and isinstance(noise, Hashable)
     # The mesh is told, for JAX tells it in derivative rules alone, and would trace once for each.
     with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
         return (_draw_traced_once if static else _draw)(

@@ -17,6 +17,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 from jax.typing import ArrayLike
 
+from ._arguments import check_log_prob
+
 
 class Limit(NamedTuple):
     """The most derivatives that a law of noise is good for.
@@ -109,9 +111,12 @@ def visible_limit(log_prob: Callable[[Array], Array], inputs: Any, law: str) -> 
       law: how an error shall name the noise.
     """
 
-    def score(z: Array) -> Array:
-        return jax.grad(lambda v: jnp.sum(log_prob(v)))(z)
+    def total(z: Array) -> Array:
+        value = log_prob(z)
+        check_log_prob(value)
+        return jnp.sum(value)
 
+    score = jax.grad(total)
     if not _varies(score, inputs):
         return Limit(law, 0, "has a score that is the same everywhere, so it jumps somewhere")
     if not _is_zero(jax.grad(lambda v: jnp.sum(score(v))), inputs):

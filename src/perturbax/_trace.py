@@ -2,7 +2,8 @@
 
 Eager calls trace the function afresh, so a value that it closes over is never stale, and still meet
 the program compiled for the call before: a trace equal in structure is an equal argument to
-`jax.jit`. Everything that the function closes over, tracers included, becomes an explicit operand.
+`jax.jit`. Everything that the function closes over, tracers included, becomes an explicit operand;
+so do the floating-point numbers among its operations.
 """
 
 import enum
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Trace, eval_jaxpr
 from jax.extend import core
@@ -55,7 +57,7 @@ class TracedFunction:
     def widths(self) -> list[Any]:
         """Elements of each intermediate array."""
         results = [v.aval for e in self.jaxpr.eqns for v in e.outvars]
-        return [aval.size for aval in results if hasattr(aval, "size")]
+        return [getattr(aval, "size", 1) for aval in results]
 
     def depends_on_inputs(self) -> bool:
         """Whether any result can change with the arguments, the constants being fixed."""
@@ -70,7 +72,57 @@ def trace(fun: Callable[..., Any], *leaves: Any) -> tuple[TracedFunction, tuple[
     """Traces fun(*leaves), arrays; returns it with the constants that it closed over."""
     closed, shape = jax.make_jaxpr(fun, return_shape=True)(*leaves)
     operands = tuple(np.asarray(c) if isinstance(c, np.ndarray) else c for c in closed.consts)
-    return TracedFunction(closed.jaxpr, jax.tree.structure(shape)), operands
+    jaxpr, numbers = _with_numbers_as_operands(closed.jaxpr)
+    return TracedFunction(jaxpr, jax.tree.structure(shape)), (*operands, *numbers)
+
+
+def _with_numbers_as_operands(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, list[jax.Array]]:
+    """The operations with their floating-point numbers as further constants, and these numbers.
+
+    So functions that differ in a number alone, such as a rate that decays from call to call, are
+    equal. Numbers inside loops, branches and jitted functions stay where they are. So do exponents,
+    for which XLA has better programs where it knows them: a square root for 0.5.
+    """
+
+    def atoms(eqn: Any) -> Any:
+        return () if eqn.primitive.name == "pow" else eqn.invars
+
+    literals: list[Any] = [v for eqn in jaxpr.eqns for v in atoms(eqn) if _is_number(v)]
+    literals += [v for v in jaxpr.outvars if _is_number(v)]
+    if not literals:
+        return jaxpr, []
+    specs = [jax.ShapeDtypeStruct((), v.aval.dtype, weak_type=v.aval.weak_type) for v in literals]
+    # A trace makes the variables, for their constructor differs between versions of JAX.
+    variables: list[core.Var] = jax.make_jaxpr(lambda *v: v)(*specs).jaxpr.invars
+    rest = iter(variables)
+
+    def lift(values: Any) -> list[Any]:
+        return [next(rest) if _is_number(v) else v for v in values]
+
+    eqns = [
+        eqn.replace(invars=lift(eqn.invars)) if any(map(_is_number, atoms(eqn))) else eqn
+        for eqn in jaxpr.eqns
+    ]
+    jaxpr = jaxpr.replace(
+        constvars=[*jaxpr.constvars, *variables], eqns=eqns, outvars=lift(jaxpr.outvars)
+    )
+    # A Python number becomes an array of weak type.
+    numbers = [
+        np.asarray(v.val).item() if v.aval.weak_type else np.asarray(v.val, v.aval.dtype)
+        for v in literals
+    ]
+    return jaxpr, jax.device_put(numbers)
+
+
+def _is_number(atom: Any) -> bool:
+    """Whether it is a floating-point literal that an array can stand for, weak type and all."""
+    if not isinstance(atom, core.Literal):
+        return False
+    aval: Any = atom.aval
+    if not jnp.issubdtype(aval.dtype, np.inexact):
+        return False
+    kind = complex if jnp.issubdtype(aval.dtype, np.complexfloating) else float
+    return not aval.weak_type or aval.dtype == jax.dtypes.canonicalize_dtype(kind)
 
 
 # --- Signatures: hashable values that are equal only where what they stand for acts alike. A new
