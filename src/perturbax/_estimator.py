@@ -443,24 +443,23 @@ def _baselines(plan: Plan, f: Array, f0: Array) -> Array:
 
 def _fit(
     plan: Plan, noise: Any, noise_of: Callable[[Array, int], Array], f: Array
-) -> tuple[Array, Callable[[Array], Array]]:
-    """Coefficients of each group's surrogate (groups, P, M), and the features of noise."""
+) -> tuple[Array, Array, Callable[[Array], Array]]:
+    """Values less a constant, each group's surrogate of these (groups, P, M), and its features."""
 
     def phi(z: Array) -> Array:
         return _surrogate.features(z, plan.degree or 0, noise.mean).astype(f.dtype)
 
-    # For digits only: the fit is equivariant, so that this constant has no influence on q.
-    centre = lax.stop_gradient(jnp.mean(f, axis=0))
+    # For digits only: the fit is equivariant, so that this constant has no influence on f - q.
+    f = f - lax.stop_gradient(jnp.mean(f, axis=0))[None]
 
     def equations_of(first: Array, count: int, rows: int, values: Array) -> tuple[tuple[()], Any]:
         z = noise_of(first, count)[:rows]
         weight = jnp.mean(_slope(noise, z) ** 2, axis=1)
-        grouped = [_grouped(plan, v) for v in (phi(z), values - centre[None], weight)]
+        grouped = [_grouped(plan, v) for v in (phi(z), values, weight)]
         return (), _surrogate.normal_equations(*grouped)
 
     _, equations = _over_groups(plan, equations_of, f)
-    beta = _surrogate.fit(equations, int((plan.num_samples - _sizes(plan)).min()))
-    return beta.at[:, 0].add(centre), phi
+    return f, _surrogate.fit(equations, int((plan.num_samples - _sizes(plan)).min())), phi
 
 
 def _differentiable(
@@ -488,8 +487,7 @@ def _differentiable(
         residual = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
         expected = _cut(share @ b, avals)
     else:
-        residual = f
-        beta, phi = _fit(plan, noise, noise_of, f)
+        residual, beta, phi = _fit(plan, noise, noise_of, f)
         mean_phi = _surrogate.expected_features(a, r, plan.degree, noise).astype(f.dtype)
         mean_beta = jnp.tensordot(share, beta, axes=1)
         expected = [mean_phi @ part for part in _cut(mean_beta, avals)]
@@ -648,16 +646,16 @@ def _jacobian_of_surrogates(
         return (), _evaluate(plan, operands, point, noise_of(first, count)[:rows])[0]
 
     _, f = _over_groups(plan, evaluate)
-    beta, phi = _fit(plan, noise, noise_of, f)
+    residual, beta, phi = _fit(plan, noise, noise_of, f)
 
     def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[Any, tuple[()]]:
-        f, beta = xs
+        residual, beta = xs
         z = noise_of(first, count)[:rows]
         q = _surrogate.predict(_grouped(plan, phi(z)), beta)
         q = q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[:rows]
-        return [_product((f - q).T, v) for v in _slopes(plan, wrt, noise, z, r)], ()
+        return [_product((residual - q).T, v) for v in _slopes(plan, wrt, noise, z, r)], ()
 
-    sums, _ = _over_groups(plan, weigh, (f, beta))
+    sums, _ = _over_groups(plan, weigh, (residual, beta))
     mean_beta = jnp.tensordot(jnp.asarray(_sizes(plan) / plan.num_samples, f.dtype), beta, axes=1)
 
     def expected(a: Array, r: Any) -> Array:
@@ -776,7 +774,7 @@ def spread(
     residual, beta, phi, slope = f, None, None, zeros
     if plan.degree is not None:
         if plan.degree:
-            beta, phi = _fit(plan, noise, noise_of, f)
+            residual, beta, phi = _fit(plan, noise, noise_of, f)
             slope = in_x(
                 jax.jacfwd(_surrogate.expected_features)(standardised, r, plan.degree, noise)
             )

@@ -78,8 +78,8 @@ def make_perturbed_fun(
         to. A traced sigma that is not > 0, or not invertible, gives NaN.
       noise: law of the noise, an object with the methods of `NoiseDistribution`.
       use_baseline: subtract from each value a prediction of it, made from other samples' values and
-        from fun(x) (where finite), before weighing it by the score; see degree. Changes no
-        expectation, and not the value, but lowers the variance of derivatives.
+        (of degree 0) from fun(x), where finite, before weighing it by the score; see degree.
+        Changes no expectation, and not the value, but lowers the variance of derivatives.
       batch_size: how many samples are evaluated at a time; None chooses. With 1, fun is not vmapped
         but called sample by sample, for what cannot be vmapped (ordered callbacks, say). The
         result is the same but for rounding.

@@ -37,7 +37,7 @@ def make_straight_through_fun(
       fun: as in `make_perturbed_fun`.
       num_samples: how often fun is evaluated for derivatives, and once more at x for their
         baseline. A value takes one evaluation, so that value and derivatives together take
-        num_samples + 2, of which two are `fun(x)`.
+        num_samples + 2, of which two are `fun(x)`; one, where a polynomial is fitted.
       sigma: as in `make_perturbed_fun`.
       noise: as in `make_perturbed_fun`.
       use_baseline: as in `make_perturbed_fun`.

@@ -102,8 +102,9 @@ def fit(equations: Equations, least: int) -> Array:
     diagonal = jnp.einsum("gpp->gp", gram)
     # The ridge is relative to each feature's own size, and leaves the constant alone, lest a
     # constant added to f change the rest; the tiny floor is for features never seen.
-    not_constant = jnp.arange(size) > 0
-    ridge = RIDGE * diagonal * not_constant[None] + jnp.finfo(gram.dtype).tiny * 1e10
+    relative = np.full(size, RIDGE, gram.dtype)
+    relative[0] = 0
+    ridge = diagonal * relative[None] + jnp.finfo(gram.dtype).tiny * 1e10
     scale = jax.lax.rsqrt(diagonal + ridge)
     scaled = gram * scale[:, :, None] * scale[:, None, :]
     eye = jnp.eye(size, dtype=gram.dtype)
