@@ -1,14 +1,18 @@
 """Samplers and surrogates: exact laws, exact results where theory promises them, no bias."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 from scipy.stats import qmc
 
 import closed_forms as cf
 import perturbax as px
 from helpers import assert_distributed_as, assert_unbiased
+from perturbax import _sampling
 from perturbax._defaults import choose
 from perturbax._sampling import _MAX_SOBOL_DIM, _sobol_generators
 
@@ -272,6 +276,14 @@ def test_generators_of_nets_are_those_of_scipy():
         gray = index ^ (index >> 1)
         digits = [generators[k] for k in range(4) if gray >> k & 1]
         np.testing.assert_array_equal(np.bitwise_xor.reduce([np.zeros_like(point), *digits]), point)
+
+
+@pytest.mark.parametrize(("dim", "levels"), [(1, 1), (1, 9), (2, 3), (40, 12), (1111, 5)])
+def test_generators_are_the_same_with_and_without_the_table(dim, levels):
+    expected = _sampling._from_points(dim, levels)
+    np.testing.assert_array_equal(_sobol_generators(dim, levels), expected)
+    table = Path(scipy.__file__).parent / "stats" / "_sobol_direction_numbers.npz"
+    np.testing.assert_array_equal(_sampling._from_table(table, dim, levels), expected)
 
 
 @pytest.mark.parametrize(

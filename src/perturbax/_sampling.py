@@ -8,11 +8,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Hashable
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jax import Array, lax
 
 from . import _arguments, _bits
@@ -247,7 +249,39 @@ def _sobol_generators(dim: int, levels: int) -> np.ndarray:
             f"Sobol nets have at most {_MAX_SOBOL_DIM} coordinates, x has {dim}; "
             "use Independent() or Orthogonal(block=8)"
         )
-    from scipy.stats import qmc  # takes as long to import as JAX does
+    # The table that scipy.stats has its nets from: importing that takes as long as importing JAX.
+    table = Path(scipy.__file__).parent / "stats" / "_sobol_direction_numbers.npz"
+    return _from_table(table, dim, levels) if table.exists() else _from_points(dim, levels)
+
+
+def _from_table(table: Path, dim: int, levels: int) -> np.ndarray:
+    """Direction numbers by the recurrence over the primitive polynomials that a table lists.
+
+    References:
+      Joe and Kuo, Constructing Sobol sequences with better two-dimensional projections, 2008,
+      doi:10.1137/070709359
+    """
+    with np.load(table) as data:
+        polynomials = [int(p) for p in data["poly"][:dim]]
+        first = data["vinit"][:dim].astype(np.int64).tolist()
+    generators = np.zeros((levels, dim), np.uint32)
+    for j, (polynomial, numbers) in enumerate(zip(polynomials, first, strict=True)):
+        order = polynomial.bit_length() - 1
+        numbers = numbers[:order] if j else [1] * levels
+        for k in range(len(numbers), levels):
+            number = numbers[k - order]
+            for i in range(1, order + 1):
+                if polynomial >> (order - i) & 1:
+                    number ^= numbers[k - i] << i
+            numbers.append(number)
+        for k in range(levels):
+            generators[k, j] = numbers[k] << (31 - k)
+    return generators
+
+
+def _from_points(dim: int, levels: int) -> np.ndarray:
+    """The same, from the points of scipy's own engine."""
+    from scipy.stats import qmc
 
     engine = qmc.Sobol(dim, scramble=False, bits=32)
     generators = np.zeros((levels, dim), np.uint32)
