@@ -44,6 +44,8 @@ from ._trace import TracedFunction
 # Numbers in flight at a time: a chunk of noise should stay in the cache of a core, and fill a GPU.
 _CHUNK = {"cpu": 2**19}
 _CHUNK_ACCELERATOR = 2**26
+# Numbers in flight under vmap on a CPU: what all cores share should hold them.
+_BATCH = 2**21
 # A sample of the noise that several passes read is drawn again in each of them if there are several
 # chunks; chunks this many times as large cost less.
 _PASSES = 2
@@ -328,7 +330,7 @@ def _in_turn(plan: Plan, fun: Callable[..., Any], *args: Any) -> Any:
     """
     if jax.default_backend() != "cpu" or jax.device_count() > 1 or not isinstance(plan.width, int):
         return fun(*args)
-    most = max(1, _CHUNK["cpu"] // (plan.groups_at_a_time() * plan.group_size * plan.width))
+    most = max(1, _BATCH // (plan.groups_at_a_time() * plan.group_size * plan.width))
     one = custom_vmap(fun)
 
     @one.def_vmap
