@@ -684,6 +684,31 @@ def test_derivatives_do_not_depend_on_the_batch_size():
     assert_trees_close(run(7), run(None), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"degree": 0}, {"use_baseline": False}], ids=str)
+def test_derivatives_of_many_outputs_do_not_depend_on_the_batch_size(settings):
+    """All samples in one chunk have a rule of their own, chunks are differentiated by JAX."""
+    rows = jax.random.normal(jax.random.key(1), (12, 3))
+
+    def run(batch_size):
+        def call(x, sigma, theta):
+            def steps(y):
+                return {"many": jnp.sign(rows @ y + theta) * jnp.sum(y**2), "one": jnp.max(y)}
+
+            return smooth(steps, 30, sigma=sigma, batch_size=batch_size, **settings)(KEY, x)
+
+        first = jax.jacrev(call, (0, 1))
+        x, sigma, theta = X, jnp.float32(0.5), jnp.float32(0.7)
+        return jax.jit(
+            lambda: (
+                first(x, sigma, theta),
+                jax.jacfwd(call, (0, 1))(x, sigma, theta),
+                jax.jacfwd(first, (0, 1, 2))(x, sigma, theta),
+            )
+        )()
+
+    assert_trees_close(run(7), run(None), rtol=1e-4, atol=1e-4)
+
+
 # --- x of any floating dtype
 
 

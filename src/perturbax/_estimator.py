@@ -422,6 +422,11 @@ def _sizes(plan: Plan) -> np.ndarray:
     return sizes
 
 
+def _shares(plan: Plan) -> np.ndarray:
+    """The share of each group in all samples."""
+    return _sizes(plan) / plan.num_samples
+
+
 def _centre(f0: Array) -> tuple[Array, Array]:
     """What to subtract from values before summing them, and whether f0 is finite."""
     finite = jnp.isfinite(f0)
@@ -452,7 +457,7 @@ def _fit(
         return _surrogate.features(z, plan.degree or 0, noise.mean).astype(f.dtype)
 
     # For digits only: the fit is equivariant, so that this constant has no influence on f - q.
-    f = f - lax.stop_gradient(jnp.mean(f, axis=0))[None]
+    f = f - lax.stop_gradient(f[:1])
 
     def equations_of(first: Array, count: int, rows: int, values: Array) -> tuple[tuple[()], Any]:
         z = noise_of(first, count)[:rows]
@@ -480,7 +485,7 @@ def _differentiable(
         return (), _evaluate(plan, operands, point, z)
 
     _, (f, aux) = _over_groups(plan, evaluate)
-    share = jnp.asarray(_sizes(plan) / plan.num_samples, f.dtype)
+    share = jnp.asarray(_shares(plan), f.dtype)
     phi, beta = None, None
     if plan.degree is None:
         residual, expected = f, _cut(jnp.zeros(f.shape[1], f.dtype), avals)
@@ -550,6 +555,8 @@ def _value_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array], li
         rows = zip(*(_cut(j, avals, axis=0) for j in jacobians), strict=True)
         steps = [[j @ t if t.ndim else j * t for j, t in zip(r, dots, strict=True)] for r in rows]
         return _cut(value, avals), [functools.reduce(jnp.add, parts) for parts in steps]
+    if plan.groups_at_a_time() == plan.num_groups and not any_live((operands_dot, matrix_dot)):
+        return _factored_jvp(plan, primals, tangents)
     return live_jvp(lambda *args: _differentiable(plan, *args)[0], primals, tangents)
 
 
@@ -658,7 +665,7 @@ def _jacobian_of_surrogates(
         return [_product((residual - q).T, v) for v in _slopes(plan, wrt, noise, z, r)], ()
 
     sums, _ = _over_groups(plan, weigh, (residual, beta))
-    mean_beta = jnp.tensordot(jnp.asarray(_sizes(plan) / plan.num_samples, f.dtype), beta, axes=1)
+    mean_beta = jnp.tensordot(jnp.asarray(_shares(plan), f.dtype), beta, axes=1)
 
     def expected(a: Array, r: Any) -> Array:
         return _surrogate.expected_features(a, r, plan.degree or 0, noise).astype(f.dtype)
@@ -670,6 +677,94 @@ def _jacobian_of_surrogates(
         weighed = weighed.reshape(plan.num_rows, *slope.shape[1:])
         jacobians.append(weighed + _product(mean_beta.T, slope))
     return (jnp.mean(f, axis=0), *jacobians)
+
+
+def _factored_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
+    """V and its derivative along a and r, for outputs too many for a Jacobian."""
+    _, _, a, r, operands = primals
+    a_dot, r_dot = tangents[2:4]
+    wrt = (is_live(a_dot), not isinstance(r, Blocks) and is_live(r_dot))
+    value, residual, mean_beta, slopes = _factors(plan, wrt, *primals)
+    avals = plan.fun.out_avals[: plan.num_outputs]
+    dots = [
+        jnp.atleast_1d(t).astype(plan.value_dtype)
+        for t, asked in zip((a_dot, r_dot), wrt, strict=True)
+        if asked
+    ]
+    along = [_product(v, t) for v, t in zip(slopes, dots, strict=True)]
+    step = functools.reduce(jnp.add, along) / plan.num_samples
+    value_dot = [_product(step, part) for part in _cut(residual, avals)]
+    if plan.degree:
+
+        def expected(a: Array, r: Any) -> Array:
+            features = _surrogate.expected_features(a, r, plan.degree or 0, _noise(plan, operands))
+            return features.astype(plan.value_dtype)
+
+        _, features_dot = live_jvp(expected, (a, r), (a_dot, r_dot))
+        parts = [_product(features_dot, part) for part in _cut(mean_beta, avals)]
+        value_dot = [v + e for v, e in zip(value_dot, parts, strict=True)]
+    return _cut(value, avals), value_dot
+
+
+def _find_factors(
+    plan: Plan,
+    wrt: tuple[bool, bool],
+    key: Array,
+    point: Point,
+    a: Array,
+    r: Any,
+    operands: Any,
+) -> tuple[Array, Array, Any, list[Array]]:
+    """The value (M,), f_i - q(z_i) (N, M), the coefficients of E q (P, M) if any, and the slopes.
+
+    The derivative of V is the product of the second and the slopes, and that of E q. All samples
+    are held at once.
+    """
+    del a
+    one = partial(_find_factors_of_one, plan, wrt)
+    return _in_turn(plan, one, key, point, r, operands)
+
+
+def _find_factors_of_one(
+    plan: Plan, wrt: tuple[bool, bool], key: Array, point: Point, r: Any, operands: Any
+) -> tuple[Array, Array, Any, list[Array]]:
+    noise = _noise(plan, operands)
+    z = _draw(plan, key, operands, jnp.uint32(0), plan.num_groups)[: plan.num_samples]
+    f, _ = _evaluate(plan, operands, point, z)
+    residual, mean_beta = f, ()
+    if plan.degree == 0:
+        b = _baselines(plan, f, _value_at_x(plan, operands, point))
+        residual = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
+    elif plan.degree:
+        residual, beta, phi = _fit(plan, noise, lambda first, count: z, f)
+        q = _surrogate.predict(_grouped(plan, phi(z)), beta)
+        residual -= q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[: plan.num_samples]
+        mean_beta = jnp.tensordot(jnp.asarray(_shares(plan), f.dtype), beta, axes=1)
+    return jnp.mean(f, axis=0), residual, mean_beta, _slopes(plan, wrt, noise, z, r)
+
+
+def _factors_jvp(plan: Plan, wrt: tuple[bool, bool], primals: Any, tangents: Any) -> Any:
+    def factors(key: Array, point: Point, a: Array, r: Any, operands: Any) -> tuple[Any, ...]:
+        """The same as an expression of a, r and operands; y is held fixed."""
+        value = jnp.concatenate(_differentiable(plan, key, point, a, r, operands)[0])
+        _, residual, mean_beta, _ = _find_factors_of_one(plan, wrt, key, point, r, operands)
+        z = _draw(plan, key, operands, jnp.uint32(0), plan.num_groups)[: plan.num_samples]
+
+        def slopes(row: Array) -> list[Array]:
+            def log_density(*args: Any) -> Array:
+                return _log_density(plan, operands, row[None], *args)[0]
+
+            found = jax.grad(log_density, tuple(np.flatnonzero(wrt).tolist()))(a, r)
+            return [jnp.atleast_1d(v).astype(plan.value_dtype) for v in found]
+
+        weight = unit_weight(_log_density(plan, operands, z, a, r))
+        residual = residual * weight[:, None].astype(residual.dtype)
+        return value, residual, mean_beta, jax.vmap(slopes)(z)
+
+    return live_jvp(factors, primals, tangents)
+
+
+_factors = with_jvp(_find_factors, _factors_jvp, 2, symbolic_zeros=True)
 
 
 def _slopes(plan: Plan, wrt: tuple[bool, bool], noise: Any, z: Array, r: Any) -> list[Array]:

@@ -338,8 +338,6 @@ def _draw(
     dtype: np.dtype,
 ) -> Array:
     block = partial(_draw_block, noise, sampler, key, first, count, group_size, dim, dtype)
-    if isinstance(dim, int) and count * group_size * dim <= 2**12:
-        return block()
     return _materialise(block, key)
 
 

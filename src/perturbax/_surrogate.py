@@ -68,9 +68,8 @@ def _pairs(dim: int) -> tuple[np.ndarray, np.ndarray]:
 class Equations(NamedTuple):
     """Sums over the samples of each group, weighted by w; their sum over groups serves a fit."""
 
-    products: Array  # of phi with phi and, beside them, with f: (groups, P, P + M)
+    products: Array  # of phi with phi and, beside them, w and f: (groups, P, P + 1 + M)
     squares: Array  # of |f|^2: (groups, M)
-    weights: Array  # of w, that is, the sum of w^2: (groups,)
 
 
 def normal_equations(phi: Array, f: Array, weight: Array) -> Equations:
@@ -81,12 +80,11 @@ def normal_equations(phi: Array, f: Array, weight: Array) -> Equations:
       f: (groups, n, M).
       weight: (groups, n).
     """
-    weighted = jnp.swapaxes(phi * weight[..., None], 1, 2)
-    return Equations(
-        _matmul(weighted, jnp.concatenate([phi, f], axis=2)),
-        jnp.sum(weight[..., None] * jnp.abs(f) ** 2, axis=1),
-        jnp.sum(weight**2, axis=1),
-    )
+    weight = weight[..., None]
+    weighted = jnp.swapaxes(phi * weight, 1, 2)
+    columns = jnp.concatenate([phi, weight.astype(phi.dtype), f], axis=2)
+    squares = jnp.sum(weight * jnp.abs(f) ** 2, axis=1)
+    return Equations(_matmul(weighted, columns), squares)
 
 
 def fit(equations: Equations, least: int) -> Array:
@@ -98,7 +96,7 @@ def fit(equations: Equations, least: int) -> Array:
     """
     size = equations.products.shape[1]
     others = jax.tree.map(_others, equations)
-    gram, moment = others.products[:, :, :size], others.products[:, :, size:]
+    gram, moment = others.products[:, :, :size], others.products[:, :, size + 1 :]
     diagonal = jnp.einsum("gpp->gp", gram)
     # The ridge is relative to each feature's own size, and leaves the constant alone, lest a
     # constant added to f change the rest; the tiny floor is for features never seen.
@@ -116,7 +114,7 @@ def fit(equations: Equations, least: int) -> Array:
     # What the ridge took from well determined coefficients is given back: each step leaves a
     # thousandth of it. Those that the samples do not determine stay small.
     def refine(_: Any, beta: Array) -> Array:
-        return beta + _matmul(inverse, target - _matmul(scaled, beta))
+        return beta + _apply(inverse, target - _apply(scaled, beta))
 
     # A loop, for a product takes long to compile.
     beta = jax.lax.fori_loop(0, 1 + _REFINEMENTS, refine, jnp.zeros_like(target))
@@ -128,6 +126,8 @@ def _others(values: Array) -> Array:
 
     Summed, not taken from the total: a group of large weight would leave nothing but rounding.
     """
+    if values.shape[0] == 2:
+        return values[::-1]
     own = np.eye(values.shape[0], dtype=bool).reshape(-1, values.shape[0], *[1] * (values.ndim - 1))
     return jnp.sum(jnp.where(own, jnp.zeros_like(values)[None], values[None]), axis=1)
 
@@ -145,12 +145,14 @@ def _shrunk(beta: Array, equations: Equations, least: int) -> Array:
       James and Stein, Estimation with Quadratic Loss, 1961
     """
     size = beta.shape[1]
-    gram, moment = equations.products[:, :, :size], equations.products[:, :, size:]
-    weight = jnp.real(gram[:, 0, 0])[:, None]
+    gram, moment = equations.products[:, :, :size], equations.products[:, :, size + 1 :]
+    # The first feature is 1: beside it stand the sums of w and of w^2.
+    totals = jnp.real(equations.products[:, 0])
+    weight, squared_weight = totals[:, :1], totals[:, size : size + 1]
     # Features and weights are real; f may be complex.
-    explained = jnp.sum(jnp.real(jnp.conj(beta) * (2 * moment - _matmul(gram, beta))), axis=1)
+    explained = jnp.sum(jnp.real(jnp.conj(beta) * (2 * moment - _apply(gram, beta))), axis=1)
     by_constant = jnp.abs(moment[:, 0]) ** 2 / weight
-    spare = jnp.maximum(weight**2 / equations.weights[:, None] - size, 0.01 * (least - size))
+    spare = jnp.maximum(weight**2 / squared_weight - size, 0.01 * (least - size))
     rounding = 16 * float(jnp.finfo(beta.dtype).eps)
     unexplained = jnp.maximum((1 - rounding) * equations.squares - explained, 0)
     chance = (size - 1) * unexplained
@@ -199,6 +201,13 @@ def _eliminate(matrix: Array) -> Array:
 def predict(phi: Array, beta: Array) -> Array:
     """q at each sample, (groups, n, M), of phi (groups, n, P) and beta (groups, P, M)."""
     return _matmul(phi, beta)
+
+
+def _apply(matrix: Array, beta: Array) -> Array:
+    """matrix @ beta, (groups, P, M); for a single output in a form that compiles faster."""
+    if beta.shape[2] == 1:
+        return jnp.sum(matrix * jnp.swapaxes(beta, 1, 2), axis=2, keepdims=True)
+    return _matmul(matrix, beta)
 
 
 def _matmul(left: Array, right: Array) -> Array:
