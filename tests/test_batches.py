@@ -119,8 +119,8 @@ def test_large_batches_are_gone_through_in_turn(size, options, monkeypatch):
 
     whole = estimates(x)
     for chunk in (300 * 40 * 2, 300 * 10):
-        monkeypatch.setitem(px._estimator._CHUNK, "cpu", chunk)
-        monkeypatch.setattr(px._estimator, "_BATCH", chunk)
+        monkeypatch.setitem(px._evaluation.CHUNK, "cpu", chunk)
+        monkeypatch.setattr(px._evaluation, "_BATCH", chunk)
         for got, want in zip(
             jax.tree.leaves(estimates(x + 0)), jax.tree.leaves(whole), strict=True
         ):

@@ -167,7 +167,7 @@ def _log_density(noise: Any, v: list[Array], location: list[Array], scale: Any) 
         spread = jnp.broadcast_to(r, m.shape)
         rows.append(((lax.stop_gradient(one) - m[None]) / spread[None]).reshape(len(one), -1))
         log_scale += jnp.sum(jnp.log(spread))
-    return _estimator._log_prob(noise, jnp.concatenate(rows, axis=1)) - log_scale
+    return _estimator.log_prob_of(noise, jnp.concatenate(rows, axis=1)) - log_scale
 
 
 @partial(jax.jit, static_argnums=0)

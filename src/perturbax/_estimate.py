@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from . import _arguments, _estimator
+from . import _arguments, _spread
 from ._perturb import Perturbed
 from ._sampling import Sobol
 
@@ -180,7 +180,7 @@ def estimate(
         )
     derive = getattr(plan.noise, "derivatives", 1) > 0
     with _arguments.explained_vmap(perturbed.batch_size):
-        found, aux = _estimator.spread(plan, derive, *call[1:5])
+        found, aux = _spread.spread(plan, derive, *call[1:5])
     leaves, tree = jax.tree.flatten(found)
     found = tree.unflatten(_arguments.nan_unless_valid(leaves, call.sigma, call.x))
 

@@ -8,6 +8,7 @@ import jax
 from jax import Array
 
 from . import _arguments, _defaults, _estimator
+from ._evaluation import Plan
 from ._interop import AdaptedNoise, as_noise
 from ._noise import Gumbel, NoiseDistribution
 from ._sampling import Sampler
@@ -19,7 +20,7 @@ _MAX_SAMPLES = 2**31 - 1
 class Call(NamedTuple):
     """A call of a perturbed function: its arguments, checked, and what was found out about them."""
 
-    plan: _estimator.Plan
+    plan: Plan
     key: Array
     x: list[Array]
     sigma: list[Array]
@@ -154,7 +155,7 @@ def make_perturbed_fun(
         chosen = _defaults.choose(sampler, wanted, num_samples, dim, noise)
         if isinstance(noise, AdaptedNoise):
             law, law_operands = _arguments.trace_noise(noise, key, dim, dtype)
-        plan = _estimator.Plan(
+        plan = Plan(
             fun=fun_traced,
             noise=law,
             sampler=chosen[0],
