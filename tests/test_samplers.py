@@ -33,9 +33,10 @@ def smooth(fun, x, sigma, noise, num_samples=64, **options):
 
 
 @pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel()], ids=["normal", "gumbel"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [*SAMPLERS, "merged pairs"])
 def test_each_sample_has_the_law_of_the_noise(name, noise):
-    sampler, law = SAMPLERS[name], {px.Normal: "norm", px.Gumbel: "gumbel_r"}[type(noise)]
+    sampler = {**SAMPLERS, "merged pairs": _sampling.Merged(px.Antithetic(), 3)}[name]
+    law = {px.Normal: "norm", px.Gumbel: "gumbel_r"}[type(noise)]
     size = min(sampler.group_size(64, 3), 12)
 
     def draw(key):
@@ -310,6 +311,16 @@ def test_the_default_is_that_of_the_documentation(num_samples, dim, noise, chose
 
 def test_the_default_leaves_noise_without_an_inverse_alone():
     assert choose(None, None, 1000, 3, Draws()) == (px.Independent(), 0)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("num_samples", [10, 90, 1000])
+def test_the_number_of_fits_is_bounded(name, num_samples):
+    """Each takes memory and time; with one for each of 500 pairs, 140 coordinates took 20 GiB."""
+    sampler, degree = choose(SAMPLERS[name], 1, num_samples, 20, px.Normal())
+    groups = -(-num_samples // sampler.group_size(num_samples, 20))
+    assert groups <= 16
+    assert (degree, groups > 1) in ((1, True), (0, False))
 
 
 def test_a_surrogate_reaches_nothing_of_its_own_group():

@@ -3,7 +3,7 @@
 import math
 
 from ._noise import NoiseDistribution, is_invertible
-from ._sampling import Antithetic, Independent, Orthogonal, Sampler, Sobol
+from ._sampling import Antithetic, Independent, Merged, Orthogonal, Sampler, Sobol
 from ._surrogate import num_features
 
 # Degree, most coordinates, and samples for each coefficient. A fit pays if there are enough of
@@ -15,6 +15,8 @@ _FEWEST = 20
 _NETS = 1000
 # Independent samples are cut into this many groups where a surrogate is fitted.
 _BLOCKS = 8
+# Most groups of other samplers that get a surrogate each: all others' equations are summed for it.
+_MOST_FITS = 16
 
 
 def choose(
@@ -60,10 +62,15 @@ def choose(
     if sampler is None:
         nets = invertible and isinstance(dim, int) and 0 < dim <= min(_NETS, num_samples // 4)
         sampler = Sobol() if nets else Independent()
-    if degree and sampler == Independent():
-        sampler = Independent(block=-(-num_samples // _BLOCKS))
-    if degree and sampler.group_size(num_samples, dim) >= num_samples:
+    if not degree:
+        return sampler, degree
+    groups = -(-num_samples // sampler.group_size(num_samples, dim))
+    if groups == 1:
         degree = 0  # a single group leaves nothing to fit on
+    elif groups > _BLOCKS and isinstance(sampler, Independent):
+        sampler = Independent(block=-(-num_samples // _BLOCKS))
+    elif groups > _MOST_FITS:
+        sampler = Merged(sampler, -(-groups // _MOST_FITS))
     return sampler, degree
 
 

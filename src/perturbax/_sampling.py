@@ -184,6 +184,41 @@ class Sobol:
         return from_words(noise, _widen(points, key, dtype))
 
 
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """Several groups of a sampler taken as one: fewer groups on whose others a surrogate is fitted.
+
+    Attributes:
+      sampler: draws them.
+      count: how many make one.
+    """
+
+    sampler: Sampler
+    count: int
+
+    def group_size(self, num_samples: int, dim: int) -> int:
+        """Samples in a group."""
+        return self.count * self.sampler.group_size(num_samples, dim)
+
+    def sample_group(
+        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+    ) -> Array:
+        """Noise of one group, shape (group_size, dim)."""
+        size = group_size // self.count
+
+        def part(key: Array) -> Array:
+            return _sample_group(self.sampler, key, noise, size, dim, dtype)
+
+        return jax.vmap(part)(jax.random.split(key, self.count)).reshape(group_size, dim)
+
+
+def _sample_group(sampler: Any, *args: Any) -> Array:
+    """One group, checked if the sampler is a user's."""
+    if type(sampler) in (Independent, Antithetic, Orthogonal, Sobol, Merged):
+        return sampler.sample_group(*args)
+    return _arguments.sample_group(sampler, *args)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _net(key: Array, size: int, dim: int) -> Array:
     """The first `size` points of a scrambled Sobol net, uniform uint32 words (size, dim)."""
@@ -379,8 +414,6 @@ def _draw_block(
         typed = jax.random.wrap_key_data(_bits.child(key, group), impl="threefry2x32")
         if group_size == 1 and isinstance(sampler, Independent):
             return noise.sample(typed, (dim,), dtype)[None].astype(dtype)
-        own = type(sampler) in (Independent, Antithetic, Orthogonal, Sobol)
-        sample = sampler.sample_group if own else partial(_arguments.sample_group, sampler)
-        return sample(typed, noise, group_size, dim, dtype)
+        return _sample_group(sampler, typed, noise, group_size, dim, dtype)
 
     return jax.vmap(one)(groups).reshape(count * group_size, dim)
