@@ -294,7 +294,7 @@ _LAPLACE = Limit("Laplace()", 1, "has a kink at 0, which the second derivative w
 
 @dataclasses.dataclass(frozen=True)
 class Laplace:
-    """Standard Laplace noise, density exp(-|z|) / 2; mean 0, variance 2.
+    """Standard Laplace noise, density `exp(-|z|) / 2`; mean 0, variance 2.
 
     Good for **one** derivative: the density has a kink at 0. Second derivatives, in x and sigma
     together, raise `NotImplementedError`.
@@ -314,7 +314,7 @@ class Laplace:
         return _draw(self, key, sample_shape, dtype)
 
     def log_prob(self, inputs: ArrayLike) -> Array:
-        """Log-density -|z| - log 2, element by element."""
+        """Log-density `-|z| - log 2`, element by element."""
         return -jnp.abs(limit_derivatives(inputs, _LAPLACE)) - math.log(2)
 
     def score(self, inputs: ArrayLike) -> Array:
@@ -502,12 +502,12 @@ _TRIANGULAR = Limit("Triangular()", 1, "has kinks at -1, 0 and 1, which second d
 
 @dataclasses.dataclass(frozen=True)
 class Triangular:
-    """Triangular noise on (-1, 1), density 1 - |z|; mean 0, variance 1/6.
+    """Triangular noise on (-1, 1), density `1 - |z|`; mean 0, variance 1/6.
 
     Good for **one** derivative: the density has kinks at -1, 0 and 1. Second derivatives, in x and
     sigma together, raise `NotImplementedError`. Gradients are unbiased but of **infinite
-    variance**: the score sign(z) / (1 - |z|) grows without bound towards the ends, and now and then
-    a draw near one of them outweighs all others. For a bounded range of evaluations only.
+    variance**: the score `sign(z) / (1 - |z|)` grows without bound towards the ends, and now and
+    then a draw near one of them outweighs all others. For a bounded range of evaluations only.
 
     Example:
       >>> import perturbax as px
@@ -527,14 +527,14 @@ class Triangular:
         return jnp.clip(z, -most, most)
 
     def log_prob(self, inputs: ArrayLike) -> Array:
-        """Log-density log(1 - |z|), element by element; minus infinity outside (-1, 1)."""
+        """Log-density `log(1 - |z|)`, element by element; minus infinity outside (-1, 1)."""
         inputs = limit_derivatives(inputs, _TRIANGULAR)
         inside = jnp.abs(inputs) < 1
         magnitude = jnp.where(inside, jnp.abs(inputs), 0)
         return jnp.where(inside, jnp.log1p(-magnitude), -jnp.inf)
 
     def score(self, inputs: ArrayLike) -> Array:
-        """Score -d log p / dz = sign(z) / (1 - |z|), element by element; 0 outside (-1, 1)."""
+        """Score `-d log p / dz = sign(z) / (1 - |z|)`, element by element; 0 outside (-1, 1)."""
         inputs = limit_derivatives(at_least_single(inputs), _TRIANGULAR, taken=1)
         inside = jnp.abs(inputs) < 1
         magnitude = jnp.where(inside, jnp.abs(inputs), 0)
