@@ -572,6 +572,29 @@ def test_number_of_evaluations(settings):
     assert counter.evaluations == 13
 
 
+@pytest.mark.parametrize("outputs", [1, 12])
+@pytest.mark.parametrize("settings", [{}, {"degree": 0}], ids=str)
+def test_number_of_evaluations_of_second_derivatives(outputs, settings):
+    seen = []
+
+    def record(y):
+        seen.extend(y.reshape(-1, 3))
+        value = np.sum(np.square(y), axis=-1, keepdims=True, dtype=np.float32)
+        return np.repeat(value, outputs, axis=-1)
+
+    def host(y):
+        shape = jax.ShapeDtypeStruct((outputs,), jnp.float32)
+        return jax.pure_callback(record, shape, y, vmap_method="expand_dims")
+
+    def loss(x):
+        return jnp.sum(smooth(host, 40, **settings)(KEY, x) ** 2)
+
+    for second in (jax.hessian, lambda f: jax.jacrev(jax.jacrev(f))):
+        seen.clear()
+        jax.block_until_ready(jax.jit(second(loss))(X))
+        assert len(seen) == (41 if settings else 40)  # a fit does without fun(x)
+
+
 @pytest.mark.parametrize("ordered", [False, True], ids=["unordered", "ordered"])
 def test_io_callback(ordered):
     seen = []
@@ -812,11 +835,12 @@ def test_noise_that_closes_over_a_tracer(jit):
     assert_trees_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_not_finite_in_one_leaf_spares_the_others():
-    """Neither in values nor in derivatives of any order."""
+@pytest.mark.parametrize("size", [2, 9])
+def test_what_is_not_finite_in_one_leaf_spares_the_others(size):
+    """In values and in derivatives of any order, with few outputs and with many."""
 
     def fun(y):
-        return {"loss": jnp.sum(y**2), "other": jnp.log(-1 - y[0] ** 2) * jnp.ones(9)}
+        return {"loss": jnp.sum(y**2), "other": jnp.log(-1 - y[0] ** 2) * jnp.ones(size)}
 
     x = jnp.array([0.5, -1.0])
     for options in ({}, {"degree": 0}, {"use_baseline": False}, {"batch_size": 64}):
@@ -826,7 +850,12 @@ def test_what_is_not_finite_in_one_leaf_spares_the_others():
             return smooth(KEY, x)["loss"]
 
         alone = px.make_perturbed_fun(lambda y: fun(y)["loss"], 256, 0.5, px.Normal(), **options)
-        for derive in (jax.grad, jax.jacfwd, jax.hessian):
+        twice = (
+            jax.hessian,
+            lambda f: jax.jacrev(jax.jacfwd(f)),
+            lambda f: jax.jacrev(jax.grad(f)),
+        )
+        for derive in (jax.grad, jax.jacfwd, *twice):
             expected = derive(lambda x, alone=alone: alone(KEY, x))(x)
             np.testing.assert_allclose(jax.jit(derive(loss))(x), expected, rtol=1e-3, atol=1e-3)
 

@@ -279,10 +279,9 @@ def _value_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array], li
             for t, asked in zip((a_dot, r_dot), wrt, strict=True)
             if asked
         ]
-        avals = plan.fun.out_avals[: plan.num_outputs]
-        rows = zip(*(cut(j, avals, axis=0) for j in jacobians), strict=True)
+        rows = zip(*jacobians, strict=True)
         steps = [[j @ t if t.ndim else j * t for j, t in zip(r, dots, strict=True)] for r in rows]
-        return cut(value, avals), [functools.reduce(jnp.add, parts) for parts in steps]
+        return value, [functools.reduce(jnp.add, parts) for parts in steps]
     if plan.groups_at_a_time() == plan.num_groups and not any_live((operands_dot, matrix_dot)):
         return _factored_jvp(plan, primals, tangents)
     return live_jvp(lambda *args: _differentiable(plan, *args)[0], primals, tangents)
@@ -299,10 +298,15 @@ def _value_and_jacobians(
     a: Array,
     r: Any,
     operands: Any,
-) -> tuple[Array, ...]:
-    """The value, and the Jacobians in a (M, D) and r (M,) or (M, D), as far as `wrt` asks."""
+) -> tuple[list[Array], ...]:
+    """The value, and the Jacobians in a (M, D) and r (M,) or (M, D), as far as `wrt` asks.
+
+    Each in a part for each leaf, lest derivatives of one leaf spoil those of the others.
+    """
     one = _jacobian_of_surrogates if plan.degree else _jacobian_of_baselines
-    return in_turn(plan, partial(one, plan, wrt), key, point, a, r, operands)
+    found = in_turn(plan, partial(one, plan, wrt), key, point, a, r, operands)
+    avals = plan.fun.out_avals[: plan.num_outputs]
+    return tuple(cut(v, avals, axis=0) for v in found)
 
 
 def _jacobian_of_baselines(
@@ -409,12 +413,14 @@ def _jacobian_of_surrogates(
 
 
 def _factored_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
-    """V and its derivative along a and r, for outputs too many for a Jacobian."""
+    """V and its derivative along a and r, of all samples in one chunk.
+
+    For what has no Jacobian of its own, because outputs are many or complex.
+    """
     _, _, a, r, operands = primals
     a_dot, r_dot = tangents[2:4]
     wrt = (is_live(a_dot), not isinstance(r, Blocks) and is_live(r_dot))
     value, residual, mean_beta, slopes = _factors(plan, wrt, *primals)
-    avals = plan.fun.out_avals[: plan.num_outputs]
     dots = [
         jnp.atleast_1d(t).astype(plan.value_dtype)
         for t, asked in zip((a_dot, r_dot), wrt, strict=True)
@@ -422,7 +428,7 @@ def _factored_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array],
     ]
     along = [matmul(v, t) for v, t in zip(slopes, dots, strict=True)]
     step = functools.reduce(jnp.add, along) / plan.num_samples
-    value_dot = [matmul(step, part) for part in cut(residual, avals)]
+    value_dot = [matmul(step, part) for part in residual]
     if plan.degree:
 
         def expected(a: Array, r: Any) -> Array:
@@ -432,9 +438,9 @@ def _factored_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array],
             return features.astype(plan.value_dtype)
 
         _, features_dot = live_jvp(expected, (a, r), (a_dot, r_dot))
-        parts = [matmul(features_dot, part) for part in cut(mean_beta, avals)]
+        parts = [matmul(features_dot, part) for part in mean_beta]
         value_dot = [v + e for v, e in zip(value_dot, parts, strict=True)]
-    return cut(value, avals), value_dot
+    return value, value_dot
 
 
 def _find_factors(
@@ -445,40 +451,63 @@ def _find_factors(
     a: Array,
     r: Any,
     operands: Any,
-) -> tuple[Array, Array, Any, list[Array]]:
-    """The value (M,), f_i - q(z_i) (N, M), the coefficients of E q (P, M) if any, and the slopes.
+) -> tuple[list[Array], list[Array], list[Array], list[Array]]:
+    """What V and its derivative are made of, from all samples at once.
 
-    The derivative of V is the product of the second and the slopes, and that of E q. All samples
-    are held at once.
+    With residuals e (N, M), slopes dl (N, D) and q = phi^T beta, dV = e^T dl / N + beta^T d E phi.
+
+    Returns:
+      The value (M,), e, and beta (P, M) averaged over the groups, if there is one, each in a part
+      for each leaf; and the slopes in a and r, as far as `wrt` asks.
     """
     del a
-    return in_turn(plan, partial(_find_factors_of_one, plan, wrt), key, point, r, operands)
+    return in_turn(plan, partial(_factors_of_one, plan, wrt), key, point, r, operands)
 
 
-def _find_factors_of_one(
+def _factors_of_one(
     plan: Plan, wrt: tuple[bool, bool], key: Array, point: Point, r: Any, operands: Any
-) -> tuple[Array, Array, Any, list[Array]]:
-    noise = noise_in(plan, operands)
+) -> tuple[list[Array], list[Array], list[Array], list[Array]]:
     z = draw_noise(plan, key, operands, jnp.uint32(0), plan.num_groups)[: plan.num_samples]
+    slopes = _slopes(plan, wrt, noise_in(plan, operands), z, r)
+    return *_residuals(plan, operands, point, z), slopes
+
+
+def _residuals(
+    plan: Plan, operands: Any, point: Point, z: Array
+) -> tuple[list[Array], list[Array], list[Array]]:
+    """The value, e and beta of `_find_factors`."""
+    avals = plan.fun.out_avals[: plan.num_outputs]
     f, _ = evaluate_at(plan, operands, point, z)
-    residual, mean_beta = f, ()
+    residual, mean_beta = f, []
     if plan.degree == 0:
         b = baselines(plan, f, value_at_x(plan, operands, point))
         residual = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
     elif plan.degree:
+        noise = noise_in(plan, operands)
         residual, beta, phi = fitted(plan, noise, lambda first, count: z, f)
         q = _surrogate.predict(in_groups(plan, phi(z)), beta)
         residual -= q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[: plan.num_samples]
-        mean_beta = jnp.tensordot(jnp.asarray(group_shares(plan), f.dtype), beta, axes=1)
-    return jnp.mean(f, axis=0), residual, mean_beta, _slopes(plan, wrt, noise, z, r)
+        share = jnp.asarray(group_shares(plan), f.dtype)
+        mean_beta = cut(jnp.tensordot(share, beta, axes=1), avals)
+    return cut(jnp.mean(f, axis=0), avals), cut(residual, avals), mean_beta
 
 
 def _factors_jvp(plan: Plan, wrt: tuple[bool, bool], primals: Any, tangents: Any) -> Any:
     def factors(key: Array, point: Point, a: Array, r: Any, operands: Any) -> tuple[Any, ...]:
         """The same as an expression of a, r and operands; y is held fixed."""
-        value = jnp.concatenate(_differentiable(plan, key, point, a, r, operands)[0])
-        _, residual, mean_beta, _ = _find_factors_of_one(plan, wrt, key, point, r, operands)
         z = draw_noise(plan, key, operands, jnp.uint32(0), plan.num_groups)[: plan.num_samples]
+        means, residual, mean_beta = _residuals(plan, operands, point, z)
+        w = unit_weight(_log_density(plan, operands, z, a, r))[:, None]
+        weighed = [w.astype(part.dtype) * part for part in residual]
+        # V as in `_differentiable`, from the same values.
+        if plan.degree:
+            noise = noise_in(plan, operands)
+            mean_phi = _surrogate.expected_features(a, r, plan.degree, noise)
+            expected = [mean_phi.astype(part.dtype) @ part for part in mean_beta]
+        else:
+            expected = [m - jnp.mean(v, axis=0) for m, v in zip(means, residual, strict=True)]
+        derivatives = [jnp.mean(v, axis=0) + e for v, e in zip(weighed, expected, strict=True)]
+        value = with_value(lax.stop_gradient(means), derivatives)
 
         def slopes(row: Array) -> list[Array]:
             def log_density(*args: Any) -> Array:
@@ -487,9 +516,7 @@ def _factors_jvp(plan: Plan, wrt: tuple[bool, bool], primals: Any, tangents: Any
             found = jax.grad(log_density, tuple(np.flatnonzero(wrt).tolist()))(a, r)
             return [jnp.atleast_1d(v).astype(plan.value_dtype) for v in found]
 
-        weight = unit_weight(_log_density(plan, operands, z, a, r))
-        residual = residual * weight[:, None].astype(residual.dtype)
-        return value, residual, mean_beta, jax.vmap(slopes)(z)
+        return value, weighed, mean_beta, jax.vmap(slopes)(z)
 
     return live_jvp(factors, primals, tangents)
 
@@ -518,7 +545,9 @@ def matmul(left: Array, right: Array) -> Array:
 
 
 def _jacobian_jvp(plan: Plan, wrt: tuple[bool, bool], primals: Any, tangents: Any) -> Any:
-    def jacobian(key: Array, point: Point, a: Array, r: Any, operands: Any) -> tuple[Array, ...]:
+    def jacobian(
+        key: Array, point: Point, a: Array, r: Any, operands: Any
+    ) -> tuple[list[Array], ...]:
         def rows_of(leaf: int) -> tuple[Array, ...]:
             def value(a: Array, r: Any) -> Array:
                 return _differentiable(plan, key, point, a, r, operands)[0][leaf]
@@ -528,7 +557,7 @@ def _jacobian_jvp(plan: Plan, wrt: tuple[bool, bool], primals: Any, tangents: An
             rows = jax.vmap(pullback)(basis)
             return (out, *(v for v, asked in zip(rows, wrt, strict=True) if asked))
 
-        return tuple(map(jnp.concatenate, zip(*map(rows_of, range(plan.num_outputs)), strict=True)))
+        return tuple(map(list, zip(*map(rows_of, range(plan.num_outputs)), strict=True)))
 
     return live_jvp(jacobian, primals, tangents)
 

@@ -18,6 +18,8 @@ from ._blocks import Blocks
 
 RIDGE = 1e-3
 _REFINEMENTS = 2
+# How much of its samples a fit counts as spare at least, when their weights leave none.
+_LEAST_SPARE = 0.01
 _PRECISION = jax.lax.Precision.HIGHEST
 # Above this many coordinates a surrogate of degree 2 keeps the squares alone.
 _MAX_FULL = 20
@@ -152,7 +154,7 @@ def _shrunk(beta: Array, equations: Equations, least: int) -> Array:
     # Features and weights are real; f may be complex.
     explained = jnp.sum(jnp.real(jnp.conj(beta) * (2 * moment - _apply(gram, beta))), axis=1)
     by_constant = jnp.abs(moment[:, 0]) ** 2 / weight
-    spare = jnp.maximum(weight**2 / squared_weight - size, 0.01 * (least - size))
+    spare = jnp.maximum(weight**2 / squared_weight - size, _LEAST_SPARE * (least - size))
     rounding = 16 * float(jnp.finfo(beta.dtype).eps)
     unexplained = jnp.maximum((1 - rounding) * equations.squares - explained, 0)
     chance = (size - 1) * unexplained
