@@ -24,6 +24,8 @@ from ._noise import Normal, from_normal, from_words
 _MAX_GROUP = 2**13
 # Of scipy's direction numbers.
 _MAX_SOBOL_DIM = 21_201
+# Of fewer words, a loop of their own costs more than it saves.
+_MANY = 2**13
 # Rows of a net shorter than this are not worth a vector instruction.
 _NARROW = 8
 
@@ -263,7 +265,20 @@ def _columns(dim: int) -> Array:
 
 def _grid(key: Array, rows: int, dim: int, dtype: Any) -> Array:
     """Independent uniform words, shape (rows, dim)."""
-    return _bits.words(key, lax.iota(jnp.uint32, rows)[:, None], _columns(dim), dtype)
+    return _words(key, lax.iota(jnp.uint32, rows), dim, dtype)
+
+
+def _words(key: Array, rows: Array, dim: int, dtype: Any) -> Array:
+    """The words of the numbered rows, (len(rows), dim).
+
+    Many are kept apart from what makes noise of them: both in one loop take up to twice as long.
+    """
+
+    def words() -> Array:
+        return _bits.words(key, rows[:, None], _columns(dim), dtype)
+
+    many = isinstance(dim, int) and rows.shape[0] * dim > _MANY
+    return _materialise(words, key) if many else words()
 
 
 def _widen(points: Array, key: Array, dtype: np.dtype) -> Array:
@@ -408,7 +423,7 @@ def _draw_block(
     groups = first + lax.iota(jnp.uint32, count)
     if isinstance(sampler, Independent) and hasattr(noise, "from_bits"):
         samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, count * group_size)
-        return noise.from_bits(_bits.words(key, samples[:, None], _columns(dim), dtype))
+        return noise.from_bits(_words(key, samples, dim, dtype))
 
     def one(group: Array) -> Array:
         typed = jax.random.wrap_key_data(_bits.child(key, group), impl="threefry2x32")
