@@ -176,10 +176,20 @@ def baselines(plan: Plan, f: Array, f0: Array) -> Array:
     return centre[None] + others * share[:, None]
 
 
+def less_baselines(plan: Plan, f: Array, b: Array) -> Array:
+    """f_i - b_i, (N, M)."""
+    return f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
+
+
 def fitted(
     plan: Plan, noise: Any, noise_of: Callable[[Array, int], Array], f: Array
-) -> tuple[Array, Array, Callable[[Array], Array]]:
-    """Values less a constant, each group's surrogate of these (groups, P, M), and its features."""
+) -> tuple[Array, Array, Callable[[Array, Array], Array]]:
+    """Values less a constant, and each group's surrogate of these.
+
+    Returns:
+      The values (N, M); the coefficients (groups, P, M); and the function that predicts values from
+      noise (C, D) of whole groups, but for what the last one lacks, and these groups' coefficients.
+    """
 
     def phi(z: Array) -> Array:
         return _surrogate.features(z, plan.degree or 0, noise.mean).astype(f.dtype)
@@ -193,8 +203,13 @@ def fitted(
         grouped = [in_groups(plan, v) for v in (phi(z), values, weight)]
         return (), _surrogate.normal_equations(*grouped)
 
+    def predict(z: Array, beta: Array) -> Array:
+        q = _surrogate.predict(in_groups(plan, phi(z)), beta)
+        return q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[: z.shape[0]]
+
     _, equations = over_groups(plan, equations_of, f)
-    return f, _surrogate.fit(equations, int((plan.num_samples - group_sizes(plan)).min())), phi
+    least = int((plan.num_samples - group_sizes(plan)).min())
+    return f, _surrogate.fit(equations, least), predict
 
 
 def _differentiable(
@@ -214,15 +229,15 @@ def _differentiable(
 
     _, (f, aux) = over_groups(plan, evaluate)
     share = jnp.asarray(group_shares(plan), f.dtype)
-    phi, beta = None, None
+    predict, beta = None, None
     if plan.degree is None:
         residual, expected = f, cut(jnp.zeros(f.shape[1], f.dtype), avals)
     elif plan.degree == 0:
         b = baselines(plan, f, value_at_x(plan, operands, point))
-        residual = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
+        residual = less_baselines(plan, f, b)
         expected = cut(share @ b, avals)
     else:
-        residual, beta, phi = fitted(plan, noise, noise_of, f)
+        residual, beta, predict = fitted(plan, noise, noise_of, f)
         mean_phi = _surrogate.expected_features(a, r, plan.degree, noise).astype(f.dtype)
         mean_beta = jnp.tensordot(share, beta, axes=1)
         expected = [mean_phi @ part for part in cut(mean_beta, avals)]
@@ -230,9 +245,8 @@ def _differentiable(
     def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[list[Array], tuple[()]]:
         residual, beta = xs
         z = noise_of(first, count)[:rows]
-        if phi is not None:
-            q = _surrogate.predict(in_groups(plan, phi(z)), beta)
-            residual = residual - q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[:rows]
+        if predict is not None:
+            residual = residual - predict(z, beta)
         w = unit_weight(_log_density(plan, operands, z, a, r))
         w = w[:, None].astype(residual.dtype)
         return [jnp.sum(w * part, axis=0) for part in cut(residual, avals)], ()
@@ -388,14 +402,13 @@ def _jacobian_of_surrogates(
         return (), evaluate_at(plan, operands, point, noise_of(first, count)[:rows])[0]
 
     _, f = over_groups(plan, evaluate)
-    residual, beta, phi = fitted(plan, noise, noise_of, f)
+    residual, beta, predict = fitted(plan, noise, noise_of, f)
 
     def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[Any, tuple[()]]:
         residual, beta = xs
         z = noise_of(first, count)[:rows]
-        q = _surrogate.predict(in_groups(plan, phi(z)), beta)
-        q = q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[:rows]
-        return [matmul((residual - q).T, v) for v in _slopes(plan, wrt, noise, z, r)], ()
+        residual = residual - predict(z, beta)
+        return [matmul(residual.T, v) for v in _slopes(plan, wrt, noise, z, r)], ()
 
     sums, _ = over_groups(plan, weigh, (residual, beta))
     mean_beta = jnp.tensordot(jnp.asarray(group_shares(plan), f.dtype), beta, axes=1)
@@ -481,12 +494,11 @@ def _residuals(
     residual, mean_beta = f, []
     if plan.degree == 0:
         b = baselines(plan, f, value_at_x(plan, operands, point))
-        residual = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
+        residual = less_baselines(plan, f, b)
     elif plan.degree:
         noise = noise_in(plan, operands)
-        residual, beta, phi = fitted(plan, noise, lambda first, count: z, f)
-        q = _surrogate.predict(in_groups(plan, phi(z)), beta)
-        residual -= q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[: plan.num_samples]
+        residual, beta, predict = fitted(plan, noise, lambda first, count: z, f)
+        residual = residual - predict(z, beta)
         share = jnp.asarray(group_shares(plan), f.dtype)
         mean_beta = cut(jnp.tensordot(share, beta, axes=1), avals)
     return cut(jnp.mean(f, axis=0), avals), cut(residual, avals), mean_beta

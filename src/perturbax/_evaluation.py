@@ -129,10 +129,12 @@ class Point(NamedTuple):
 
 
 def point_of(plan: Plan, x: list[Array], sigma: list[Array]) -> Point:
+    """x and sigma as a `Point`."""
     return Point(*lax.stop_gradient((x, [v.astype(plan.dtype) for v in sigma])))
 
 
 def concatenate(leaves: list[Array], dtype: np.dtype) -> Array:
+    """All leaves in one flat array; an empty one of `dtype` if there are none."""
     flat = [leaf.reshape(-1) for leaf in leaves]
     return jnp.concatenate(flat) if flat else jnp.zeros((0,), dtype)
 
@@ -165,10 +167,12 @@ def _real(value: Array) -> Array:
 
 
 def noise_in(plan: Plan, operands: Any) -> Any:
+    """The noise, with what it closes over."""
     return plan.noise.bind(operands[1]) if operands[1] is not None else plan.noise
 
 
 def draw_noise(plan: Plan, key: Array, operands: Any, first: Array, count: int) -> Array:
+    """Noise of `count` groups from the `first` on, (count * n, D), which has no derivative."""
     noise = noise_in(plan, operands)
     z = draw(noise, plan.sampler, key, first, count, plan.group_size, plan.dim, plan.dtype)
     return lax.stop_gradient(z)

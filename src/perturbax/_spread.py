@@ -13,6 +13,7 @@ from . import _bits, _surrogate
 from ._estimator import (
     baselines,
     fitted,
+    less_baselines,
     matmul,
     slope_of,
     standardise,
@@ -91,24 +92,23 @@ def spread(
     def in_x(rows: Array) -> Array:
         return jax.vmap(pull)(rows)[0].astype(f.dtype)
 
-    residual, beta, phi, slope = f, None, None, zeros
+    residual, beta, predict, slope = f, None, None, zeros
     if plan.degree is not None:
         if plan.degree:
-            residual, beta, phi = fitted(plan, noise, noise_of, f)
+            residual, beta, predict = fitted(plan, noise, noise_of, f)
             slope = in_x(
                 jax.jacfwd(_surrogate.expected_features)(standardised, r, plan.degree, noise)
             )
         else:
             b = baselines(plan, f, value_at_x(plan, operands, point))
-            residual = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
+            residual = less_baselines(plan, f, b)
 
     def jacobians(first: Array, count: int, rows: int, xs: Any) -> tuple[Array, Array]:
         """C_g of each group, (count, M, D), and its share in the whole."""
         residual, beta = xs
         z = noise_of(first, count)[:rows]
-        if phi is not None:
-            q = _surrogate.predict(in_groups(plan, phi(z)), beta)
-            residual = residual - q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[:rows]
+        if predict is not None:
+            residual = residual - predict(z, beta)
         left = jnp.swapaxes(in_groups(plan, residual), 1, 2)
         found = matmul(left, in_groups(plan, in_x(slope_of(noise, z))))
         last = first + lax.iota(jnp.uint32, count) == plan.num_groups - 1
