@@ -9,11 +9,6 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 
 
-def _rotate_left(word: Array, amount: int) -> Array:
-    left = lax.shift_left(word, lax.full_like(word, amount))
-    return lax.bitwise_or(left, lax.shift_right_logical(word, lax.full_like(word, 32 - amount)))
-
-
 @jax.jit  # traced once for each shape, not at each use
 def threefry(key: Array, row: Array, column: Array) -> tuple[Array, Array]:
     """Threefry-2x32 with 20 rounds: the two words that `key` assigns to the counter (row, column).
@@ -35,14 +30,18 @@ def threefry(key: Array, row: Array, column: Array) -> tuple[Array, Array]:
     """
     schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
     a, b = jnp.broadcast_arrays(row, column)
+    # By lax and of few constants, not by operators: these operations are half of what it takes to
+    # trace a call.
+    shifts = {n: lax.full_like(a, n) for r in _ROTATIONS for m in r for n in (m, 32 - m)}
     a, b = a + schedule[0], b + schedule[1]
     for block in range(5):
-        for amount in _ROTATIONS[block % 2]:
-            # Not by operators: these 60 operations are half of what it takes to trace a call.
+        for left in _ROTATIONS[block % 2]:
             a = lax.add(a, b)
-            b = lax.bitwise_xor(_rotate_left(b, amount), a)
+            high = lax.shift_left(b, shifts[left])
+            low = lax.shift_right_logical(b, shifts[32 - left])
+            b = lax.bitwise_xor(lax.bitwise_or(high, low), a)
         a = a + schedule[(block + 1) % 3]
-        b = b + schedule[(block + 2) % 3] + np.uint32(block + 1)
+        b = b + (schedule[(block + 2) % 3] + np.uint32(block + 1))
     return a, b
 
 
@@ -61,7 +60,13 @@ def words(key: Array, row: Array, column: Array, dtype: np.dtype) -> Array:
 
 def root(key: Array) -> Array:
     """Two words that stand for `key`, whatever its implementation; consumes the key."""
-    return jax.random.bits(key, (2,), jnp.uint32)
+    watched = jax.config.jax_debug_key_reuse  # pyright: ignore[reportAttributeAccessIssue]
+    if watched or jax.random.key_impl(key) != "threefry2x32":
+        return jax.random.bits(key, (2,), jnp.uint32)
+    # The same words, by a generator that compiles faster than JAX's own, which is a loop. The check
+    # for reuse of keys would not see it.
+    data, row = jax.random.key_data(key), jnp.uint32(0)
+    return jnp.stack([lax.bitwise_xor(*threefry(data, row, jnp.uint32(c))) for c in range(2)])
 
 
 def child(key: Array, index: Array) -> Array:

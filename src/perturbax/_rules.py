@@ -7,6 +7,7 @@ cotangents over the batch, without a word, or fails. Here results are batched al
 as any argument is.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,15 +50,19 @@ def with_jvp(
 
 def aligned(values: Any, inputs: Any) -> Any:
     """`values` unchanged; under vmap batched along axis 0, if any of the inputs is batched."""
-    # Always false, and batched as soon as an input is; XLA removes it.
-    batched = jnp.zeros((), bool)
-    for leaf in jax.tree.leaves(inputs):
-        leaf = jnp.asarray(leaf)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        none = lax.slice(leaf, (0,) * leaf.ndim, (0,) * leaf.ndim) if leaf.ndim else leaf
-        batched |= jnp.any(none != none)
-    return jax.tree.map(lambda v: _leading(jnp.where(batched, v, v)), values)
+    # Always false, and batched as soon as an input is; XLA removes it. By lax, for JAX traces the
+    # functions of jax.numpy several times as slowly.
+    batched = functools.reduce(lax.bitwise_or, map(_never, jax.tree.leaves(inputs)))
+    return jax.tree.map(lambda v: _leading(lax.select(batched, v, v)), values)
+
+
+def _never(leaf: Any) -> Array:
+    """False."""
+    leaf = leaf if isinstance(leaf, Array) else jnp.asarray(leaf)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    none = lax.slice(leaf, (0,) * leaf.ndim, (0,) * leaf.ndim) if leaf.ndim else leaf
+    return lax.reduce_or(lax.ne(none, none), tuple(range(leaf.ndim)))
 
 
 def _leading(value: Array) -> Array:
