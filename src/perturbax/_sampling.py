@@ -26,8 +26,8 @@ _MAX_GROUP = 2**13
 _MAX_SOBOL_DIM = 21_201
 # Of fewer words, a loop of their own costs more than it saves.
 _MANY = 2**13
-# Rows of a net shorter than this are not worth a vector instruction.
-_NARROW = 8
+# XLA makes vector instructions of narrower rows only where it takes several for one.
+_NARROW = 32
 
 
 @runtime_checkable
@@ -182,8 +182,17 @@ class Sobol:
         self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
-        points = _net(jax.random.key_data(key), group_size, dim)
-        return from_words(noise, _widen(points, key, dtype))
+        words = jax.random.key_data(key)
+        levels, wide = _net_shape(group_size, dim)
+
+        def net() -> Array:
+            return from_words(noise, _widen(_net(words, group_size, dim), key, dtype))
+
+        # Many apart from what cuts them into points: together they take up to four times as long.
+        many = 2**levels * dim > _MANY
+        shape = (2**levels // wide, wide * dim)
+        z = _materialise(net, shape, dtype, words) if many else net()
+        return z.reshape(2**levels, dim)[:group_size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,14 +230,29 @@ def _sample_group(sampler: Any, *args: Any) -> Array:
     return _arguments.sample_group(sampler, *args)
 
 
+def _net_shape(size: int, dim: int) -> tuple[int, int]:
+    """Of a net of at least `size` points: log2 of their number, and how many share a row."""
+    levels = max(1, (size - 1).bit_length())
+    if dim >= _NARROW or _is_simple(levels, dim):
+        return levels, 1
+    return levels, 2 ** min(levels, (_NARROW // dim).bit_length())
+
+
+def _is_simple(levels: int, dim: int) -> bool:
+    """Whether a net is so small that what compiles fastest is as good as anything."""
+    return dim < 8 and 2**levels * dim <= _MANY
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _net(key: Array, size: int, dim: int) -> Array:
-    """The first `size` points of a scrambled Sobol net, uniform uint32 words (size, dim)."""
-    levels = max(1, (size - 1).bit_length())
+    """A scrambled Sobol net, uniform uint32 words; `_net_shape` tells how many points and rows."""
+    levels, wide = _net_shape(size, dim)
     generators = _sobol_generators(dim, levels)  # (levels, dim), numpy
     rows = lax.iota(jnp.uint32, levels + 1)[:, None]
-    # Each is read `levels` times, too often to be drawn anew.
-    words = _materialise(lambda: _bits.words32(key, rows, _columns(dim)), key)
+    random = lambda: _bits.words32(key, rows, _columns(dim))  # noqa: E731
+    # Each is read `levels` times, too often to be drawn anew, unless they are few.
+    shape = (levels + 1, dim)
+    words = _materialise(random, shape, jnp.uint32, key) if dim >= _NARROW else random()
     # Column q of the scramble has a one at bit q and random bits below it.
     top = np.uint32(1) << np.arange(31, 31 - levels, -1, dtype=np.uint32)[:, None]
     columns = (words[:levels] & (top - np.uint32(1))) | top
@@ -236,14 +260,18 @@ def _net(key: Array, size: int, dim: int) -> Array:
     scrambled = lax.reduce(
         jnp.where(hit, columns[None], np.uint32(0)), np.uint32(0), lax.bitwise_xor, (1,)
     )
-    # A point is the sum, bit by bit, of the generators at the binary digits of its index.
-    if dim < _NARROW:
-        return _sums(jnp.concatenate([scrambled, words[levels:]]), 2**levels)[:size]
-    # One operation a number, from the sums for the low digits and those for the high ones.
-    half = levels // 2
-    low = _sums(jnp.concatenate([scrambled[:half], words[levels:]]), 2**half)
-    high = _sums(scrambled[half:], 2 ** (levels - half))
-    return (high[:, None] ^ low[None]).reshape(2**levels, dim)[:size]
+    if _is_simple(levels, dim):
+        return _sums(jnp.concatenate([scrambled, words[levels:]]), 2**levels)
+    # A point is the sum, bit by bit, of the generators at the binary digits of its index: one
+    # operation a number, from the sums for the lowest digits, those of the points of a row, the low
+    # and the high ones.
+    lowest = wide.bit_length() - 1
+    first = _sums(jnp.concatenate([scrambled[:lowest], words[levels:]]), wide)
+    higher = jnp.tile(scrambled[lowest:], (1, wide))
+    half = max(levels // 2 - lowest, 0)
+    low = _sums(jnp.concatenate([higher[:half], first.reshape(1, wide * dim)]), 2**half)
+    high = _sums(higher[half:], 2 ** (levels - lowest - half))
+    return (high[:, None] ^ low[None]).reshape(2**levels // wide, wide * dim)
 
 
 def _sums(generators: Array, count: int) -> Array:
@@ -278,7 +306,10 @@ def _words(key: Array, rows: Array, dim: int, dtype: Any) -> Array:
         return _bits.words(key, rows[:, None], _columns(dim), dtype)
 
     many = isinstance(dim, int) and rows.shape[0] * dim > _MANY
-    return _materialise(words, key) if many else words()
+    if not many:
+        return words()
+    kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
+    return _materialise(words, (rows.shape[0], dim), kind, key)
 
 
 def _widen(points: Array, key: Array, dtype: np.dtype) -> Array:
@@ -388,25 +419,26 @@ def _draw(
     dtype: np.dtype,
 ) -> Array:
     block = partial(_draw_block, noise, sampler, key, first, count, group_size, dim, dtype)
-    return _materialise(block, key)
+    return _materialise(block, (count * group_size, dim), dtype, key)
 
 
 _draw_traced_once = jax.jit(_draw, static_argnums=(0, 1, 4, 5, 6, 7))
 
 
-def _materialise(block: Callable[[], Array], key: Array) -> Array:
-    """block(), computed once and kept.
+def _materialise(
+    block: Callable[[], Array], shape: tuple[Any, ...], dtype: Any, key: Array
+) -> Array:
+    """block(), of the given shape and dtype, computed once and kept.
 
     XLA fuses the generator, which it holds for cheap, into every consumer of its numbers, and draws
     each number again for each time that it is read: a hundred times slower where a function
     broadcasts a part of its argument. It does not fuse across a conditional, and it keeps this one,
     whose other branch is never taken, because it does not see through the barrier.
     """
-    shape = jax.eval_shape(block)
     # A zero of the key's type: the result varies over the mesh axes that the key varies over.
     zero = key[0] & np.uint32(0)
     always = lax.optimization_barrier(np.bool_(True))
-    return lax.cond(always, block, lambda: jnp.full(shape.shape, zero.astype(shape.dtype)))
+    return lax.cond(always, block, lambda: jnp.full(shape, zero.astype(dtype)))
 
 
 def _draw_block(
@@ -422,8 +454,12 @@ def _draw_block(
     """`draw`, which XLA may fuse with whatever reads it."""
     groups = first + lax.iota(jnp.uint32, count)
     if isinstance(sampler, Independent) and hasattr(noise, "from_bits"):
-        samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, count * group_size)
-        return noise.from_bits(_words(key, samples, dim, dtype))
+        rows = count * group_size
+        # Nor does XLA of a number of elements that four do not divide.
+        more = -rows % 4 if isinstance(dim, int) and 0 < dim < _NARROW else 0
+        samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, rows + more)
+        block = lambda: noise.from_bits(_words(key, samples, dim, dtype))  # noqa: E731
+        return _materialise(block, (rows + more, dim), dtype, key)[:rows] if more else block()
 
     def one(group: Array) -> Array:
         typed = jax.random.wrap_key_data(_bits.child(key, group), impl="threefry2x32")
