@@ -44,10 +44,10 @@ from ._evaluation import (
     draw_noise,
     drawer,
     evaluate_at,
-    group_shares,
     group_sizes,
     in_groups,
     in_turn,
+    mean_over_groups,
     noise_in,
     over_groups,
     point_of,
@@ -196,19 +196,22 @@ def fitted(
 
     # For digits only: the fit is equivariant, so that this constant has no influence on f - q.
     f = f - lax.stop_gradient(f[:1])
+    enough = _surrogate.enough(plan.dim, plan.degree or 0, plan.num_groups, plan.group_size)
+    sizes = np.minimum(group_sizes(plan), enough)
 
     def equations_of(first: Array, count: int, rows: int, values: Array) -> tuple[tuple[()], Any]:
         z = noise_of(first, count)[:rows]
         weight = jnp.mean(slope_of(noise, z) ** 2, axis=1)
-        grouped = [in_groups(plan, v) for v in (phi(z), values, weight)]
-        return (), _surrogate.normal_equations(*grouped)
+        # Rows that the last group lacks have no weight.
+        z, values, weight = (in_groups(plan, v)[:, : sizes[0]] for v in (z, values, weight))
+        return (), _surrogate.normal_equations(phi(z), values, weight)
 
     def predict(z: Array, beta: Array) -> Array:
-        q = _surrogate.predict(in_groups(plan, phi(z)), beta)
+        q = _surrogate.predict(phi(in_groups(plan, z)), beta)
         return q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[: z.shape[0]]
 
     _, equations = over_groups(plan, equations_of, f)
-    least = int((plan.num_samples - group_sizes(plan)).min())
+    least = int((sizes.sum() - sizes).min())
     return f, _surrogate.fit(equations, least), predict
 
 
@@ -228,18 +231,17 @@ def _differentiable(
         return (), evaluate_at(plan, operands, point, z)
 
     _, (f, aux) = over_groups(plan, evaluate)
-    share = jnp.asarray(group_shares(plan), f.dtype)
     predict, beta = None, None
     if plan.degree is None:
         residual, expected = f, cut(jnp.zeros(f.shape[1], f.dtype), avals)
     elif plan.degree == 0:
         b = baselines(plan, f, value_at_x(plan, operands, point))
         residual = less_baselines(plan, f, b)
-        expected = cut(share @ b, avals)
+        expected = cut(mean_over_groups(plan, b), avals)
     else:
         residual, beta, predict = fitted(plan, noise, noise_of, f)
         mean_phi = _surrogate.expected_features(a, r, plan.degree, noise).astype(f.dtype)
-        mean_beta = jnp.tensordot(share, beta, axes=1)
+        mean_beta = mean_over_groups(plan, beta)
         expected = [mean_phi @ part for part in cut(mean_beta, avals)]
 
     def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[list[Array], tuple[()]]:
@@ -395,6 +397,7 @@ def _jacobian_of_surrogates(
     operands: Any,
 ) -> tuple[Array, ...]:
     """The same for degrees 1 and 2: sum_i (f_i - q(z_i)) dl_i, and the derivatives of E q."""
+    del a  # 0
     noise = noise_in(plan, operands)
     noise_of = drawer(plan, key, operands)
 
@@ -411,17 +414,15 @@ def _jacobian_of_surrogates(
         return [matmul(residual.T, v) for v in _slopes(plan, wrt, noise, z, r)], ()
 
     sums, _ = over_groups(plan, weigh, (residual, beta))
-    mean_beta = jnp.tensordot(jnp.asarray(group_shares(plan), f.dtype), beta, axes=1)
+    mean_beta = mean_over_groups(plan, beta)
 
-    def expected(a: Array, r: Any) -> Array:
-        return _surrogate.expected_features(a, r, plan.degree or 0, noise).astype(f.dtype)
-
-    jacobians = []
-    for argnum in np.flatnonzero(wrt):
-        slope = jax.jacfwd(expected, argnums=int(argnum))(a, r)  # (P, D), or (P,) in a scalar r
-        weighed = sums[len(jacobians)] / plan.num_samples
-        weighed = weighed.reshape(plan.num_rows, *slope.shape[1:])
-        jacobians.append(weighed + matmul(mean_beta.T, slope))
+    expected = _surrogate.expected_slopes(mean_beta, plan.dim, plan.degree or 0, noise)
+    jacobians = [v / plan.num_samples for v in sums]
+    for i, argnum in enumerate(np.flatnonzero(wrt)):
+        slope = expected[argnum]
+        if argnum and not r.ndim:
+            jacobians[i], slope = jacobians[i][:, 0], jnp.sum(slope, axis=1)
+        jacobians[i] += slope
     return (jnp.mean(f, axis=0), *jacobians)
 
 
@@ -499,8 +500,7 @@ def _residuals(
         noise = noise_in(plan, operands)
         residual, beta, predict = fitted(plan, noise, lambda first, count: z, f)
         residual = residual - predict(z, beta)
-        share = jnp.asarray(group_shares(plan), f.dtype)
-        mean_beta = cut(jnp.tensordot(share, beta, axes=1), avals)
+        mean_beta = cut(mean_over_groups(plan, beta), avals)
     return cut(jnp.mean(f, axis=0), avals), cut(residual, avals), mean_beta
 
 

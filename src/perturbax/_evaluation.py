@@ -25,6 +25,9 @@ _BATCH = 2**21
 # A sample of the noise that several passes read is drawn again in each of them if there are several
 # chunks; chunks this many times as large cost less.
 _PASSES = 2
+# Noise that several passes read is kept up to this many numbers: drawing it costs more than memory.
+_KEPT = {"cpu": 2**22}
+_KEPT_ACCELERATOR = 2**27
 # Up to this many outputs, the Jacobian is accumulated while evaluating: the noise is drawn once.
 MAX_ROWS = 8
 
@@ -116,9 +119,11 @@ def group_sizes(plan: Plan) -> np.ndarray:
     return sizes
 
 
-def group_shares(plan: Plan) -> np.ndarray:
-    """The share of each group in all samples."""
-    return group_sizes(plan) / plan.num_samples
+def mean_over_groups(plan: Plan, values: Array) -> Array:
+    """The mean of values (groups, ...) of groups, each of which counts by its size."""
+    share = (group_sizes(plan) / plan.num_samples).astype(values.dtype)
+    # Not a product of matrices, which takes longer to compile.
+    return jnp.sum(share.reshape(-1, *[1] * (values.ndim - 1)) * values, axis=0)
 
 
 class Point(NamedTuple):
@@ -179,11 +184,17 @@ def draw_noise(plan: Plan, key: Array, operands: Any, first: Array, count: int) 
 
 
 def drawer(plan: Plan, key: Array, operands: Any) -> Callable[[Array, int], Array]:
-    """`draw_noise` for several passes over the groups; once, where one chunk holds them all."""
-    if plan.groups_at_a_time() < plan.num_groups:
+    """`draw_noise` for several passes over the groups, which keeps it unless it is too large."""
+    most = _KEPT.get(jax.default_backend(), _KEPT_ACCELERATOR)
+    size = plan.group_size * plan.dim
+    whole = plan.groups_at_a_time() == plan.num_groups
+    if not whole and (not isinstance(size, int) or plan.num_groups * size > most):
         return lambda first, count: draw_noise(plan, key, operands, first, count)
     z = draw_noise(plan, key, operands, jnp.uint32(0), plan.num_groups)
-    return lambda first, count: z
+    if whole:
+        return lambda first, count: z
+    rows = plan.group_size
+    return lambda first, count: lax.dynamic_slice_in_dim(z, first * np.uint32(rows), count * rows)
 
 
 def evaluate_at(plan: Plan, operands: Any, point: Point, z: Array) -> tuple[Array, list[Array]]:

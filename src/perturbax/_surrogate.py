@@ -21,6 +21,11 @@ _REFINEMENTS = 2
 # How much of its samples a fit counts as spare at least, when their weights leave none.
 _LEAST_SPARE = 0.01
 _PRECISION = jax.lax.Precision.HIGHEST
+# Samples that each fit is made from, for each coefficient. More hardly help: what a fit errs adds
+# one part in so many to the variance that it leaves.
+_ENOUGH = 32
+# Multiplications that take no noticeable time.
+_LITTLE = 2**20
 # Above this many coordinates a surrogate of degree 2 keeps the squares alone.
 _MAX_FULL = 20
 # Larger matrices are inverted by halves, in products; each half takes time to compile.
@@ -34,14 +39,23 @@ def num_features(dim: int, degree: int) -> int:
     return 1 + dim + (dim * (dim + 1) // 2 if dim <= _MAX_FULL else dim)
 
 
+def enough(dim: int, degree: int, groups: int, group_size: int) -> int:
+    """Of how many of its samples a group makes equations for the others' fits."""
+    size = num_features(dim, degree)
+    most = -(-_ENOUGH * size // max(groups - 1, 1))
+    # Little is not worth a second array of features.
+    return most if (group_size - most) * size**2 > _LITTLE else group_size
+
+
 def features(z: Array, degree: int, mean: float) -> Array:
-    """phi at each row of z (C, D): shape (C, P)."""
+    """phi at each row of z (..., D): shape (..., P)."""
     centred = z - mean
-    columns = [jnp.ones_like(z[:, :1]), centred]
-    if degree == 2:
-        j, k = _pairs(z.shape[1])
-        columns.append(centred[:, j] * centred[:, k])
-    return jnp.concatenate(columns, axis=1)
+    columns = [jnp.ones_like(z[..., :1]), centred]
+    if degree == 2 and z.shape[-1] > _MAX_FULL:
+        columns.append(centred**2)
+    elif degree == 2:  # in the order of `_pairs`; by slices, for a gather takes long
+        columns += [centred[..., j : j + 1] * centred[..., j:] for j in range(z.shape[-1])]
+    return jnp.concatenate(columns, axis=-1)
 
 
 def expected_features(a: Array, r: Any, degree: int, noise: Any) -> Array:
@@ -61,6 +75,20 @@ def expected_features(a: Array, r: Any, degree: int, noise: Any) -> Array:
     return jnp.concatenate(columns)
 
 
+def expected_slopes(beta: Array, dim: int, degree: int, noise: Any) -> tuple[Array, Array]:
+    """Derivatives of `expected_features` times beta (P, M) in a and in r, at a = 0 and r = 1.
+
+    Returns:
+      Two arrays (M, D), the second for an r of shape (D,).
+    """
+    linear = beta[1 : 1 + dim].T
+    in_r = -noise.mean * linear
+    if degree == 2:
+        j, k = _pairs(dim)
+        in_r -= 2 * noise.variance * beta[1 + dim + np.flatnonzero(j == k)].T
+    return -linear, in_r
+
+
 def _pairs(dim: int) -> tuple[np.ndarray, np.ndarray]:
     if dim <= _MAX_FULL:
         return np.triu_indices(dim)
@@ -70,8 +98,8 @@ def _pairs(dim: int) -> tuple[np.ndarray, np.ndarray]:
 class Equations(NamedTuple):
     """Sums over the samples of each group, weighted by w; their sum over groups serves a fit."""
 
-    products: Array  # of phi with phi and, beside them, w and f: (groups, P, P + 1 + M)
-    squares: Array  # of |f|^2: (groups, M)
+    gram: Array  # of phi with phi: (groups, P, P)
+    moments: Array  # of phi with w, f and |f|^2: (groups, P, 1 + 2 M)
 
 
 def normal_equations(phi: Array, f: Array, weight: Array) -> Equations:
@@ -84,9 +112,8 @@ def normal_equations(phi: Array, f: Array, weight: Array) -> Equations:
     """
     weight = weight[..., None]
     weighted = jnp.swapaxes(phi * weight, 1, 2)
-    columns = jnp.concatenate([phi, weight.astype(phi.dtype), f], axis=2)
-    squares = jnp.sum(weight * jnp.abs(f) ** 2, axis=1)
-    return Equations(_matmul(weighted, columns), squares)
+    columns = [weight.astype(phi.dtype), f, (jnp.abs(f) ** 2).astype(f.dtype)]
+    return Equations(_matmul(weighted, phi), _matmul(weighted, jnp.concatenate(columns, axis=2)))
 
 
 def fit(equations: Equations, least: int) -> Array:
@@ -96,31 +123,33 @@ def fit(equations: Equations, least: int) -> Array:
       equations: of each group, at least two.
       least: number of samples that each fit has at least.
     """
-    size = equations.products.shape[1]
-    others = jax.tree.map(_others, equations)
-    gram, moment = others.products[:, :, :size], others.products[:, :, size + 1 :]
-    diagonal = jnp.einsum("gpp->gp", gram)
+    # Of two groups each is fitted on the other.
+    pair = equations.gram.shape[0] == 2
+    gram, moments = equations if pair else jax.tree.map(_others, equations)
+    size, outputs = gram.shape[1], moments.shape[2] // 2
+    moment = moments[:, :, 1 : 1 + outputs]
     # The ridge is relative to each feature's own size, and leaves the constant alone, lest a
     # constant added to f change the rest; the tiny floor is for features never seen.
-    relative = np.full(size, RIDGE, gram.dtype)
-    relative[0] = 0
-    ridge = diagonal * relative[None] + jnp.finfo(gram.dtype).tiny * 1e10
-    scale = jax.lax.rsqrt(diagonal + ridge)
-    scaled = gram * scale[:, :, None] * scale[:, None, :]
-    eye = jnp.eye(size, dtype=gram.dtype)
+    ridge = np.ones((size, size), gram.dtype) + np.diag([0.0, *[RIDGE] * (size - 1)])
+    floor = float(jnp.finfo(gram.dtype).tiny) * 1e10 * np.eye(size)
     # It depends on the noise alone, which has no derivative.
-    stable = jax.lax.stop_gradient(scaled + (ridge * scale**2)[:, None, :] * eye[None])
+    stable = jax.lax.stop_gradient(
+        gram * ridge[None].astype(gram.dtype) + floor[None].astype(gram.dtype)
+    )
     inverse = _inverse(stable, halve=least >= 2 * size)
-    target = moment * scale[:, :, None]
 
     # What the ridge took from well determined coefficients is given back: each step leaves a
     # thousandth of it. Those that the samples do not determine stay small.
-    def refine(_: Any, beta: Array) -> Array:
-        return beta + _apply(inverse, target - _apply(scaled, beta))
+    def refine(_: Any, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        beta = found[0] + _apply(inverse, found[1])
+        return beta, moment - _apply(gram, beta)
 
     # A loop, for a product takes long to compile.
-    beta = jax.lax.fori_loop(0, 1 + _REFINEMENTS, refine, jnp.zeros_like(target))
-    return _shrunk(scale[:, :, None] * beta, others, least)
+    beta, rest = jax.lax.fori_loop(0, 1 + _REFINEMENTS, refine, (jnp.zeros_like(moment), moment))
+    # Features and weights are real; f may be complex.
+    explained = jnp.sum(jnp.real(jnp.conj(beta) * (moment + rest)), axis=1)
+    beta = _shrunk(beta, explained, jnp.real(gram[:, 0, :1]), moments[:, 0], least)
+    return beta[::-1] if pair else beta
 
 
 def _others(values: Array) -> Array:
@@ -128,13 +157,11 @@ def _others(values: Array) -> Array:
 
     Summed, not taken from the total: a group of large weight would leave nothing but rounding.
     """
-    if values.shape[0] == 2:
-        return values[::-1]
     own = np.eye(values.shape[0], dtype=bool).reshape(-1, values.shape[0], *[1] * (values.ndim - 1))
     return jnp.sum(jnp.where(own, jnp.zeros_like(values)[None], values[None]), axis=1)
 
 
-def _shrunk(beta: Array, equations: Equations, least: int) -> Array:
+def _shrunk(beta: Array, explained: Array, weight: Array, totals: Array, least: int) -> Array:
     """Each polynomial, drawn towards its constant as far as its samples may have made it up.
 
     A function that has nothing of a polynomial would otherwise pay for coefficients that are noise.
@@ -143,27 +170,30 @@ def _shrunk(beta: Array, equations: Equations, least: int) -> Array:
     told, and the constant remains. Of weighted samples fewer count; if they are fewer than the
     coefficients, a fit is kept that leaves next to nothing unexplained.
 
+    Args:
+      beta: coefficients (groups, P, M).
+      explained: what they explain of the sums of |f|^2, (groups, M).
+      weight: sums of w, (groups, 1).
+      totals: sums of w times w, f and |f|^2, (groups, 1 + 2 M).
+      least: number of samples that each fit has at least.
+
     References:
       James and Stein, Estimation with Quadratic Loss, 1961
     """
-    size = beta.shape[1]
-    gram, moment = equations.products[:, :, :size], equations.products[:, :, size + 1 :]
-    # The first feature is 1: beside it stand the sums of w and of w^2.
-    totals = jnp.real(equations.products[:, 0])
-    weight, squared_weight = totals[:, :1], totals[:, size : size + 1]
-    # Features and weights are real; f may be complex.
-    explained = jnp.sum(jnp.real(jnp.conj(beta) * (2 * moment - _apply(gram, beta))), axis=1)
-    by_constant = jnp.abs(moment[:, 0]) ** 2 / weight
+    size, outputs = beta.shape[1:]
+    constant = totals[:, 1 : 1 + outputs] / weight.astype(beta.dtype)
+    by_constant = weight * jnp.abs(constant) ** 2
+    squared_weight, squares = jnp.real(totals[:, :1]), jnp.real(totals[:, 1 + outputs :])
     spare = jnp.maximum(weight**2 / squared_weight - size, _LEAST_SPARE * (least - size))
     rounding = 16 * float(jnp.finfo(beta.dtype).eps)
-    unexplained = jnp.maximum((1 - rounding) * equations.squares - explained, 0)
+    unexplained = jnp.maximum((1 - rounding) * squares - explained, 0)
     chance = (size - 1) * unexplained
     gain = (explained - by_constant) * spare
     enough = (spare > 0) & (gain > chance)
-    keep = jnp.where(enough, 1 - chance / jnp.where(enough, gain, 1), 0)[:, None]
+    keep = jnp.where(enough, 1 - chance / jnp.where(enough, gain, 1), 0)
     keep = jax.lax.stop_gradient(keep).astype(beta.dtype)
-    constant = moment[:, :1] / weight[..., None].astype(beta.dtype)
-    return jnp.concatenate([keep * beta[:, :1] + (1 - keep) * constant, keep * beta[:, 1:]], axis=1)
+    first = np.eye(1, size, dtype=beta.dtype)[:, :, None]
+    return keep[:, None] * beta + first * ((1 - keep) * constant)[:, None]
 
 
 def _inverse(matrix: Array, halve: bool) -> Array:
@@ -191,11 +221,12 @@ def _eliminate(matrix: Array) -> Array:
     index = jax.lax.iota(jnp.int32, matrix.shape[1])
 
     def eliminate(k: Array, table: Array) -> Array:
-        unit = (index == k).astype(table.dtype)
+        at_row, at_column = (index == k)[None, :, None], (index == k)[None, None]
         column = jax.lax.dynamic_index_in_dim(table, k, 2)
         row = jax.lax.dynamic_index_in_dim(table, k, 1)
         pivot = jax.lax.dynamic_index_in_dim(row, k, 2)
-        return table - (column - unit[None, :, None]) * ((row + unit[None, None, :]) / pivot)
+        row = jnp.where(at_column, 1, row) / pivot
+        return jnp.where(at_row, row, jnp.where(at_column, 0, table) - column * row)
 
     return jax.lax.fori_loop(0, matrix.shape[1], eliminate, matrix)
 
