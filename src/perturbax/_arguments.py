@@ -488,7 +488,12 @@ def share_axes(
 def varying(value: Array, axes: frozenset[Any]) -> Array:
     """Inside `shard_map`: the value, as one that varies over these mesh axes too."""
     missing = tuple(axes - varying_axes(value))
-    return jax.lax.pcast(value, missing, to="varying") if missing else value
+    if not missing:
+        return value
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(value, missing, to="varying")
+    pvary: Any = getattr(jax.lax, "pvary")  # noqa: B009 (its name until jax 0.7)
+    return pvary(value, missing)
 
 
 def varying_axes(value: Any) -> frozenset[Any]:
@@ -634,11 +639,11 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
     like_z: Any = jax.ShapeDtypeStruct((dim,), dtype)
     words = np.uint32 if np.dtype(dtype).itemsize <= 4 else np.uint64
     like_bits: Any = jax.ShapeDtypeStruct((dim,), words)
-    axes = tuple(varying_axes(key))
+    axes = varying_axes(key)
     if axes:  # inside shard_map, where only an array has the axes in its type
         like_key = jax.random.wrap_key_data(jax.random.bits(key, (2,)), impl="threefry2x32")
-        like_z = jax.lax.pcast(jnp.zeros((dim,), dtype), axes, to="varying")
-        like_bits = jax.lax.pcast(jnp.zeros((dim,), words), axes, to="varying")
+        like_z = varying(jnp.zeros((dim,), dtype), axes)
+        like_bits = varying(jnp.zeros((dim,), words), axes)
     try:
         sample, sample_operands = trace(lambda k: noise.sample(k, (dim,), dtype), like_key)
     except _NEEDS_VALUES as error:

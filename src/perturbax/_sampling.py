@@ -4,6 +4,7 @@ Inside a group samples may depend on each other in any way; each has exactly the
 groups are independent of each other. That is all the estimator relies on.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable
@@ -374,6 +375,10 @@ def _from_points(dim: int, levels: int) -> np.ndarray:
     return generators
 
 
+# Since jax 0.7.
+_use_mesh: Any = getattr(jax.sharding, "use_abstract_mesh", contextlib.nullcontext)
+
+
 def draw(
     noise: Any,
     sampler: Any,
@@ -402,7 +407,7 @@ def draw(
     # Traced once for value and derivative, where everything but key and first can be hashed.
     static = isinstance(dim, int) and isinstance(noise, Hashable)
     # The mesh is told, for JAX tells it in derivative rules alone, and would trace once for each.
-    with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+    with _use_mesh(jax.sharding.get_abstract_mesh()):
         return (_draw_traced_once if static else _draw)(
             noise, sampler, key, first, count, group_size, dim, dtype
         )
