@@ -14,7 +14,7 @@ from jax.custom_batching import custom_vmap
 
 from ._arguments import varying, varying_axes
 from ._blocks import scaled
-from ._sampling import draw
+from ._sampling import draw, materialise
 from ._trace import TracedFunction
 
 # Numbers in flight at a time: a chunk of noise should stay in the cache of a core, and fill a GPU.
@@ -193,8 +193,14 @@ def drawer(plan: Plan, key: Array, operands: Any) -> Callable[[Array, int], Arra
     z = draw_noise(plan, key, operands, jnp.uint32(0), plan.num_groups)
     if whole:
         return lambda first, count: z
-    rows = plan.group_size
-    return lambda first, count: lax.dynamic_slice_in_dim(z, first * np.uint32(rows), count * rows)
+
+    def part(first: Array, count: int) -> Array:
+        rows = count * plan.group_size
+        cut = lambda: lax.dynamic_slice_in_dim(z, first * np.uint32(plan.group_size), rows)  # noqa: E731
+        # Or XLA would cut again for every reading.
+        return materialise(cut, (rows, plan.dim), z.dtype, key)
+
+    return part
 
 
 def evaluate_at(plan: Plan, operands: Any, point: Point, z: Array) -> tuple[Array, list[Array]]:

@@ -192,7 +192,7 @@ class Sobol:
         # Many apart from what cuts them into points: together they take up to four times as long.
         many = 2**levels * dim > _MANY
         shape = (2**levels // wide, wide * dim)
-        z = _materialise(net, shape, dtype, words) if many else net()
+        z = materialise(net, shape, dtype, words) if many else net()
         return z.reshape(2**levels, dim)[:group_size]
 
 
@@ -253,7 +253,7 @@ def _net(key: Array, size: int, dim: int) -> Array:
     random = lambda: _bits.words32(key, rows, _columns(dim))  # noqa: E731
     # Each is read `levels` times, too often to be drawn anew, unless they are few.
     shape = (levels + 1, dim)
-    words = _materialise(random, shape, jnp.uint32, key) if dim >= _NARROW else random()
+    words = materialise(random, shape, jnp.uint32, key) if dim >= _NARROW else random()
     # Column q of the scramble has a one at bit q and random bits below it.
     top = np.uint32(1) << np.arange(31, 31 - levels, -1, dtype=np.uint32)[:, None]
     columns = (words[:levels] & (top - np.uint32(1))) | top
@@ -310,7 +310,7 @@ def _words(key: Array, rows: Array, dim: int, dtype: Any) -> Array:
     if not many:
         return words()
     kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
-    return _materialise(words, (rows.shape[0], dim), kind, key)
+    return materialise(words, (rows.shape[0], dim), kind, key)
 
 
 def _widen(points: Array, key: Array, dtype: np.dtype) -> Array:
@@ -424,13 +424,13 @@ def _draw(
     dtype: np.dtype,
 ) -> Array:
     block = partial(_draw_block, noise, sampler, key, first, count, group_size, dim, dtype)
-    return _materialise(block, (count * group_size, dim), dtype, key)
+    return materialise(block, (count * group_size, dim), dtype, key)
 
 
 _draw_traced_once = jax.jit(_draw, static_argnums=(0, 1, 4, 5, 6, 7))
 
 
-def _materialise(
+def materialise(
     block: Callable[[], Array], shape: tuple[Any, ...], dtype: Any, key: Array
 ) -> Array:
     """block(), of the given shape and dtype, computed once and kept.
@@ -464,7 +464,7 @@ def _draw_block(
         more = -rows % 4 if isinstance(dim, int) and 0 < dim < _NARROW else 0
         samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, rows + more)
         block = lambda: noise.from_bits(_words(key, samples, dim, dtype))  # noqa: E731
-        return _materialise(block, (rows + more, dim), dtype, key)[:rows] if more else block()
+        return materialise(block, (rows + more, dim), dtype, key)[:rows] if more else block()
 
     def one(group: Array) -> Array:
         typed = jax.random.wrap_key_data(_bits.child(key, group), impl="threefry2x32")
