@@ -181,19 +181,23 @@ def _shrunk(beta: Array, explained: Array, weight: Array, totals: Array, least: 
       James and Stein, Estimation with Quadratic Loss, 1961
     """
     size, outputs = beta.shape[1:]
-    constant = totals[:, 1 : 1 + outputs] / weight.astype(beta.dtype)
-    by_constant = weight * jnp.abs(constant) ** 2
-    squared_weight, squares = jnp.real(totals[:, :1]), jnp.real(totals[:, 1 + outputs :])
-    spare = jnp.maximum(weight**2 / squared_weight - size, _LEAST_SPARE * (least - size))
+    first, squares = totals[:, 1 : 1 + outputs], jnp.real(totals[:, 1 + outputs :])
+    # Sums become means, lest products of three of them overflow.
+    mean, squared_mean = weight / least, jnp.real(totals[:, :1]) / least
     rounding = 16 * float(jnp.finfo(beta.dtype).eps)
     unexplained = jnp.maximum((1 - rounding) * squares - explained, 0)
-    chance = (size - 1) * unexplained
-    gain = (explained - by_constant) * spare
+    # The quotient of what chance may explain and what is explained, both times the mean of w^2.
+    spare = least * mean**2 - size * squared_mean
+    spare = jnp.maximum(spare, _LEAST_SPARE * (least - size) * squared_mean)
+    chance = (size - 1) * unexplained * squared_mean
+    per_weight = 1 / weight  # once, for each division is compiled by itself
+    gain = (explained - jnp.abs(first) ** 2 * per_weight) * spare
     enough = (spare > 0) & (gain > chance)
     keep = jnp.where(enough, 1 - chance / jnp.where(enough, gain, 1), 0)
     keep = jax.lax.stop_gradient(keep).astype(beta.dtype)
-    first = np.eye(1, size, dtype=beta.dtype)[:, :, None]
-    return keep[:, None] * beta + first * ((1 - keep) * constant)[:, None]
+    constant = (1 - keep) * first * per_weight.astype(beta.dtype)
+    place = np.eye(1, size, dtype=beta.dtype)[:, :, None]
+    return keep[:, None] * beta + place * constant[:, None]
 
 
 def _inverse(matrix: Array, halve: bool) -> Array:
