@@ -241,8 +241,8 @@ def predict(phi: Array, beta: Array) -> Array:
 
 
 def _apply(matrix: Array, beta: Array) -> Array:
-    """matrix @ beta, (groups, P, M); for a single output in a form that compiles faster."""
-    if beta.shape[2] == 1:
+    """matrix @ beta, (groups, P, M); if small, in a form that compiles faster."""
+    if beta.shape[2] == 1 and matrix.shape[1] <= _MAX_ELIMINATION // 2:
         return jnp.sum(matrix * jnp.swapaxes(beta, 1, 2), axis=2, keepdims=True)
     return _matmul(matrix, beta)
 
