@@ -196,9 +196,12 @@ def drawer(plan: Plan, key: Array, operands: Any) -> Callable[[Array, int], Arra
 
     def part(first: Array, count: int) -> Array:
         rows = count * plan.group_size
-        cut = lambda: lax.dynamic_slice_in_dim(z, first * np.uint32(plan.group_size), rows)  # noqa: E731
+
+        def block() -> Array:
+            return lax.dynamic_slice_in_dim(z, first * np.uint32(plan.group_size), rows)
+
         # Or XLA would cut again for every reading.
-        return materialise(cut, (rows, plan.dim), z.dtype, key)
+        return materialise(block, (rows, plan.dim), z.dtype, key)
 
     return part
 
