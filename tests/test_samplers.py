@@ -12,7 +12,7 @@ from scipy.stats import qmc
 import closed_forms as cf
 import perturbax as px
 from helpers import assert_distributed_as, assert_unbiased
-from perturbax import _sampling
+from perturbax import _bits, _sampling, _surrogate
 from perturbax._defaults import choose
 from perturbax._sampling import _MAX_SOBOL_DIM, _sobol_generators
 
@@ -72,6 +72,40 @@ def test_rows_of_a_block_are_orthogonal():
     z = px.Orthogonal().sample_group(jax.random.key(2), px.Normal(), 5, 5, np.dtype("float32"))
     gram = np.asarray(z, np.float64) @ np.asarray(z, np.float64).T
     np.testing.assert_allclose(gram - np.diag(np.diag(gram)), 0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64, 500, 3_000])
+@pytest.mark.parametrize("dim", [1, 3, 7, 8, 10, 31, 32, 40])
+def test_points_of_a_net_are_sums_of_its_generators(dim, size):
+    """However many points share a row: point i ^ j is the sum of points i, j and 0, bit by bit."""
+    levels, wide = _sampling._net_shape(size, dim)
+    words = _sampling._net(jnp.array([3, 4], jnp.uint32), size, dim)
+    assert words.shape == (2**levels // wide, wide * dim)
+    points = np.asarray(words).reshape(2**levels, dim)
+    i, j = np.random.RandomState(2).randint(2**levels, size=(2, 200))
+    np.testing.assert_array_equal(points[i ^ j], points[i] ^ points[j] ^ points[0])
+    first = np.sort(points >> np.uint32(32 - levels), axis=0)
+    np.testing.assert_array_equal(first, np.tile(np.arange(2**levels)[:, None], (1, dim)))
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 67, 20_001])
+def test_rows_of_any_number_are_those_of_a_larger_one(num_samples):
+    """XLA is given a few more where that is faster; they must not be seen."""
+    drawn = [
+        _sampling.draw(
+            px.Gumbel(), px.Independent(), jnp.array([1, 2], jnp.uint32), jnp.uint32(0),
+            count, 1, 3, np.dtype(np.float32),
+        )
+        for count in (num_samples, 20_004)
+    ]  # fmt: skip
+    assert drawn[0].shape == (num_samples, 3)
+    np.testing.assert_array_equal(drawn[0], drawn[1][:num_samples])
+
+
+def test_the_root_of_a_key_is_what_jax_draws():
+    for impl in ("threefry2x32", "rbg"):
+        key = jax.random.key(7, impl=impl)
+        np.testing.assert_array_equal(_bits.root(key), jax.random.bits(key, (2,), jnp.uint32))
 
 
 def test_a_net_has_one_point_in_each_slice():
@@ -257,6 +291,33 @@ def test_the_hessian_of_a_quadratic_is_exact(sampler, noise):
         np.testing.assert_allclose(jax.hessian(fun, argnums=1)(key, x), 2 * matrix, atol=3e-4)
     slope = 2 * matrix @ (x + 0.5 * noise.mean)
     np.testing.assert_allclose(jax.grad(fun, argnums=1)(key, x), slope, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [None, 6_000])
+def test_a_fit_on_a_part_of_the_samples_is_exact_too(batch_size):
+    """12,000 samples of 60 coordinates: 32 for each coefficient are enough, the rest save time."""
+    dim, options = 60, {"batch_size": batch_size, "degree": 1, "sampler": px.Sobol()}
+    assert _surrogate.enough(dim, 1, 2, 6_000) == 32 * (1 + dim)
+    slope = jnp.asarray(np.random.RandomState(0).normal(size=dim), jnp.float32)
+    fun = smooth(lambda y: slope @ y, None, 0.5, px.Gumbel(), 12_000, **options)
+    gradient = jax.grad(fun, argnums=1)(jax.random.key(5), jnp.zeros(dim))
+    np.testing.assert_allclose(gradient, slope, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel()], ids=str)
+@pytest.mark.parametrize(("dim", "degree"), [(3, 1), (3, 2), (25, 2)])
+def test_slopes_of_surrogates_are_their_derivatives(dim, degree, noise):
+    """What is written down agrees with what JAX derives."""
+    size = _surrogate.num_features(dim, degree)
+    beta = jnp.asarray(np.random.RandomState(1).normal(size=(size, 2)), jnp.float32)
+    found = _surrogate.expected_slopes(beta, dim, degree, noise)
+
+    def expected(a, r):
+        return _surrogate.expected_features(a, r, degree, noise) @ beta
+
+    derived = jax.jacfwd(expected, argnums=(0, 1))(jnp.zeros(dim), jnp.ones(dim))
+    for ours, theirs in zip(found, derived, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_more_coordinates_than_samples_determine_stay_finite():
