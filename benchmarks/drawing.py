@@ -1,4 +1,4 @@
-"""Claim: nets cost no more for each number than independent noise does.
+"""Claim: nets cost no more for each number than the noise of `jax.random` does.
 
 Drawing Gumbel noise, jitted, nothing else: scrambled Sobol nets and pairs of opposite samples,
 beside independent samples by the same generator, and beside `jax.random.gumbel`, which draws for

@@ -460,7 +460,7 @@ def _draw_block(
     groups = first + lax.iota(jnp.uint32, count)
     if isinstance(sampler, Independent) and hasattr(noise, "from_bits"):
         rows = count * group_size
-        # Nor does XLA of a number of elements that four do not divide.
+        # XLA makes no vector instructions of a number of elements that four do not divide.
         more = -rows % 4 if isinstance(dim, int) and 0 < dim < _NARROW else 0
         samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, rows + more)
         block = lambda: noise.from_bits(_words(key, samples, dim, dtype))  # noqa: E731

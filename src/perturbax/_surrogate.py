@@ -192,8 +192,8 @@ def _shrunk(beta: Array, explained: Array, weight: Array, totals: Array, least: 
     chance = (size - 1) * unexplained * squared_mean
     per_weight = 1 / weight  # once, for each division is compiled by itself
     gain = (explained - jnp.abs(first) ** 2 * per_weight) * spare
-    enough = (spare > 0) & (gain > chance)
-    keep = jnp.where(enough, 1 - chance / jnp.where(enough, gain, 1), 0)
+    told = (spare > 0) & (gain > chance)
+    keep = jnp.where(told, 1 - chance / jnp.where(told, gain, 1), 0)
     keep = jax.lax.stop_gradient(keep).astype(beta.dtype)
     constant = (1 - keep) * first * per_weight.astype(beta.dtype)
     place = np.eye(1, size, dtype=beta.dtype)[:, :, None]
