@@ -23,6 +23,7 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from . import _arguments
+from ._calls import describe, leading
 from ._interop import as_noise
 from ._noise import Gumbel, NoiseDistribution
 from ._perturb import make_perturbed_fun
@@ -35,7 +36,7 @@ from ._perturbation import (
     score_leaves,
     times,
 )
-from ._rules import is_live, with_jvp
+from ._rules import is_live, live_jvp, with_jvp
 from ._sampling import Sampler
 from ._trace import TracedFunction, trace
 
@@ -69,8 +70,8 @@ def make_perturbed_argmax(
         and shapes of theta, in any dtype. It is traced, then vmapped over the samples, and never
         differentiated in theta. For solutions of another shape, or the solutions together with
         auxiliary results, use `make_perturbed_fun`.
-      num_samples: how many problems are solved for a value, a static int of at least 1; one more
-        for derivatives.
+      num_samples: how many problems are solved, a static int of at least 1; with degree 0, one
+        more for derivatives.
       sigma: scale of the noise, as in `make_perturbed_fun`.
       noise: law of the noise Z, an object with the methods of `NoiseDistribution`.
       use_baseline: as in `make_perturbed_fun`.
@@ -123,14 +124,15 @@ def make_perturbed_argmax(
         degree=degree,
     )
 
-    def perturbed_argmax(key: Array, theta: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def perturbed_argmax(*args: Any, **kwargs: Any) -> Any:
+        key, theta, *rest = leading(("key", "theta"), args, kwargs)
         key = _arguments.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
         scales = scales_of(layer.sigma, theta, leaves, names, layer.multiplicative)
 
         def solve(u: list[Array], _: Any) -> list[Array]:
             scores = layer.unsigned(tree, u)
-            y = layer.argmax_fun(scores, *args, **kwargs)
+            y = layer.argmax_fun(scores, *rest, **kwargs)
             return same_shapes("the result of argmax_fun", y, scores)
 
         def mean(*parts: Array) -> list[Array]:
@@ -143,6 +145,9 @@ def make_perturbed_argmax(
         value = _symmetrized(traced, len(leaves), num_symmetric, inputs, operands)
         return jax.tree.unflatten(tree, value)
 
+    does = f"Estimates E[{{name}}(theta + sigma Z)] by the mean of {num_samples} solutions."
+    names = ("key", "theta")
+    describe(perturbed_argmax, "perturbed", argmax_fun, names, "make_perturbed_argmax", does)
     return perturbed_argmax
 
 
@@ -231,7 +236,8 @@ def make_perturbed_max(
         degree=degree,
     )
 
-    def perturbed_max(key: Array, theta: Any, /, *args: Any, **kwargs: Any) -> Array:
+    def perturbed_max(*args: Any, **kwargs: Any) -> Array:
+        key, theta, *rest = leading(("key", "theta"), args, kwargs)
         key = _arguments.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
         scales = scales_of(layer.sigma, theta, leaves, names, layer.multiplicative)
@@ -239,13 +245,13 @@ def make_perturbed_max(
 
         def solution(u: list[Array]) -> tuple[list[Array], Array]:
             scores = layer.unsigned(tree, u)
-            y = layer.argmax_fun(scores, *args, **kwargs)
+            y = layer.argmax_fun(scores, *rest, **kwargs)
             if objective is None:
                 g = same_shapes("the result of argmax_fun", y, scores)
                 value = inner_product(jax.tree.leaves(scores), g, dtype)
             else:
                 value, g = jax.value_and_grad(objective_value(objective, dtype))(
-                    scores, y, *args, **kwargs
+                    scores, y, *rest, **kwargs
                 )
                 g = jax.tree.leaves(g)
             # Of the maximum in the scores, which a minimiser's are the opposites of.
@@ -285,6 +291,9 @@ def make_perturbed_max(
             value = _best(traced, len(leaves), num_symmetric, inputs, operands)
         return value if layer.maximize else -value
 
+    does = f"Estimates the expected optimum of {{name}} by the mean of {num_samples} samples."
+    names = ("key", "theta")
+    describe(perturbed_max, "perturbed_max_of", argmax_fun, names, "make_perturbed_max", does)
     return perturbed_max
 
 
@@ -444,17 +453,12 @@ def _maximum_jvp(
 ) -> tuple[Array, Array]:
     inputs, operands = primals
     inputs_dot, operands_dot = tangents
-    live = [i for i, dot in enumerate(operands_dot) if is_live(dot)]
 
-    def restricted(*values: Array) -> list[Array]:
-        merged = list(operands)
-        for i, value in zip(live, values, strict=True):
-            merged[i] = value
-        return _symmetrized(traced, num_scores, num_symmetric, inputs, tuple(merged))
+    def results(operands: Any) -> list[Array]:
+        return _symmetrized(traced, num_scores, num_symmetric, inputs, operands)
 
-    out, out_dot = jax.jvp(restricted, [operands[i] for i in live], [operands_dot[i] for i in live])
-    value = out[num_scores]
-    value_dot = out_dot[num_scores] if live else jnp.zeros_like(value)
+    out, out_dot = live_jvp(results, (operands,), (operands_dot,))
+    value, value_dot = out[num_scores], out_dot[num_scores]
     # The results before the value belong to the scores, those after it to the scales.
     for slope, dot in zip([*out[:num_scores], *out[num_scores + 1 :]], inputs_dot, strict=True):
         if is_live(dot):

@@ -1,12 +1,11 @@
 """Checks of what users pass: every error names the argument, what came, what was expected."""
 
-import contextlib
 import functools
 import math
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,16 +15,7 @@ from jax import Array
 from jax.core import Tracer
 
 from . import _blocks
-from ._trace import TracedFunction, trace
 
-# What JAX raises where a function needs values of what is traced.
-_NEEDS_VALUES = (
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerBoolConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.ConcretizationTypeError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
 # Whose frames a warning passes over.
 _NOT_OF_USERS = ("jax", "perturbax")
 
@@ -165,11 +155,11 @@ def _check_scale(scale: Any) -> Any:
         raise TypeError(
             f"sigma must be a positive number, array or pytree of them, got {type(scale).__name__}"
         )
-    dtype = _dtype(scale)
+    dtype = dtype_of(scale)
     if dtype is None:
         raise TypeError(
-            f"sigma must be a real number, got {_kind(scale)}, a dtype that JAX has not: "
-            "convert it to float32, say"
+            f"sigma must be a real number, got {kind_of(scale)}, a dtype that JAX does not "
+            "support: convert it to float32, for example"
         )
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"sigma must be real, got {dtype}")
@@ -200,15 +190,15 @@ def _first(values: np.ndarray, wrong: np.ndarray) -> float:
     return float(values[wrong].ravel()[0])
 
 
-def _dtype(value: Any) -> Any:
-    """As JAX has it; None for those that it has not, such as that of strings."""
+def dtype_of(value: Any) -> Any:
+    """As JAX has it; None for those that it does not support, such as that of strings."""
     try:
         return jnp.result_type(value)
     except TypeError:
         return None
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What an error calls it."""
     dtype = getattr(value, "dtype", None)
     return f"a {type(value).__name__}" if dtype is None else f"an array of {dtype}"
@@ -227,7 +217,7 @@ def check_key(key: Any, x: Any) -> Array:
     if isinstance(key, Array | np.ndarray) and key.dtype == np.uint32:
         if key.ndim == 1:
             try:
-                return jax.random.wrap_key_data(_on_device(key))
+                return jax.random.wrap_key_data(on_device(key))
             except TypeError:
                 pass
         if key.ndim == 2:
@@ -247,7 +237,7 @@ def _is_key(value: Any) -> bool:
     )
 
 
-def _on_device(value: Any) -> Any:
+def on_device(value: Any) -> Any:
     # Explicit, so that jax.transfer_guard('disallow') has nothing to object to. JAX may use memory
     # of numpy in place, which its owner may change before the program, or its derivative, runs.
     return value if isinstance(value, Array) else jax.device_put(np.array(value))
@@ -272,12 +262,12 @@ def perturbed_leaves(x: Any) -> tuple[list[Array], list[str], Callable[[Any], An
                 f"x must be a pytree of arrays, but leaf {leaf_name(path)!r} is a "
                 f"{type(leaf).__name__}: pass it to fun as a further argument, g(key, x, ...)"
             )
-        dtype = _dtype(leaf)
+        dtype = dtype_of(leaf)
         if dtype is None:
             raise TypeError(
-                f"x must be a pytree of arrays, but leaf {leaf_name(path)!r} is {_kind(leaf)}, "
-                "a dtype that JAX has not: convert it to float32, say, or pass it to fun as a "
-                "further argument, g(key, x, ...)"
+                f"x must be a pytree of arrays, but leaf {leaf_name(path)!r} is {kind_of(leaf)}, "
+                "a dtype that JAX does not support: convert it to float32, for example, or pass it "
+                "to fun as a further argument, g(key, x, ...)"
             )
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
@@ -286,7 +276,7 @@ def perturbed_leaves(x: Any) -> tuple[list[Array], list[str], Callable[[Any], An
             )
         if jnp.issubdtype(dtype, jnp.floating):
             if isinstance(leaf, np.ndarray | np.generic):
-                leaf = _on_device(np.asarray(leaf, dtype))
+                leaf = on_device(np.asarray(leaf, dtype))
             leaves.append(leaf)
             names.append(leaf_name(path))
             fixed.append(None)
@@ -347,7 +337,7 @@ def scale_leaves(sigma: Any, x: Any, leaves: list[Array], names: list[str]) -> l
         if not (leaves and _blocks.is_matrix(scale, leaves[i])):
             _check_range(scale, noise_dtype(leaves))
     _warn_if_lost(scales, leaves, names)
-    return [_on_device(s) for s in scales]
+    return [on_device(s) for s in scales]
 
 
 def _check_none(path: Any, scale: Any, part: Any) -> None:
@@ -433,7 +423,14 @@ def _poisoned(dims: tuple[int | None, ...], value: list[Array], scales: list[Arr
     ]
     valid = jnp.stack(valid).all()
     # A factor, so that derivatives become NaN as well.
-    return [v * jnp.where(valid, 1.0, jnp.nan).astype(v.dtype) for v in value]
+    return [_scaled(v, jnp.where(valid, 1.0, jnp.nan)) for v in value]
+
+
+def _scaled(value: Array, factor: Array) -> Array:
+    factor = factor.astype(jnp.finfo(value.dtype).dtype)
+    if jnp.iscomplexobj(value):  # part by part, for inf times 0 is NaN
+        return jax.lax.complex(value.real * factor, value.imag * factor)
+    return value * factor
 
 
 def _warn_if_lost(scales: list[Any], leaves: list[Array], names: list[str]) -> None:
@@ -469,275 +466,8 @@ def _stacklevel_of_user() -> int:
     return level
 
 
-def share_axes(
-    key: Array, leaves: list[Array], scales: list[Array]
-) -> tuple[Array, list[Array], list[Array]]:
-    """Inside `shard_map`: makes all arguments vary over the mesh axes that any of them varies over.
-
-    Samples do, and fun has to be traced for arguments of their type.
-    """
-    axes = frozenset().union(*map(varying_axes, (key, *leaves, *scales)))
-    if not axes:
-        return key, leaves, scales
-
-    impl = jax.random.key_impl(key)
-    key = jax.random.wrap_key_data(varying(jax.random.key_data(key), axes), impl=impl)
-    return key, [varying(v, axes) for v in leaves], [varying(v, axes) for v in scales]
-
-
-def varying(value: Array, axes: frozenset[Any]) -> Array:
-    """Inside `shard_map`: the value, as one that varies over these mesh axes too."""
-    missing = tuple(axes - varying_axes(value))
-    if not missing:
-        return value
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(value, missing, to="varying")
-    pvary: Any = getattr(jax.lax, "pvary")  # noqa: B009 (its name until jax 0.7)
-    return pvary(value, missing)
-
-
-def varying_axes(value: Any) -> frozenset[Any]:
-    """The mesh axes that an array, or a described one, varies over inside `shard_map`."""
-    kind: Any = value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
-    kind = getattr(kind, "manual_axis_type", kind)  # its name since jax 0.10
-    return frozenset(getattr(kind, "varying", None) or getattr(kind, "vma", None) or ())
-
-
 def _is_known(value: Any) -> bool:
     return not isinstance(value, Tracer) and getattr(value, "is_fully_addressable", True)
-
-
-@contextlib.contextmanager
-def explained_vmap(batch_size: int | None) -> Iterator[None]:
-    """Adds the remedy to the error of a function that cannot be vmapped."""
-    try:
-        yield
-    except (NotImplementedError, ValueError) as error:
-        if batch_size != 1 and ("vmap" in str(error) or "atching rule" in str(error)):
-            error.add_note(
-                "fun is vmapped over the samples. With batch_size=1, make_perturbed_fun calls it "
-                "sample by sample instead, as it is."
-            )
-        raise
-
-
-def trace_fun(
-    fun: Callable[..., Any], leaves: list[Array], has_aux: bool
-) -> tuple[TracedFunction, tuple[Any, ...], int, Any, Any]:
-    """Traces fun(leaves), with hints where that fails.
-
-    Returns the function, what it closes over, how many of its results are its value, and the
-    structures of value and aux.
-    """
-    structures: list[Any] = []
-
-    def flat(*values: Array) -> list[Any]:
-        out = fun(list(values))
-        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(
-                "with has_aux=True fun must return a pair (value, aux), got "
-                f"{jax.tree.structure(out)}"
-            )
-        value, aux = out if has_aux else (out, None)
-        for name, tree in (("value", value), ("aux", aux)):
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                kinds = bool | int | float | complex | np.generic | np.ndarray | Array
-                if not isinstance(leaf, kinds) or _dtype(leaf) is None:
-                    raise TypeError(
-                        f"fun's {name} must be a pytree of arrays, but its leaf "
-                        f"'{name}{jax.tree_util.keystr(path)}' is {_kind(leaf)}"
-                    )
-                if name == "value" and jnp.issubdtype(_dtype(leaf), jax.dtypes.prng_key):
-                    raise TypeError(
-                        "fun's value must be a pytree of numbers, for it is averaged, but its leaf "
-                        f"'{name}{jax.tree_util.keystr(path)}' is a PRNG key; return it as aux, "
-                        "with has_aux=True"
-                    )
-        structures[:] = [jax.tree.structure(value), jax.tree.structure(aux)]
-        return [*jax.tree.leaves(value), *jax.tree.leaves(aux)]
-
-    try:
-        traced, operands = trace(flat, *leaves)
-    except _NEEDS_VALUES as error:
-        error.add_note(
-            "fun is traced and vmapped over the samples, so it cannot use numpy, float(), `if` or "
-            "an index of bools on its argument. Call such code through jax.pure_callback; what "
-            "cannot be vmapped is evaluated one sample at a time with batch_size=1."
-        )
-        raise
-    value_tree, aux_tree = structures
-    return traced, tuple(map(_on_device, operands)), value_tree.num_leaves, value_tree, aux_tree
-
-
-# What a noise may know of its inverse distribution function: functions of numbers, one by one.
-_INVERSES = ("icdf", "from_bits", "from_normal")
-
-
-class TracedNoise:
-    """A user's noise, traced: what it closes over is an operand, and equal traces are equal."""
-
-    def __init__(self, methods: dict[str, TracedFunction], noise: Any):
-        """Wraps the traced methods, for one shape, and takes over what else `noise` tells."""
-        self.methods = methods
-        self.derivatives = getattr(noise, "derivatives", math.inf)
-        moments = (getattr(noise, name, None) for name in ("mean", "variance"))
-        # Others serve for nothing, and may be tracers, which cannot be compared.
-        self.mean, self.variance = (m if isinstance(m, int | float) else None for m in moments)
-
-    @property
-    def _parts(self) -> Any:
-        return tuple(self.methods.items()), self.derivatives, self.mean, self.variance
-
-    def __hash__(self) -> int:
-        """A hash of the methods' operations."""
-        return hash(self._parts)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether all methods perform the same operations."""
-        return isinstance(other, TracedNoise) and self._parts == other._parts
-
-    def bind(self, operands: Any) -> "BoundNoise":
-        """The noise, given what its methods closed over."""
-        return BoundNoise(self, operands)
-
-
-class BoundNoise:
-    """A traced noise with its operands: draws and log-densities for the shape it was traced at."""
-
-    # It holds arrays.
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-    def __init__(self, traced: TracedNoise, operands: dict[str, Any]):
-        """Binds the operands of each method; has those inverses that were traced."""
-        self._methods, self._operands = traced.methods, operands
-        self.mean, self.variance = traced.mean, traced.variance
-        for name in _INVERSES:
-            if name in traced.methods:
-                setattr(self, name, functools.partial(self._inverse, name))
-
-    def sample(self, key: Array, sample_shape: Any, dtype: Any) -> Array:
-        """One draw of the traced shape."""
-        del sample_shape
-        return self._call("sample", key).astype(dtype)
-
-    def log_prob(self, inputs: Array) -> Array:
-        """Log-density of one draw."""
-        return self._call("log_prob", inputs).astype(inputs.dtype)
-
-    def _call(self, name: str, argument: Array) -> Array:
-        return self._methods[name](self._operands[name], argument)[0]
-
-    def _inverse(self, name: str, rows: Array) -> Array:
-        dtype = np.dtype(np.float32 if rows.dtype.itemsize <= 4 else np.float64)
-        return jax.vmap(functools.partial(self._call, name))(rows).astype(dtype)
-
-
-def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[TracedNoise, Any]:
-    """Traces a user's noise for `dim` coordinates, and checks shapes and its use of the key."""
-    what = f"noise.sample(key, ({dim},), {np.dtype(dtype).name})"
-    like_key: Any = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
-    like_z: Any = jax.ShapeDtypeStruct((dim,), dtype)
-    words = np.uint32 if np.dtype(dtype).itemsize <= 4 else np.uint64
-    like_bits: Any = jax.ShapeDtypeStruct((dim,), words)
-    axes = varying_axes(key)
-    if axes:  # inside shard_map, where only an array has the axes in its type
-        like_key = jax.random.wrap_key_data(jax.random.bits(key, (2,)), impl="threefry2x32")
-        like_z = varying(jnp.zeros((dim,), dtype), axes)
-        like_bits = varying(jnp.zeros((dim,), words), axes)
-    try:
-        sample, sample_operands = trace(lambda k: noise.sample(k, (dim,), dtype), like_key)
-    except _NEEDS_VALUES as error:
-        error.add_note(f"{what} must compute with jax.random, not with numpy")
-        raise
-    except TypeError as error:
-        error.add_note(f"raised by {what}, a call that perturbax.NoiseDistribution describes")
-        raise
-    [aval] = _only_leaf(sample, what)
-    if aval.shape != (dim,):
-        raise ValueError(f"{what} returned shape {aval.shape}, expected ({dim},)")
-    if not jnp.issubdtype(aval.dtype, jnp.floating):
-        raise TypeError(f"{what} returned dtype {aval.dtype}, expected a floating dtype")
-    if dim and not sample.depends_on_inputs():
-        raise TypeError(
-            f"{what} does not depend on key: all samples would share one draw. Return a traced "
-            "JAX array drawn with jax.random from the key"
-        )
-    methods, operands = {"sample": sample}, {"sample": sample_operands}
-    methods["log_prob"], operands["log_prob"] = _trace_method(
-        noise.log_prob, like_z, "noise.log_prob(inputs)"
-    )
-    [aval] = _only_leaf(methods["log_prob"], "noise.log_prob(inputs)")
-    if aval.shape not in ((dim,), ()):
-        raise ValueError(
-            f"noise.log_prob(inputs) returned shape {aval.shape} for inputs of shape ({dim},), "
-            f"expected ({dim},), or () for the log-density of all coordinates together"
-        )
-    check_log_prob(aval)
-    for name in _INVERSES:
-        if not hasattr(noise, name):
-            continue
-        like = like_bits if name == "from_bits" else like_z
-        methods[name], operands[name] = _trace_method(getattr(noise, name), like, f"noise.{name}")
-        [aval] = _only_leaf(methods[name], f"noise.{name}")
-        if aval.shape != (dim,):
-            raise ValueError(
-                f"noise.{name} returned shape {aval.shape} for an array of shape ({dim},), "
-                f"expected ({dim},)"
-            )
-    operands = {name: tuple(map(_on_device, v)) for name, v in operands.items()}
-    return TracedNoise(methods, noise), operands
-
-
-def _trace_method(method: Callable[..., Any], like: Any, what: str) -> Any:
-    """`trace` with hints where it fails."""
-    try:
-        return trace(lambda v: method(v), like)
-    except _NEEDS_VALUES as error:
-        error.add_note(f"{what} is traced, so it must compute with jax.numpy, not with numpy")
-        raise
-
-
-def sample_group(
-    sampler: Any, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
-) -> Array:
-    """Noise of one group by a user's sampler; checks its shape, dtype and use of the key."""
-    name = np.dtype(dtype).name
-    what = f"sampler.sample_group(key, noise, {group_size}, {dim}, {name})"
-    try:
-        traced, operands = trace(
-            lambda k: sampler.sample_group(k, noise, group_size, dim, dtype), key
-        )
-    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
-        error.add_note(f"{what} must compute with jax.random, not with numpy")
-        raise
-    except TypeError as error:
-        error.add_note(f"raised by {what}, a call that perturbax.Sampler describes")
-        raise
-    [aval] = _only_leaf(traced, what)
-    if aval.shape != (group_size, dim):
-        raise ValueError(
-            f"{what} returned shape {aval.shape}, expected ({group_size}, {dim}): one row for each "
-            "sample of the group"
-        )
-    if not jnp.issubdtype(aval.dtype, jnp.floating):
-        raise TypeError(f"{what} returned dtype {aval.dtype}, expected a floating dtype")
-    if aval.dtype.itemsize < 4:
-        raise TypeError(
-            f"{what} returned {aval.dtype}, which holds so few numbers that the gradient would be "
-            f"far off. Draw in {name}, as asked for"
-        )
-    if dim != 0 and not traced.depends_on_inputs():
-        raise TypeError(
-            f"{what} does not depend on key: all groups would share one draw. Return a traced JAX "
-            "array drawn with jax.random from the key"
-        )
-    return traced(operands, key)[0].astype(dtype)
-
-
-def _only_leaf(traced: TracedFunction, what: str) -> Any:
-    if len(traced.out_avals) != 1:
-        raise TypeError(f"{what} must return one array, got {traced.out_tree}")
-    return traced.out_avals
 
 
 def num_elements(leaves: list[Array]) -> int:

@@ -6,18 +6,20 @@ import numpy as np
 from jax import Array, lax
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+# Two words, or two arrays of them that broadcast with what is asked for.
+Key = Array | tuple[Array, Array]
 _PARITY = np.uint32(0x1BD11BDA)
 
 
 @jax.jit  # traced once for each shape, not at each use
-def threefry(key: Array, row: Array, column: Array) -> tuple[Array, Array]:
+def threefry(key: Key, row: Array, column: Array) -> tuple[Array, Array]:
     """Threefry-2x32 with 20 rounds: the two words that `key` assigns to the counter (row, column).
 
     Written as plain element-wise operations, so that XLA fuses the generator with whatever consumes
     its output; a table of random numbers need never exist in memory.
 
     Args:
-      key: two uint32 words, shape (2,).
+      key: two uint32 words, shape (2,), or two arrays of them that broadcast with the others.
       row: uint32 array.
       column: uint32 array that broadcasts with `row`.
 
@@ -30,10 +32,10 @@ def threefry(key: Array, row: Array, column: Array) -> tuple[Array, Array]:
     """
     schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
     a, b = jnp.broadcast_arrays(row, column)
+    a, b = a + schedule[0], b + schedule[1]
     # By lax and of few constants, not by operators: these operations are half of what it takes to
     # trace a call.
     shifts = {n: lax.full_like(a, n) for r in _ROTATIONS for m in r for n in (m, 32 - m)}
-    a, b = a + schedule[0], b + schedule[1]
     for block in range(5):
         for left in _ROTATIONS[block % 2]:
             a = lax.add(a, b)
@@ -45,12 +47,12 @@ def threefry(key: Array, row: Array, column: Array) -> tuple[Array, Array]:
     return a, b
 
 
-def words32(key: Array, row: Array, column: Array) -> Array:
+def words32(key: Key, row: Array, column: Array) -> Array:
     """Uniform 32-bit words."""
     return threefry(key, row, column)[0]
 
 
-def words(key: Array, row: Array, column: Array, dtype: np.dtype) -> Array:
+def words(key: Key, row: Array, column: Array, dtype: np.dtype) -> Array:
     """Uniform words, wide enough for noise of the given floating dtype (uint32, or uint64)."""
     first, second = threefry(key, row, column)
     if dtype.itemsize <= 4:

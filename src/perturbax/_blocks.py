@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
     def times(self, z: Array) -> Array:
         """R z, for each row z of (C, D)."""
         parts = [
-            part * r[None] if r.ndim == 1 else _matmul(part, r.T)
+            part * r[None] if r.ndim == 1 else matmul(part, r.T)
             for r, part in zip(self.blocks, self._cut(z), strict=True)
         ]
         return jnp.concatenate(parts, axis=1)
@@ -49,7 +49,7 @@ class Blocks(NamedTuple):
     def solve(self, v: Array) -> Array:
         """R^-1 v for one vector v (D,)."""
         parts = [
-            part / r if r.ndim == 1 else _matmul(_inverse_of_unit(r), part)
+            part / r if r.ndim == 1 else matmul(_inverse_of_unit(r), part)
             for r, part in zip(self.blocks, self._cut(v), strict=True)
         ]
         return jnp.concatenate(parts)
@@ -91,9 +91,9 @@ def departures(
             matrix = sigma.reshape(size, size)
             fixed = lax.stop_gradient(matrix)
             inverse = invert(fixed)
-            unit = jnp.eye(size, dtype=matrix.dtype) + _matmul(inverse, matrix - fixed)
+            unit = jnp.eye(size, dtype=matrix.dtype) + matmul(inverse, matrix - fixed)
             blocks.append(_inverse_of_unit(unit))
-            a.append(-_matmul(blocks[-1], _matmul(inverse, part)))
+            a.append(-matmul(blocks[-1], matmul(inverse, part)))
     return jnp.concatenate(a), Blocks(tuple(blocks))
 
 
@@ -104,7 +104,7 @@ def _unit(matrix: Array) -> Array:
 
 def _unit_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     inverse = _inverse_of_unit(*primals)
-    return inverse, -_matmul(_matmul(inverse, tangents[0]), inverse)
+    return inverse, -matmul(matmul(inverse, tangents[0]), inverse)
 
 
 _inverse_of_unit = with_jvp(_unit, _unit_jvp)
@@ -169,5 +169,6 @@ def is_accurate(inverse: Any, dtype: Any) -> Any:
     return abs(inverse).max() * inverse.shape[0] * float(jnp.finfo(dtype).eps) < 1
 
 
-def _matmul(left: Array, right: Array) -> Array:
+def matmul(left: Array, right: Array) -> Array:
+    """A matrix product in full precision, whatever the accelerator's default."""
     return jnp.matmul(left, right, precision=_PRECISION)

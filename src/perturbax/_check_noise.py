@@ -16,6 +16,8 @@ from ._interop import as_noise
 
 # Standard errors beyond which a difference is not chance: 6e-7 for each comparison.
 _LIMIT = 5.0
+# Fewest draws for which standard errors can be trusted.
+_LEAST_DRAWS = 100
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -47,7 +49,7 @@ class NoiseReport:
         return self.ok
 
     def __str__(self) -> str:
-        lines = [f"{self.noise} {'is good noise' if self.ok else 'will not do as noise'}."]
+        lines = [f"{self.noise} {'is good noise' if self.ok else 'is not valid noise'}."]
         lines += [f"- {problem}" for problem in self.problems]
         lines += [f"- Note: {note}" for note in self.notes]
         if not math.isnan(self.mean_score[0]):
@@ -75,8 +77,8 @@ def check_noise(
     Args:
       noise: an object with sample and log_prob, in this library's convention or another's.
       key: one PRNG key; None takes a fixed one.
-      num_samples: how many numbers are drawn; a difference as large as 10 over the square root of
-        it is found.
+      num_samples: how many numbers are drawn, at least 100 times dim. Differences of at least
+        10 / sqrt(num_samples), relative to the standard deviation of what is compared, are found.
       dim: how many coordinates a draw has.
 
     Returns:
@@ -85,6 +87,7 @@ def check_noise(
 
     Raises:
       TypeError: if noise is not an object with sample and log_prob.
+      ValueError: if num_samples is below 100 times dim: so few draws tell too little.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -107,6 +110,11 @@ def check_noise(
     _arguments.check_noise(noise)
     num_samples = _arguments.check_count(num_samples, "num_samples")
     dim = _arguments.check_count(dim, "dim")
+    if num_samples < _LEAST_DRAWS * dim:
+        raise ValueError(
+            f"num_samples must be at least {_LEAST_DRAWS * dim}, which is {_LEAST_DRAWS} draws of "
+            f"dim={dim} numbers, got {num_samples}: standard errors of fewer mean little"
+        )
     key = jax.random.key(0) if key is None else _arguments.check_key(key, None)
     name = repr(noise)
     if len(name) > 60 or " object at " in name:

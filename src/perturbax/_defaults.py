@@ -67,7 +67,7 @@ def choose(
     groups = -(-num_samples // sampler.group_size(num_samples, dim))
     if groups == 1:
         degree = 0  # a single group leaves nothing to fit on
-    elif groups > _BLOCKS and isinstance(sampler, Independent):
+    elif groups > _BLOCKS and isinstance(sampler, Independent) and sampler.block == 1:
         sampler = Independent(block=-(-num_samples // _BLOCKS))
     elif groups > _MOST_FITS:
         sampler = Merged(sampler, -(-groups // _MOST_FITS))

@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from . import _arguments, _bits, _defaults, _estimator
+from ._calls import describe, leading
 from ._interop import as_noise
 from ._noise import Gumbel, NoiseDistribution
 from ._perturb import make_perturbed_fun
@@ -92,7 +93,7 @@ def make_perturbed_distribution(
       maximize: False for a solver that minimises costs theta, which sees theta - sigma Z.
       multiplicative: as in `make_perturbed_argmax`.
       batch_size: as in `make_perturbed_argmax`.
-      sampler: as in `make_perturbed_argmax`; None stands for independent samples.
+      sampler: as in `make_perturbed_argmax`; None chooses, as for degree 0.
 
     Returns:
       A function `g(key, theta, *args, **kwargs)` that returns an `EmpiricalDistribution`. `key` is
@@ -127,9 +128,8 @@ def make_perturbed_distribution(
     maximize = _arguments.check_bool(maximize, "maximize")
     multiplicative = check_multiplicative(multiplicative, law)
 
-    def perturbed_distribution(
-        key: Array, theta: Any, /, *args: Any, **kwargs: Any
-    ) -> EmpiricalDistribution:
+    def perturbed_distribution(*args: Any, **kwargs: Any) -> EmpiricalDistribution:
+        key, theta, *rest = leading(("key", "theta"), args, kwargs)
         key = _arguments.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
         scales = scales_of(sigma, theta, leaves, names, multiplicative)
@@ -140,7 +140,8 @@ def make_perturbed_distribution(
         def solve(v: list[Array]) -> Any:
             u = perturbation.point(v)
             u = jax.tree.unflatten(tree, u if maximize else [-one for one in u])
-            return jnp.zeros((), dtype), (v, argmax_fun(u, *args, **kwargs))
+            # All that is wanted are the samples: noise and solutions, as aux of no value.
+            return jnp.zeros((), dtype), (v, argmax_fun(u, *rest, **kwargs))
 
         location, scale = perturbation.location(), perturbation.scale()
         draw = make_perturbed_fun(
@@ -156,6 +157,9 @@ def make_perturbed_distribution(
             [weights] = _arguments.nan_unless_valid([weights], scales)
         return EmpiricalDistribution(distinct, weights)
 
+    does = f"Estimates the distribution of {{name}}(theta + sigma Z) from {num_samples} solutions."
+    names, maker = ("key", "theta"), "make_perturbed_distribution"
+    describe(perturbed_distribution, "distribution_of", argmax_fun, names, maker, does)
     return perturbed_distribution
 
 

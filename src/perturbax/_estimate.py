@@ -1,22 +1,29 @@
-"""estimate: what a perturbed function and its gradient are worth, as standard errors."""
+"""estimate: a perturbed function and its gradient, with standard errors."""
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from . import _arguments, _spread
+from . import _arguments, _spread, _tracing
 from ._perturb import Perturbed
 from ._sampling import Sobol
 
 # Nets where the choice is ours: eight leave seven degrees of freedom, for intervals hardly wider
 # than with many, and each is still large enough to be a good net.
 _NUM_GROUPS = 8
+
+
+class Intervals(NamedTuple):
+    """Ends of confidence intervals, `(low, high)`, structured as what they are intervals of."""
+
+    value: tuple[Any, Any]
+    gradient: tuple[Any, Any]
 
 
 @partial(
@@ -47,8 +54,8 @@ class Estimate:
     aux: Any
     degrees_of_freedom: int
 
-    def interval(self, level: float = 0.95) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """Confidence intervals, number by number: ends for the value, and ends for the gradient.
+    def interval(self, level: float = 0.95) -> Intervals:
+        """Confidence intervals, number by number, of the value and of the gradient.
 
         By Student's law, whose tails allow for how well few groups tell their own spread.
 
@@ -57,7 +64,7 @@ class Estimate:
             number.
 
         Returns:
-          `(low, high)` for the value and `(low, high)` for the gradient.
+          `Intervals`: `(low, high)` for the value and `(low, high)` for the gradient.
 
         Raises:
           TypeError: if level is not a number, or traced; if the value is complex.
@@ -77,7 +84,10 @@ class Estimate:
             low = jax.tree.map(lambda m, e: m - width * e, middle, error)
             return low, jax.tree.map(lambda m, e: m + width * e, middle, error)
 
-        return ends(self.value, self.value_error), ends(self.gradient, self.gradient_error)
+        return Intervals(
+            value=ends(self.value, self.value_error),
+            gradient=ends(self.gradient, self.gradient_error),
+        )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -122,7 +132,7 @@ def estimate(
 
     Value and gradient are those that `perturbed_fun` and `jax.grad` of it have at the same key if
     it was given a sampler. If it was not, and would take two nets of samples, eight smaller ones
-    (fewer of few samples) are taken here, for two say next to nothing of their spread.
+    (fewer of few samples) are taken here, as two tell almost nothing about their spread.
 
     Args:
       perturbed_fun: what `make_perturbed_fun` returned.
@@ -137,7 +147,8 @@ def estimate(
     Raises:
       TypeError: if perturbed_fun is not what make_perturbed_fun returned, but wraps it, say.
       ValueError: if its sampler puts all samples into one group.
-      NotImplementedError: if the results are differentiated, in x, sigma or anything else.
+      NotImplementedError: if the results are differentiated, in x, sigma or anything else; if the
+        noise turns out to be good for no derivative, but does not say so (see `check_noise`).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -145,7 +156,7 @@ def estimate(
       >>> steps = lambda x: jnp.sum(jnp.where(x > 0, 1.0, 0.0))
       >>> smooth_steps = px.make_perturbed_fun(steps, 1_000, sigma=0.5, noise=px.Normal())
       >>> found = px.estimate(smooth_steps, jax.random.key(0), jnp.zeros(2))
-      >>> (low, high), _ = found.interval(0.95)
+      >>> low, high = found.interval(0.95).value
       >>> bool(low < 1.0), bool(1.0 < high), found.degrees_of_freedom
       (True, True, 7)
 
@@ -162,7 +173,7 @@ def estimate(
             "as those of jit, vmap and grad do; pass the perturbed function itself, and apply jit "
             "and vmap to estimate"
         )
-    call = perturbed.prepare(perturbed.sampler, key, x, args, kwargs)
+    call = perturbed.prepare(key, x, args, kwargs)
     call = call._replace(
         x=_without_derivatives("x", call.x),
         sigma=_without_derivatives("sigma", call.sigma),
@@ -179,18 +190,16 @@ def estimate(
             "with smaller groups, such as Independent() or Sobol(num_groups=8)"
         )
     derive = getattr(plan.noise, "derivatives", 1) > 0
-    with _arguments.explained_vmap(perturbed.batch_size):
+    with _tracing.explained_vmap(perturbed.batch_size):
         found, aux = _spread.spread(plan, derive, *call[1:5])
     leaves, tree = jax.tree.flatten(found)
     found = tree.unflatten(_arguments.nan_unless_valid(leaves, call.sigma, call.x))
 
     def like_x(parts: list[Array]) -> Any:
         rest = iter(parts)
-        is_perturbed = [
-            jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in jax.tree.leaves(x)
-        ]
+        is_floating = [jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in jax.tree.leaves(x)]
         return jax.tree.unflatten(
-            jax.tree.structure(x), [next(rest) if perturbed else None for perturbed in is_perturbed]
+            jax.tree.structure(x), [next(rest) if floating else None for floating in is_floating]
         )
 
     def like_jacobian(rows: list[list[Array]]) -> Any:

@@ -32,8 +32,7 @@ import numpy as np
 from jax import Array, lax
 
 from . import _bits, _surrogate
-from ._arguments import varying, varying_axes
-from ._blocks import Blocks, departures
+from ._blocks import Blocks, departures, matmul
 from ._evaluation import (
     MAX_ROWS,
     Plan,
@@ -53,7 +52,8 @@ from ._evaluation import (
     point_of,
     shaped,
 )
-from ._rules import any_live, is_live, live_jvp, with_jvp
+from ._rules import any_live, departure, is_live, live_jvp, with_jvp
+from ._sharding import varying, varying_axes
 
 
 @partial(jax.jit, static_argnums=0)
@@ -73,8 +73,8 @@ def estimate(plan: Plan, key: Array, x: list[Array], sigma: list[Array], operand
     """
     point = point_of(plan, x, sigma)
     # Flat from here on: what is done leaf by leaf is compiled leaf by leaf.
-    departure = _departure(concatenate([v.astype(plan.dtype) for v in x], plan.dtype))
-    flat_a, flat_r = standardise(plan, departure, sigma)
+    flat_x = concatenate([v.astype(plan.dtype) for v in x], plan.dtype)
+    flat_a, flat_r = standardise(plan, flat_x, sigma)
     words = _bits.root(key)
     has_aux = len(plan.fun.out_avals) > plan.num_outputs
     if has_aux or plan.fun.jaxpr.effects:
@@ -85,28 +85,20 @@ def estimate(plan: Plan, key: Array, x: list[Array], sigma: list[Array], operand
     return shaped(parts, plan.fun.out_avals[: plan.num_outputs], plan.output_dtypes), aux
 
 
-def standardise(plan: Plan, departure: Array, sigma: list[Array]) -> tuple[Array, Any]:
-    """a and r, for the flat x - x0."""
+def standardise(plan: Plan, flat_x: Array, sigma: list[Array]) -> tuple[Array, Any]:
+    """a and r."""
+    away = departure(flat_x)
     scales = [v.astype(plan.dtype) for v in sigma]
     if len(scales) == 1 and scales[0].ndim == 0:
         scale = scales[0]
     elif any(v.ndim > len(shape) for v, shape in zip(scales, plan.shapes, strict=True)):
-        return departures(departure, scales, plan.shapes)
+        return departures(away, scales, plan.shapes)
     else:
         scale = concatenate(
             [jnp.broadcast_to(v, shape) for v, shape in zip(scales, plan.shapes, strict=True)],
             plan.dtype,
         )
-    return -departure / scale, lax.stop_gradient(scale) / scale
-
-
-def _departure_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    (x,), (x_dot,) = primals, tangents
-    return _departure(x), jnp.where(jnp.isfinite(x), x_dot, jnp.zeros_like(x_dot))
-
-
-# x - stop_gradient(x): zero, also where x is infinite or NaN; such x have no derivative.
-_departure = with_jvp(jnp.zeros_like, _departure_jvp)
+    return -away / scale, lax.stop_gradient(scale) / scale
 
 
 # --- Weigh
@@ -194,8 +186,11 @@ def fitted(
     def phi(z: Array) -> Array:
         return _surrogate.features(z, plan.degree or 0, noise.mean).astype(f.dtype)
 
-    # For digits only: the fit is equivariant, so that this constant has no influence on f - q.
+    # For digits only: the fit is equivariant, so that these constants have no influence on f - q.
     f = f - lax.stop_gradient(f[:1])
+    largest = lax.stop_gradient(jnp.max(jnp.abs(f), axis=0))
+    # Squares of what is smaller or larger than this may leave float32.
+    unit = jnp.where(largest > 0, largest, jnp.ones_like(largest)).astype(f.dtype)
     enough = _surrogate.enough(plan.dim, plan.degree or 0, plan.num_groups, plan.group_size)
     sizes = np.minimum(group_sizes(plan), enough)
 
@@ -210,15 +205,23 @@ def fitted(
         q = _surrogate.predict(phi(in_groups(plan, z)), beta)
         return q.reshape(q.shape[0] * q.shape[1], plan.num_rows)[: z.shape[0]]
 
-    _, equations = over_groups(plan, equations_of, f)
+    _, equations = over_groups(plan, equations_of, f / unit[None])
     least = int((sizes.sum() - sizes).min())
-    return f, _surrogate.fit(equations, least), predict
+    return f, _surrogate.fit(equations, least) * unit[None, None], predict
 
 
 def _differentiable(
     plan: Plan, key: Array, point: Point, a: Array, r: Any, operands: Any
 ) -> tuple[list[Array], list[Array]]:
-    """V, a part for each leaf, as an expression that JAX differentiates in everything, any order.
+    """V, as an expression that JAX differentiates in everything, to any order; and aux."""
+    value, aux = _evaluated(plan, key, point, operands)
+    return value(a, r), aux
+
+
+def _evaluated(
+    plan: Plan, key: Array, point: Point, operands: Any
+) -> tuple[Callable[[Array, Any], list[Array]], list[Array]]:
+    """V as a function of a and r, which does not evaluate fun again, a part for each leaf; and aux.
 
     Parts are kept apart, lest a leaf that is not finite spoil the derivatives of the others.
     """
@@ -233,30 +236,36 @@ def _differentiable(
     _, (f, aux) = over_groups(plan, evaluate)
     predict, beta = None, None
     if plan.degree is None:
-        residual, expected = f, cut(jnp.zeros(f.shape[1], f.dtype), avals)
+        residual, mean_b = f, jnp.zeros(f.shape[1], f.dtype)
     elif plan.degree == 0:
         b = baselines(plan, f, value_at_x(plan, operands, point))
-        residual = less_baselines(plan, f, b)
-        expected = cut(mean_over_groups(plan, b), avals)
+        residual, mean_b = less_baselines(plan, f, b), mean_over_groups(plan, b)
     else:
         residual, beta, predict = fitted(plan, noise, noise_of, f)
+        mean_b = mean_over_groups(plan, beta)
+
+    def expected(a: Array, r: Any) -> list[Array]:
+        if not plan.degree:
+            return cut(mean_b, avals)
         mean_phi = _surrogate.expected_features(a, r, plan.degree, noise).astype(f.dtype)
-        mean_beta = mean_over_groups(plan, beta)
-        expected = [mean_phi @ part for part in cut(mean_beta, avals)]
+        return [mean_phi @ part for part in cut(mean_b, avals)]
 
-    def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[list[Array], tuple[()]]:
-        residual, beta = xs
-        z = noise_of(first, count)[:rows]
-        if predict is not None:
-            residual = residual - predict(z, beta)
-        w = unit_weight(_log_density(plan, operands, z, a, r))
-        w = w[:, None].astype(residual.dtype)
-        return [jnp.sum(w * part, axis=0) for part in cut(residual, avals)], ()
+    def value(a: Array, r: Any) -> list[Array]:
+        def weigh(first: Array, count: int, rows: int, xs: Any) -> tuple[list[Array], tuple[()]]:
+            residual, beta = xs
+            z = noise_of(first, count)[:rows]
+            if predict is not None:
+                residual = residual - predict(z, beta)
+            w = unit_weight(_log_density(plan, operands, z, a, r))
+            w = w[:, None].astype(residual.dtype)
+            return [jnp.sum(w * part, axis=0) for part in cut(residual, avals)], ()
 
-    totals, _ = over_groups(plan, weigh, (residual, beta))
-    means = cut(jnp.mean(lax.stop_gradient(f), axis=0), avals)
-    derivatives = [v / plan.num_samples + e for v, e in zip(totals, expected, strict=True)]
-    return with_value(means, derivatives), aux
+        totals, _ = over_groups(plan, weigh, (residual, beta))
+        means = cut(jnp.mean(lax.stop_gradient(f), axis=0), avals)
+        pairs = zip(totals, expected(a, r), strict=True)
+        return with_value(means, [v / plan.num_samples + e for v, e in pairs])
+
+    return value, aux
 
 
 def value_at_x(plan: Plan, operands: Any, point: Point) -> Array:
@@ -551,20 +560,14 @@ def slope_of(noise: Any, z: Array) -> Array:
     return jax.grad(lambda z: jnp.sum(log_prob_of(noise, z)))(z)
 
 
-def matmul(left: Array, right: Array) -> Array:
-    """A matrix product in full precision, whatever the accelerator's default."""
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
-
-
 def _jacobian_jvp(plan: Plan, wrt: tuple[bool, bool], primals: Any, tangents: Any) -> Any:
     def jacobian(
         key: Array, point: Point, a: Array, r: Any, operands: Any
     ) -> tuple[list[Array], ...]:
-        def rows_of(leaf: int) -> tuple[Array, ...]:
-            def value(a: Array, r: Any) -> Array:
-                return _differentiable(plan, key, point, a, r, operands)[0][leaf]
+        value, _ = _evaluated(plan, key, point, operands)
 
-            out, pullback = jax.vjp(value, a, r)
+        def rows_of(leaf: int) -> tuple[Array, ...]:
+            out, pullback = jax.vjp(lambda a, r: value(a, r)[leaf], a, r)
             basis = varying(jnp.eye(out.size, dtype=out.dtype), varying_axes(out))
             rows = jax.vmap(pullback)(basis)
             return (out, *(v for v, asked in zip(rows, wrt, strict=True) if asked))

@@ -12,9 +12,9 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from ._arguments import varying, varying_axes
 from ._blocks import scaled
 from ._sampling import draw, materialise
+from ._sharding import varying, varying_axes
 from ._trace import TracedFunction
 
 # Numbers in flight at a time: a chunk of noise should stay in the cache of a core, and fill a GPU.
@@ -30,6 +30,11 @@ _KEPT = {"cpu": 2**22}
 _KEPT_ACCELERATOR = 2**27
 # Up to this many outputs, the Jacobian is accumulated while evaluating: the noise is drawn once.
 MAX_ROWS = 8
+
+
+def chunk_size() -> int:
+    """Numbers in flight at a time on the default backend."""
+    return CHUNK.get(jax.default_backend(), _CHUNK_ACCELERATOR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Plan:
         if not isinstance(self.width, int):  # a symbolic shape, while exporting
             most = 16
         elif self.batch_size is None:
-            budget = CHUNK.get(jax.default_backend(), _CHUNK_ACCELERATOR)
+            budget = chunk_size()
             own = max(self.dim, self.num_rows, 1)
             if self.width == own and (self.degree or self.num_rows > MAX_ROWS):
                 budget *= _PASSES

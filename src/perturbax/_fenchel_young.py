@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._argmax import make_perturbed_max, objective_value
+from ._calls import describe, leading
 from ._noise import Gumbel, NoiseDistribution
 from ._perturbation import inner_product, same_shapes
 from ._sampling import Sampler
@@ -43,7 +44,8 @@ def make_fenchel_young_loss(
 
     Args:
       argmax_fun: the solver, as in `make_perturbed_max`.
-      num_samples: how many problems are solved for a value and a gradient.
+      num_samples: how many problems are solved for a value and a gradient. One is the default, as
+        the gradient is unbiased and averaged over a batch and many steps anyway.
       sigma: as in `make_perturbed_argmax`.
       noise: as in `make_perturbed_argmax`.
       maximize: False for a solver that minimises costs theta. The loss is then
@@ -99,10 +101,11 @@ def make_fenchel_young_loss(
         degree=degree,
     )
 
-    def fenchel_young_loss(
-        key: Array, theta: Any, y_true: Any, /, *args: Any, **kwargs: Any
-    ) -> Array:
-        expected = perturbed_max(key, theta, *args, **kwargs)
+    names = ("key", "theta", "y_true")
+
+    def fenchel_young_loss(*args: Any, **kwargs: Any) -> Array:
+        key, theta, y_true, *rest = leading(names, args, kwargs)
+        expected = perturbed_max(key, theta, *rest, **kwargs)
         if objective is None:
             y = same_shapes("y_true", y_true, theta)
             chosen = inner_product(
@@ -110,7 +113,10 @@ def make_fenchel_young_loss(
             )
         else:
             value = objective_value(objective, expected.dtype)
-            chosen = value(theta, y_true, *args, **kwargs)
+            chosen = value(theta, y_true, *rest, **kwargs)
         return expected - chosen if maximize else chosen - expected
 
+    does = f"Estimates the Fenchel-Young loss of {{name}} from {num_samples} solutions."
+    maker = "make_fenchel_young_loss"
+    describe(fenchel_young_loss, "fenchel_young_loss_of", argmax_fun, names, maker, does)
     return fenchel_young_loss

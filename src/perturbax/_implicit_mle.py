@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from . import _arguments
+from ._calls import describe, leading
 from ._noise import Gumbel, NoiseDistribution, Shape
 from ._perturb import make_perturbed_fun
 from ._perturbation import same_shapes, score_leaves
@@ -106,13 +107,14 @@ def make_implicit_mle(
 
     mean_of(argmax_fun)  # for its checks
 
-    def implicit_mle(key: Array, theta: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def implicit_mle(*args: Any, **kwargs: Any) -> Any:
+        key, theta, *rest = leading(("key", "theta"), args, kwargs)
         key = _arguments.check_key(key, theta)
         leaves, _, tree = score_leaves(theta)
 
         def solve(scores: Any) -> Any:
             scores = jax.tree.map(lambda v: sign * v, scores)
-            y = argmax_fun(scores, *args, **kwargs)
+            y = argmax_fun(scores, *rest, **kwargs)
             y = same_shapes("the result of argmax_fun", y, scores)
             return jax.tree.unflatten(tree, y)
 
@@ -128,6 +130,10 @@ def make_implicit_mle(
         change: Any = _zeros(traced, two_sided, start, *fixed, jax.random.clone(key))
         return jax.tree.unflatten(tree, [v + c for v, c in zip(value, change, strict=True)])
 
+    does = f"Estimates E[{{name}}(theta + sigma Z)] by the mean of {num_samples} solutions."
+    describe(
+        implicit_mle, "implicit_mle_of", argmax_fun, ("key", "theta"), "make_implicit_mle", does
+    )
     return implicit_mle
 
 

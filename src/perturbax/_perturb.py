@@ -1,17 +1,18 @@
 """make_perturbed_fun: a smoothed, differentiable version of any function."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from jax import Array
 
-from . import _arguments, _defaults, _estimator
+from . import _arguments, _defaults, _estimator, _tracing
+from ._calls import describe, leading
 from ._evaluation import Plan
 from ._interop import AdaptedNoise, as_noise
 from ._noise import Gumbel, NoiseDistribution
 from ._sampling import Sampler
+from ._sharding import share_axes
 
 # Sums over samples are divided by their number, an int32.
 _MAX_SAMPLES = 2**31 - 1
@@ -71,12 +72,13 @@ def make_perturbed_fun(
       fun: the function, from a pytree (and any further arguments) to a pytree of arrays. It may be
         discontinuous; its derivative in the perturbed argument is never used. It is traced, then
         vmapped over the samples.
-      num_samples: how often fun is evaluated, a static int of at least 1.
+      num_samples: number of evaluations of fun, a static int of at least 1 (powers of two suit the
+        default nets best). With degree 0, derivatives take one more, at x.
       sigma: scale of the noise, > 0: a number; an array that broadcasts into a leaf of x; or a
         pytree of them with the structure of x, or a prefix of it. For a leaf of shape s, with axes,
-        an array of shape s + s is a matrix L, invertible, that makes the noise L eps: for a vector,
-        the Cholesky factor of a covariance, say. May be traced, and differentiated with respect
-        to. A traced sigma that is not > 0, or not invertible, gives NaN.
+        an array of shape s + s is an invertible matrix L, so that the noise is L eps: for a vector,
+        the Cholesky factor of its covariance, for example. May be traced, and differentiated with
+        respect to. A traced sigma that is not > 0, or not invertible, gives NaN.
       noise: law of the noise, an object with the methods of `NoiseDistribution`.
       use_baseline: subtract from each value a prediction of it, made from other samples' values and
         (of degree 0) from fun(x), where finite, before weighing it by the score; see degree.
@@ -107,6 +109,7 @@ def make_perturbed_fun(
       ValueError: where num_samples or batch_size is below 1 or num_samples above 2^31 - 1, sigma
         is not positive and finite (a matrix: not invertible) or does not fit x, or noise or sampler
         returns arrays of another shape than asked for.
+      NotImplementedError: where a derivative is asked for that the noise is not smooth enough for.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -135,14 +138,12 @@ def make_perturbed_fun(
     _arguments.check_sampler(sampler)
     _arguments.check_degree(degree)
 
-    def prepare(
-        sampler: Sampler | None, key: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Call:
+    def prepare(key: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         key = _arguments.check_key(key, x)
         leaves, names, merge = _arguments.perturbed_leaves(x)
         scales = _arguments.scale_leaves(sigma, x, leaves, names)
-        key, leaves, scales = _arguments.share_axes(key, leaves, scales)
-        fun_traced, operands, num_outputs, value_tree, aux_tree = _arguments.trace_fun(
+        key, leaves, scales = share_axes(key, leaves, scales)
+        fun_traced, operands, num_outputs, value_tree, aux_tree = _tracing.trace_fun(
             lambda values: fun(merge(values), *args, **kwargs), leaves, has_aux
         )
         dtype = _arguments.noise_dtype(leaves)
@@ -154,7 +155,7 @@ def make_perturbed_fun(
         wanted = 0 if dim == 0 else degree
         chosen = _defaults.choose(sampler, wanted, num_samples, dim, noise)
         if isinstance(noise, AdaptedNoise):
-            law, law_operands = _arguments.trace_noise(noise, key, dim, dtype)
+            law, law_operands = _tracing.trace_noise(noise, key, dim, dtype)
         plan = Plan(
             fun=fun_traced,
             noise=law,
@@ -170,9 +171,9 @@ def make_perturbed_fun(
         return Call(plan, key, leaves, scales, (operands, law_operands), value_tree, aux_tree)
 
     def perturbed_fun(*args: Any, **kwargs: Any) -> Any:
-        key, x, *rest = _key_and_x_first(args, kwargs)
-        call = prepare(sampler, key, x, tuple(rest), kwargs)
-        with _arguments.explained_vmap(batch_size):
+        key, x, *rest = leading(("key", "x"), args, kwargs)
+        call = prepare(key, x, tuple(rest), kwargs)
+        with _tracing.explained_vmap(batch_size):
             value, aux = _estimator.estimate(*call[:5])
         value = _arguments.nan_unless_valid(value, call.sigma, call.x)
         value = jax.tree.unflatten(call.value_tree, value)
@@ -181,51 +182,6 @@ def make_perturbed_fun(
     # What `estimate` needs to know of it.
     known = Perturbed(perturbed_fun, prepare, sampler, has_aux, batch_size)
     perturbed_fun.__dict__["_perturbed"] = known
-    _describe(perturbed_fun, fun, num_samples)
+    does = f"Estimates E[{{name}}(x + sigma eps)] by the mean of {num_samples} samples."
+    describe(perturbed_fun, "perturbed", fun, ("key", "x"), "make_perturbed_fun", does)
     return perturbed_fun
-
-
-def _key_and_x_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """`args` with key and x in front, which are taken out of `kwargs` where they come by name.
-
-    Names are looked at only for what is missing by position, for fun may have a key and an x of its
-    own among its keyword arguments.
-    """
-    for name in ("key", "x")[len(args) :]:
-        if name not in kwargs:
-            raise TypeError(
-                f"{name} is missing: a perturbed function is called as g(key, x, ...), got "
-                f"{len(args)} of them by position and the names {sorted(kwargs)}"
-            )
-        args = (*args, kwargs.pop(name))
-    return args
-
-
-def _describe(perturbed_fun: Callable[..., Any], fun: Callable[..., Any], num_samples: int) -> None:
-    """Gives the perturbed function a name, a docstring and a signature of its own."""
-    name = getattr(fun, "__name__", None)
-    name = name if isinstance(name, str) else type(fun).__name__
-    perturbed_fun.__name__ = perturbed_fun.__qualname__ = f"perturbed_{name}"
-    perturbed_fun.__doc__ = (
-        f"Estimates E[{name}(x + sigma eps)] by the mean of {num_samples} samples.\n\n"
-        "`key` is one PRNG key, which is consumed. Further arguments are handed on. Made by\n"
-        "`perturbax.make_perturbed_fun`, whose documentation says more."
-    )
-    perturbed_fun.__dict__["__signature__"] = _signature(fun)
-
-
-def _signature(fun: Callable[..., Any]) -> inspect.Signature:
-    """(key, x, ...) with the further parameters of fun, if these can be told and have other names.
-
-    Reading it from the parameters of perturbed_fun would tell nothing but (*args, **kwargs).
-    """
-    kind = inspect.Parameter
-    key, x = (kind(name, kind.POSITIONAL_OR_KEYWORD) for name in ("key", "x"))
-    rest = kind("args", kind.VAR_POSITIONAL), kind("kwargs", kind.VAR_KEYWORD)
-    try:
-        first, *others = inspect.signature(fun).parameters.values()
-        if first.kind == kind.VAR_POSITIONAL:
-            others = [first, *others]
-        return inspect.Signature([key, x, *others])
-    except (TypeError, ValueError):
-        return inspect.Signature([key, x, *rest])

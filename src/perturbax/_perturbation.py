@@ -26,7 +26,7 @@ from . import _arguments
 from ._blocks import is_matrix
 from ._interop import AdaptedNoise
 from ._noise import Normal
-from ._rules import with_jvp
+from ._rules import departure, with_jvp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,19 +105,10 @@ class Perturbation:
     def _departures(self) -> list[Array]:
         wide = [v.astype(self.dtype) for v in self.theta]
         if not self.multiplicative:
-            return [_departure(v) for v in wide]
+            return [departure(v) for v in wide]
         # sigma^2 - sigma0^2, without the square of a large number
         gaps = [(s - lax.stop_gradient(s)) * (s + lax.stop_gradient(s)) / 2 for s in self._scales]
         return [_log_departure(v) - gap for v, gap in zip(wide, gaps, strict=True)]
-
-
-def _departure_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    (theta,), (theta_dot,) = primals, tangents
-    return _departure(theta), jnp.where(jnp.isfinite(theta), theta_dot, jnp.zeros_like(theta))
-
-
-# theta - stop_gradient(theta): zero, also where theta is infinite; it then is constant.
-_departure = with_jvp(jnp.zeros_like, _departure_jvp)
 
 
 def _log_departure_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:

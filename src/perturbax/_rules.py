@@ -93,3 +93,12 @@ def live_jvp(fun: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any,
         return fun(*jax.tree.unflatten(tree, merged))
 
     return jax.jvp(restricted, [leaves[i] for i in live], [dots[i] for i in live])
+
+
+def _departure_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x,), (x_dot,) = primals, tangents
+    return departure(x), jnp.where(jnp.isfinite(x), x_dot, jnp.zeros_like(x_dot))
+
+
+# x - stop_gradient(x): zero, also where x is infinite or NaN; such x have no derivative.
+departure = with_jvp(jnp.zeros_like, _departure_jvp)

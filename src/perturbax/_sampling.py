@@ -4,7 +4,6 @@ Inside a group samples may depend on each other in any way; each has exactly the
 groups are independent of each other. That is all the estimator relies on.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable
@@ -18,8 +17,9 @@ import numpy as np
 import scipy
 from jax import Array, lax
 
-from . import _arguments, _bits
+from . import _arguments, _bits, _tracing
 from ._noise import Normal, from_normal, from_words
+from ._sharding import use_mesh
 
 # A group is drawn as a whole; this bounds the memory that it takes.
 _MAX_GROUP = 2**13
@@ -86,8 +86,10 @@ class Independent:
 class Antithetic:
     """Pairs of opposite samples: z and -z for a symmetric law, opposite quantiles for any other.
 
-    Halves the variance of what is odd about x, doubles that of what is even: good for gradients of
-    nearly linear functions, bad for Hessians.
+    For symmetric noise, what is odd about x cancels from the value and what is even from the
+    gradient; what remains has twice the variance of independent samples. So it is good for values
+    of nearly linear functions and, with `degree=1`, which takes the linear part out, for gradients
+    of smooth ones; of degree 0 it is worse than `Independent()` for gradients of the former.
     """
 
     def group_size(self, num_samples: int, dim: int) -> int:
@@ -183,17 +185,7 @@ class Sobol:
         self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
-        words = jax.random.key_data(key)
-        levels, wide = _net_shape(group_size, dim)
-
-        def net() -> Array:
-            return from_words(noise, _widen(_net(words, group_size, dim), key, dtype))
-
-        # Many apart from what cuts them into points: together they take up to four times as long.
-        many = 2**levels * dim > _MANY
-        shape = (2**levels // wide, wide * dim)
-        z = materialise(net, shape, dtype, words) if many else net()
-        return z.reshape(2**levels, dim)[:group_size]
+        return _nets(jax.random.key_data(key)[None], noise, group_size, dim, dtype)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +220,7 @@ def _sample_group(sampler: Any, *args: Any) -> Array:
     """One group, checked if the sampler is a user's."""
     if type(sampler) in (Independent, Antithetic, Orthogonal, Sobol, Merged):
         return sampler.sample_group(*args)
-    return _arguments.sample_group(sampler, *args)
+    return _tracing.sample_group(sampler, *args)
 
 
 def _net_shape(size: int, dim: int) -> tuple[int, int]:
@@ -244,48 +236,77 @@ def _is_simple(levels: int, dim: int) -> bool:
     return dim < 8 and 2**levels * dim <= _MANY
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _net(key: Array, size: int, dim: int) -> Array:
-    """A scrambled Sobol net, uniform uint32 words; `_net_shape` tells how many points and rows."""
+def _nets(keys: Array, noise: Any, size: int, dim: int, dtype: np.dtype) -> Array:
+    """Noise of a net for each of the keys (count, 2): shape (count, size, dim)."""
+    count = keys.shape[0]
     levels, wide = _net_shape(size, dim)
+
+    def nets() -> Array:
+        return from_words(noise, _widen(_net(keys, size, dim), keys, dtype))
+
+    # Many apart from what cuts them into points: together they take up to four times as long.
+    many = 2**levels * dim > _MANY
+    shape = (count, 2**levels // wide, wide * dim)
+    z = materialise(nets, shape, dtype, keys[0]) if many else nets()
+    return z.reshape(count, 2**levels, dim)[:, :size]
+
+
+def _net(keys: Array, size: int, dim: int) -> Array:
+    """A scrambled Sobol net for each of the keys (count, 2), uniform uint32 words.
+
+    `_net_shape` tells how many points and rows.
+    """
+    levels, wide = _net_shape(size, dim)
+    count = keys.shape[0]
     generators = _sobol_generators(dim, levels)  # (levels, dim), numpy
-    rows = lax.iota(jnp.uint32, levels + 1)[:, None]
-    random = lambda: _bits.words32(key, rows, _columns(dim))  # noqa: E731
+
+    def random() -> Array:
+        key = keys[:, 0, None, None], keys[:, 1, None, None]
+        rows = lax.iota(jnp.uint32, levels + 1)[None, :, None]
+        return _bits.words32(key, rows, _columns(dim)[None])
+
     # Each is read `levels` times, too often to be drawn anew, unless they are few.
-    shape = (levels + 1, dim)
-    words = materialise(random, shape, jnp.uint32, key) if dim >= _NARROW else random()
+    shape = (count, levels + 1, dim)
+    words = materialise(random, shape, jnp.uint32, keys[0]) if dim >= _NARROW else random()
     # Column q of the scramble has a one at bit q and random bits below it.
     top = np.uint32(1) << np.arange(31, 31 - levels, -1, dtype=np.uint32)[:, None]
-    columns = (words[:levels] & (top - np.uint32(1))) | top
+    columns = (words[:, :levels] & (top - np.uint32(1))[None]) | top[None]
     hit = (generators[:, None] & top[None]) != 0  # generator k has bit q
-    scrambled = lax.reduce(
-        jnp.where(hit, columns[None], np.uint32(0)), np.uint32(0), lax.bitwise_xor, (1,)
-    )
+    scrambled, shift = _sums(columns, hit), words[:, levels:]
     if _is_simple(levels, dim):
-        return _sums(jnp.concatenate([scrambled, words[levels:]]), 2**levels)
+        return _points(jnp.concatenate([scrambled, shift], 1), 2**levels)
     # A point is the sum, bit by bit, of the generators at the binary digits of its index: one
     # operation a number, from the sums for the lowest digits, those of the points of a row, the low
     # and the high ones.
     lowest = wide.bit_length() - 1
-    first = _sums(jnp.concatenate([scrambled[:lowest], words[levels:]]), wide)
-    higher = jnp.tile(scrambled[lowest:], (1, wide))
+    first = _points(jnp.concatenate([scrambled[:, :lowest], shift], 1), wide)
+    higher = jnp.tile(scrambled[:, lowest:], (1, 1, wide))
     half = max(levels // 2 - lowest, 0)
-    low = _sums(jnp.concatenate([higher[:half], first.reshape(1, wide * dim)]), 2**half)
-    high = _sums(higher[half:], 2 ** (levels - lowest - half))
-    return (high[:, None] ^ low[None]).reshape(2**levels // wide, wide * dim)
+    first = first.reshape(count, 1, wide * dim)
+    low = _points(jnp.concatenate([higher[:, :half], first], 1), 2**half)
+    high = _points(higher[:, half:], 2 ** (levels - lowest - half))
+    return (high[:, :, None] ^ low[:, None]).reshape(count, 2**levels // wide, wide * dim)
 
 
-def _sums(generators: Array, count: int) -> Array:
-    """The sum of the generators (levels, dim) at the digits 1 of 0, ..., count - 1: (count, dim).
+def _points(generators: Array, size: int) -> Array:
+    """The sums of the generators (count, levels, dim) at the digits 1 of 0, ..., size - 1.
 
-    Generators beyond the digits of count belong to all sums.
+    Generators beyond the digits of size belong to all sums. Shape (count, size, dim).
     """
-    levels = np.arange(generators.shape[0])
-    digits = (np.arange(count)[:, None] >> levels & 1 != 0) | (2**levels >= count)
+    levels = np.arange(generators.shape[1])
+    digits = (np.arange(size)[:, None] >> levels & 1 != 0) | (2**levels >= size)
+    return _sums(generators, digits[..., None])
+
+
+def _sums(terms: Array, chosen: np.ndarray) -> Array:
+    """Sums, bit by bit, of those of the terms (count, n, dim) that are chosen: (count, m, dim).
+
+    `chosen` is (m, n, dim), or (m, n, 1) for all coordinates alike.
+    """
     # By a reduction, which XLA keeps apart from what is made of the net: fused with it,
     # concatenations would keep it from being vectorised, and the random words be drawn anew.
-    chosen = jnp.where(digits[..., None], generators[None], np.uint32(0))
-    return lax.reduce(chosen, np.uint32(0), lax.bitwise_xor, (1,))
+    terms = jnp.where(chosen[None], terms[:, None], np.uint32(0))
+    return lax.reduce(terms, np.uint32(0), lax.bitwise_xor, (2,))
 
 
 def _columns(dim: int) -> Array:
@@ -313,13 +334,18 @@ def _words(key: Array, rows: Array, dim: int, dtype: Any) -> Array:
     return materialise(words, (rows.shape[0], dim), kind, key)
 
 
-def _widen(points: Array, key: Array, dtype: np.dtype) -> Array:
+def _widen(points: Array, keys: Array, dtype: np.dtype) -> Array:
     """Fills 64-bit words up with random low bits where the noise is double precision."""
     if dtype.itemsize <= 4:
         return points
-    low = _bits.child(jax.random.key_data(key), jnp.uint32(0))
-    rows, dim = points.shape
-    fill = _grid(low, rows, dim, np.dtype(np.float32)).astype(jnp.uint64)
+
+    rows, dim = points.shape[1:]
+
+    def fill_of(key: Array) -> Array:
+        low = _bits.child(key, jnp.uint32(0))
+        return _grid(low, rows, dim, np.dtype(np.float32)).astype(jnp.uint64)
+
+    fill = jax.vmap(fill_of)(keys)
     return (points.astype(jnp.uint64) << np.uint64(32)) | fill
 
 
@@ -375,10 +401,6 @@ def _from_points(dim: int, levels: int) -> np.ndarray:
     return generators
 
 
-# Since jax 0.7.
-_use_mesh: Any = getattr(jax.sharding, "use_abstract_mesh", contextlib.nullcontext)
-
-
 def draw(
     noise: Any,
     sampler: Any,
@@ -407,7 +429,7 @@ def draw(
     # Traced once for value and derivative, where everything but key and first can be hashed.
     static = isinstance(dim, int) and isinstance(noise, Hashable)
     # The mesh is told, for JAX tells it in derivative rules alone, and would trace once for each.
-    with _use_mesh(jax.sharding.get_abstract_mesh()):
+    with use_mesh(jax.sharding.get_abstract_mesh()):
         return (_draw_traced_once if static else _draw)(
             noise, sampler, key, first, count, group_size, dim, dtype
         )
@@ -465,6 +487,10 @@ def _draw_block(
         samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, rows + more)
         block = lambda: noise.from_bits(_words(key, samples, dim, dtype))  # noqa: E731
         return materialise(block, (rows + more, dim), dtype, key)[:rows] if more else block()
+
+    if isinstance(sampler, Sobol):  # all at once, for vmap takes as long to trace as the net itself
+        keys = jax.vmap(partial(_bits.child, key))(groups)
+        return _nets(keys, noise, group_size, dim, dtype).reshape(count * group_size, dim)
 
     def one(group: Array) -> Array:
         typed = jax.random.wrap_key_data(_bits.child(key, group), impl="threefry2x32")

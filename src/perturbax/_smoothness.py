@@ -5,7 +5,6 @@ differentiation does not see it, and every derivative from some order on is sile
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -196,8 +195,3 @@ def _called(eqn: core.JaxprEqn) -> core.Jaxpr | None:
         ):
             return called
     return None
-
-
-def derivatives_of(noise: Any) -> float:
-    """How many derivatives a noise says it is good for; infinity where it says nothing."""
-    return getattr(noise, "derivatives", math.inf)

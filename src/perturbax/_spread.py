@@ -10,18 +10,19 @@ import numpy as np
 from jax import Array, lax
 
 from . import _bits, _surrogate
+from ._blocks import matmul
 from ._estimator import (
     baselines,
     fitted,
     less_baselines,
-    matmul,
     slope_of,
     standardise,
     value_at_x,
 )
 from ._evaluation import (
-    CHUNK,
     Plan,
+    chunk_size,
+    concatenate,
     drawer,
     evaluate_at,
     group_sizes,
@@ -57,7 +58,7 @@ def spread(
     noise = noise_in(plan, operands)
     if derive:
         # Bounds the Jacobians of groups that are held at a time.
-        most = max(1, CHUNK["cpu"] // max(plan.num_rows * plan.dim, 1))
+        most = max(1, chunk_size() // max(plan.num_rows * plan.dim, 1))
         if most < plan.groups_at_a_time():
             plan = dataclasses.replace(plan, batch_size=most * plan.group_size)
     noise_of = drawer(plan, words, operands)
@@ -85,20 +86,18 @@ def spread(
     if not derive:
         return Spread(values(value), values(value_error), [], []), aux
 
-    zeros = jnp.zeros((plan.dim,), plan.dtype)
-    standardised, pull = jax.vjp(lambda v: standardise(plan, v, sigma)[0], zeros)
-    r = standardise(plan, zeros, sigma)[1]
+    flat_x = concatenate([v.astype(plan.dtype) for v in x], plan.dtype)
+    _, pull = jax.vjp(lambda v: standardise(plan, v, sigma)[0], flat_x)
 
     def in_x(rows: Array) -> Array:
         return jax.vmap(pull)(rows)[0].astype(f.dtype)
 
-    residual, beta, predict, slope = f, None, None, zeros
+    residual, beta, predict, slope = f, None, None, flat_x
     if plan.degree is not None:
         if plan.degree:
             residual, beta, predict = fitted(plan, noise, noise_of, f)
-            slope = in_x(
-                jax.jacfwd(_surrogate.expected_features)(standardised, r, plan.degree, noise)
-            )
+            each = jnp.eye(_surrogate.num_features(plan.dim, plan.degree), dtype=plan.dtype)
+            slope = in_x(_surrogate.expected_slopes(each, plan.dim, plan.degree, noise)[0])
         else:
             b = baselines(plan, f, value_at_x(plan, operands, point))
             residual = less_baselines(plan, f, b)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import _arguments, _estimator
+from ._calls import describe, leading
 from ._noise import Gumbel, NoiseDistribution
 from ._perturb import make_perturbed_fun
 from ._rules import live_jvp, with_jvp
@@ -35,9 +36,8 @@ def make_straight_through_fun(
 
     Args:
       fun: as in `make_perturbed_fun`.
-      num_samples: how often fun is evaluated for derivatives, and once more at x for their
-        baseline. A value takes one evaluation, so that value and derivatives together take
-        num_samples + 2, of which two are `fun(x)`; one, where a polynomial is fitted.
+      num_samples: number of evaluations of fun for derivatives; with degree 0 there is one more,
+        at x. A value takes one evaluation.
       sigma: as in `make_perturbed_fun`.
       noise: as in `make_perturbed_fun`.
       use_baseline: as in `make_perturbed_fun`.
@@ -79,11 +79,12 @@ def make_straight_through_fun(
         degree=degree,
     )
 
-    def straight_through_fun(key: Array, x: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def straight_through_fun(*args: Any, **kwargs: Any) -> Any:
+        key, x, *rest = leading(("key", "x"), args, kwargs)
         key = _arguments.check_key(key, x)
         leaves, _, merge = _arguments.perturbed_leaves(x)
-        soft, operands = trace(lambda *v: perturbed(key, merge(v), *args, **kwargs), *leaves)
-        hard, hard_operands = trace(lambda *v: fun(merge(v), *args, **kwargs), *leaves)
+        soft, operands = trace(lambda *v: perturbed(key, merge(v), *rest, **kwargs), *leaves)
+        hard, hard_operands = trace(lambda *v: fun(merge(v), *rest, **kwargs), *leaves)
         operands = (operands, hard_operands)
         if soft.jaxpr.effects:  # which JAX does not allow inside a custom derivative rule
             # Held fixed, for what has side effects may have no derivative either.
@@ -94,6 +95,9 @@ def make_straight_through_fun(
             out = _straight_through(soft, hard, leaves, operands)
         return jax.tree.unflatten(soft.out_tree, out)
 
+    does = "Gives {name}(x), with the derivatives of E[{name}(x + sigma eps)]."
+    maker = "make_straight_through_fun"
+    describe(straight_through_fun, "straight_through", fun, ("key", "x"), maker, does)
     return straight_through_fun
 
 

@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ._blocks import Blocks
+from ._blocks import Blocks, matmul
 
 RIDGE = 1e-3
 _REFINEMENTS = 2
 # How much of its samples a fit counts as spare at least, when their weights leave none.
 _LEAST_SPARE = 0.01
-_PRECISION = jax.lax.Precision.HIGHEST
 # Samples that each fit is made from, for each coefficient. More hardly help: what a fit errs adds
 # one part in so many to the variance that it leaves.
 _ENOUGH = 32
@@ -113,7 +112,7 @@ def normal_equations(phi: Array, f: Array, weight: Array) -> Equations:
     weight = weight[..., None]
     weighted = jnp.swapaxes(phi * weight, 1, 2)
     columns = [weight.astype(phi.dtype), f, (jnp.abs(f) ** 2).astype(f.dtype)]
-    return Equations(_matmul(weighted, phi), _matmul(weighted, jnp.concatenate(columns, axis=2)))
+    return Equations(matmul(weighted, phi), matmul(weighted, jnp.concatenate(columns, axis=2)))
 
 
 def fit(equations: Equations, least: int) -> Array:
@@ -212,10 +211,10 @@ def _inverse(matrix: Array, halve: bool) -> Array:
     half = matrix.shape[1] // 2
     head, off, tail = matrix[:, :half, :half], matrix[:, :half, half:], matrix[:, half:, half:]
     head = _inverse(head, halve)
-    ratio = _matmul(head, off)
-    tail = _inverse(tail - _matmul(jnp.swapaxes(off, 1, 2), ratio), halve)
-    off = -_matmul(ratio, tail)
-    head = head - _matmul(off, jnp.swapaxes(ratio, 1, 2))
+    ratio = matmul(head, off)
+    tail = _inverse(tail - matmul(jnp.swapaxes(off, 1, 2), ratio), halve)
+    off = -matmul(ratio, tail)
+    head = head - matmul(off, jnp.swapaxes(ratio, 1, 2))
     rows = [jnp.concatenate([head, off], 2), jnp.concatenate([jnp.swapaxes(off, 1, 2), tail], 2)]
     return jnp.concatenate(rows, 1)
 
@@ -237,15 +236,11 @@ def _eliminate(matrix: Array) -> Array:
 
 def predict(phi: Array, beta: Array) -> Array:
     """q at each sample, (groups, n, M), of phi (groups, n, P) and beta (groups, P, M)."""
-    return _matmul(phi, beta)
+    return matmul(phi, beta)
 
 
 def _apply(matrix: Array, beta: Array) -> Array:
     """matrix @ beta, (groups, P, M); if small, in a form that compiles faster."""
     if beta.shape[2] == 1 and matrix.shape[1] <= _MAX_ELIMINATION // 2:
         return jnp.sum(matrix * jnp.swapaxes(beta, 1, 2), axis=2, keepdims=True)
-    return _matmul(matrix, beta)
-
-
-def _matmul(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=_PRECISION)
+    return matmul(matrix, beta)

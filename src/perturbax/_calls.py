@@ -1,0 +1,72 @@
+"""How the functions that the library makes are called, and how they describe themselves."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+
+def leading(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """`args` with those of `names` in front that are not given by position.
+
+    They are taken out of `kwargs`. Names are looked at only for what is missing by position, for
+    the user's function may have arguments of these names itself.
+
+    Raises:
+      TypeError: if one of them is missing.
+    """
+    for name in names[len(args) :]:
+        if name not in kwargs:
+            raise TypeError(
+                f"{name} is missing: this function is called as g({', '.join(names)}, ...), got "
+                f"{len(args)} of them by position and the names {sorted(kwargs)}"
+            )
+        args = (*args, kwargs.pop(name))
+    return args
+
+
+def describe(
+    made: Callable[..., Any],
+    kind: str,
+    fun: Callable[..., Any],
+    names: tuple[str, ...],
+    maker: str,
+    does: str,
+) -> None:
+    """Gives a function that was made of another one a name, a docstring and a signature of its own.
+
+    Args:
+      made: the function.
+      kind: what its name starts with.
+      fun: what it was made of.
+      names: of its first arguments.
+      maker: the name of the public function that made it.
+      does: the first sentence of its docstring, with {name} in place of fun's name.
+    """
+    name = getattr(fun, "__name__", None)
+    name = name if isinstance(name, str) else type(fun).__name__
+    made.__name__ = made.__qualname__ = f"{kind}_{name}"
+    made.__doc__ = (
+        f"{does.format(name=name)}\n\n"
+        "`key` is one PRNG key, which is consumed. Further arguments are handed on. Made by\n"
+        f"`perturbax.{maker}`, whose documentation says more."
+    )
+    made.__dict__["__signature__"] = _signature(fun, names)
+
+
+def _signature(fun: Callable[..., Any], names: tuple[str, ...]) -> inspect.Signature:
+    """`names`, then the further parameters of fun, if these can be told and have other names.
+
+    Reading it from the parameters of what was made would tell nothing but (*args, **kwargs).
+    """
+    kind = inspect.Parameter
+    own = [kind(name, kind.POSITIONAL_OR_KEYWORD) for name in names]
+    rest = kind("args", kind.VAR_POSITIONAL), kind("kwargs", kind.VAR_KEYWORD)
+    try:
+        first, *others = inspect.signature(fun).parameters.values()
+        if first.kind == kind.VAR_POSITIONAL:
+            others = [first, *others]
+        return inspect.Signature([*own, *others])
+    except (TypeError, ValueError):
+        return inspect.Signature([*own, *rest])
