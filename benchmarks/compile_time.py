@@ -1,9 +1,9 @@
 """Claim: compiling takes about as long as with optax.perturbations, and grows with the leaves.
 
 Lowering and compiling jit(grad) in a fresh process each time, for an x of 1, 20 and 200 leaves, a
-sum of ReLUs over all of them, 1,000 samples; beside it optax.perturbations at 1 and 20 leaves, at 1
-the default without its fit (degree 0), and at 200 the function itself, unperturbed. Processes
-alternate; wall and processor time.
+sum of ReLUs over all of them, 1,000 samples. For comparison: optax.perturbations at 1 and 20
+leaves, at 1 the default without its fit (degree 0), and at 200 the function itself, unperturbed.
+Processes alternate; wall and processor time.
 
     python benchmarks/compile_time.py
 """

@@ -1,7 +1,7 @@
 """Claim: the standard errors of `px.estimate` are right.
 
-How often the 95 % intervals of the value and of each coordinate of the gradient contain what is
-exact, over 2,000 keys, for problems with closed forms, both noises, few and many samples, the
+How often the 95 % intervals of the value and of each coordinate of the gradient contain the exact
+number, over 2,000 keys: for problems with closed forms, two noises, few and many samples, the
 default sampler and independent samples.
 
     python benchmarks/coverage.py [--keys KEYS]

@@ -1,8 +1,8 @@
-"""What the benchmarks of predicted costs share: data, training, regret and tables.
+"""Shared by the benchmarks of predicted costs: data, training, regret and tables.
 
-The problem: features x are seen, the costs c of an optimisation problem are not. A linear model
-predicts them, a solver decides with the prediction, and what counts is how much the decision costs
-by the true c. The two generators are those of Elmachtoub and Grigas, "Smart Predict, then
+The problem: features x are observed, the costs c of an optimisation problem are not. A linear model
+predicts them, a solver decides with the prediction, and the measure is the cost of that decision
+under the true c. The two generators are those of Elmachtoub and Grigas, "Smart Predict, then
 Optimize", 2022, arXiv:1710.08005, as PyEPO has them (Tang and Khalil, 2024, arXiv:2206.14234),
 with the same draws in the same order, so the same seeds give the same data.
 """

@@ -1,8 +1,8 @@
 """Claim: nets cost no more for each number than the noise of `jax.random` does.
 
-Drawing Gumbel noise, jitted, nothing else: scrambled Sobol nets and pairs of opposite samples,
-beside independent samples by the same generator, and beside `jax.random.gumbel`, which draws for
-`optax.perturbations`. Where few numbers are drawn, it is the call that takes the time.
+Drawing Gumbel noise, jitted, and nothing else: scrambled Sobol nets, pairs of opposite samples,
+independent samples by the same generator, and `jax.random.gumbel`, which `optax.perturbations`
+uses. Where few numbers are drawn, the overhead of the call dominates.
 
     python benchmarks/drawing.py
 """

@@ -1,8 +1,8 @@
 """Claim: a second eager call compiles nothing, and costs no more than with optax.perturbations.
 
-The value and the gradient, without jit, of a sum of ReLUs in 3 dimensions, 1,000 samples. Counted
-are the compilations that JAX reports during the second call; also when the gradient function was
-made anew, and with another key.
+The value and the gradient, without jit, of a sum of ReLUs in 3 dimensions, 1,000 samples. The
+compilations that JAX reports during the second call are counted; also with a new gradient function,
+and with another key.
 
     python benchmarks/eager.py
 """

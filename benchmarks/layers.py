@@ -1,13 +1,13 @@
 """Claim: perturbed layers and losses are no slower than optax's and PyEPO's at equal samples.
 
-Batches of 32 instances, each with a key of its own, Normal noise, sigma = 1; all compiled, the same
-solver inside, in turns in one process.
+Batches of 32 instances, each with its own key, Normal noise, sigma = 1; all compiled, with the same
+solver, in turns in one process.
 
 - layer: the mean solution and the gradient of its squared error. optax is its make_perturbed_fun
-  around the solver, vmapped; ours also as it is without symmetric derivatives and nets, which is
-  the estimator that optax has;
-- loss: value and gradient of the Fenchel-Young loss. optax has none: what stands for it is its mean
-  solution minus the true one, which is the gradient alone.
+  around the solver, vmapped; ours also without symmetric derivatives and nets, which is the
+  estimator that optax has;
+- loss: value and gradient of the Fenchel-Young loss. optax has none: in its place
+  is the mean solution minus the true one, which is the gradient alone.
 
 PyEPO, where installed, with its JAX modules and the paths in place of its batched solver (see
 pyepo_side_by_side.py).

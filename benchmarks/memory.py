@@ -1,8 +1,8 @@
-"""Claim: memory does not grow with the number of samples.
+"""Claim: the memory for a gradient does not grow with the number of samples.
 
 Peak resident memory of a fresh process that computes the gradient of a sum of ReLUs in 100,000
-dimensions, Gumbel noise, with 2,000 and with 20,000 samples; beside it what optax.perturbations
-would need for the same: not run, but as XLA plans it when it compiles.
+dimensions, Gumbel noise, with 2,000 and with 20,000 samples. For optax.perturbations, the memory
+that XLA plans for the same gradient when it compiles it; it is not run.
 
     python benchmarks/memory.py
 """

@@ -1,4 +1,4 @@
-"""The problems that variances are measured on: name, function, point and scale."""
+"""The problems on which variances are measured: name, function, point and scale."""
 
 import dataclasses
 from collections.abc import Callable

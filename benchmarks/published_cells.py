@@ -3,7 +3,7 @@
 Petersen et al., Generalizing Stochastic Smoothing for Differentiation and Gradient Estimation,
 2024, arXiv:2410.08125, compare samplers and covariates on sorting (the hard permutation matrix of 3
 and 5 numbers) and on shortest paths (8 x 8 and 12 x 12 cells, 8 neighbours), with six noises and
-1,024 samples. Here are their estimators, by their formulas, beside this library's, on such cells:
+1,024 samples. Compared are their estimators, by their formulas, and this library's, on such cells:
 
     Monte Carlo     independent samples; covariate none, f(x) or the mean of all other values
     Latin, grid     one group of all samples, with one point in each slice of each coordinate, or in
@@ -11,9 +11,9 @@ and 5 numbers) and on shortest paths (8 x 8 and 12 x 12 cells, 8 neighbours), wi
                     other values, which is biased by a term of order 1 / N: they are not independent
     ... in two      the same samplers as `px.Sampler` objects in two independent groups, unbiased
 
-The measure is theirs: the mean L2 error of the Jacobian, as a squared ratio, Monte Carlo without
-covariate over the estimator, at equal numbers of evaluations; larger is better. In brackets stand
-the ratios of a public reproduction of their cells. Neither source has the points: sorting is at
+The measure is theirs, the mean L2 error of the Jacobian, as a squared ratio, Monte Carlo without
+covariate over the estimator, at equal numbers of evaluations; larger is better. Ratios of a
+public reproduction of their cells are in brackets. Neither source has the points: sorting is at
 normal ones with sigma = 1, paths at uniform costs with sigmas that give leave-one-out with Normal
 noise about the published gain. The Jacobian of a path is measured along eight random directions.
 Sorting two numbers, for a grid at its best, is added.

@@ -7,11 +7,10 @@ solver, the cheapest of 70 listed paths. PyEPO runs in three ways:
 - torch, and JAX with host solver: a user's own optModel, which PyEPO calls for one problem after
   another, as it does Gurobi and the other solvers outside JAX;
 - JAX, compiled solver: the only class that PyEPO solves whole batches with inside jit is that of
-  its first-order solver MPAX, so the listed paths are put in its place. This is the best that can
-  be made of it, and not what it ships.
+  its first-order solver MPAX, so the listed paths are put in its place. This is the best it could
+  do, and not what it ships.
 
-It needs `pip install pyepo` (which brings torch) beside perturbax; without it there is nothing to
-compare with, and this says so.
+It needs `pip install pyepo` (which brings torch); without it the script says so and ends.
 
     python benchmarks/pyepo_side_by_side.py [--quick]
 """

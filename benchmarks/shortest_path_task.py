@@ -9,8 +9,8 @@ percent of what the best paths cost. Two tables:
   100 examples or 20 of 1,000. Where costs are multiplied by the noise, sigma = 0.5 and the costs
   are softplus of the linear model, since such noise cannot change a sign;
 - the setting of PyEPO's notebook 03 (seed 42, degree 4, noise 0.5), ten trainings on the same
-  data, beside what the notebook says. One of several variants is chosen there on data of other
-  seeds, their training examples alone, and only that one is tried on the notebook's test.
+  data, beside the notebook's figures. One of several variants is chosen on training examples of
+  other seeds, and only that one is tried on the notebook's test.
 
 The solver is the cheapest of the lattice's 70 paths, written as a matrix product: three times as
 fast here as px.solvers.graph_shortest_path, whose solutions it is checked against.

@@ -2,10 +2,10 @@
 
 The gradient of a sum of ReLUs, Gumbel noise, sigma 0.1, for N samples in D dimensions. Compared are
 
-- perturbax as it comes, which chooses a sampler and a surrogate;
+- perturbax with its defaults, which choose a sampler and a surrogate;
 - perturbax with independent samples and a constant surrogate, which does what optax does;
-- the limit: draw the same noise, evaluate the function on it once and sum, in one jitted
-  expression and nothing else; no estimator that draws N x D numbers can be faster.
+- one fused loop ("limit" in the tables): draw the same noise, evaluate the function on it once and
+  sum, in one jitted expression and nothing else.
 
     python benchmarks/speed.py
 """

@@ -1,4 +1,4 @@
-"""Claim: the Jacobian of a perturbed argmax is less noisy for being made symmetric.
+"""Claim: making the Jacobian of a perturbed argmax symmetric makes it less noisy.
 
 Total variance over 200 keys of the Jacobian of the mean solution, 1,000 samples, as the plain
 estimate over the symmetric one. The same noise, the same solutions.

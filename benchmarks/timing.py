@@ -1,8 +1,8 @@
-"""What the benchmarks share: fair timing, the machine they ran on, tables and JSON.
+"""Shared by the benchmarks: fair timing, the machine they ran on, tables and JSON.
 
-Callables that are to be compared take turns in one process, so that whatever else the machine does
-meets all of them alike; what is reported of two of them is the median, over the turns, of the ratio
-of their times, with its quartiles.
+Callables to be compared take turns in one process, so that other load on the machine affects all of
+them alike. For two of them the median of the ratio of their times over the turns is reported, with
+its quartiles.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
-"""Claim: at equal numbers of evaluations, derivatives are many times as precise, at no more time.
+"""Claim: at equal numbers of evaluations, derivatives are more precise, usually in no more time.
 
 On every problem of `problems.py`, with both noises and 100 and 1,000 samples: the gradient, and for
-up to 20 dimensions the Hessian, by perturbax and by optax.perturbations, each as it comes. Reported
-are the variance ratio (summed over coordinates, between keys), the time ratio, and their product:
-how much more computing optax.perturbations needs for the same precision. Each is theirs over ours.
+up to 20 dimensions the Hessian, by perturbax and by optax.perturbations, each with its defaults.
+Reported are the variance ratio (summed over coordinates, between keys), the time ratio, and the
+product of both: how much more computing optax.perturbations needs for the same precision. Each is
+theirs over ours.
 
 The time ratio is the median over turns; the error of a variance ratio is one standard error. Where
 an estimate is exact to rounding, its variance counts as that of float32's rounding, so ratios stay

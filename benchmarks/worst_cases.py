@@ -1,12 +1,12 @@
 """Claim: where a fit has nothing to gain, the default is about as precise as leave-one-out.
 
-Functions that have little of a polynomial, at the fewest samples for which the default fits one,
+Functions that are little like a polynomial, at the fewest samples for which the default fits one,
 and noise with heavy tails: the variance of independent samples against the mean of the others
 (`sampler=Independent(), degree=0`) over that of the default, for the gradient, the derivative in
-sigma and, in few dimensions, the Hessian. At x = 0, sigma = 1. A ratio is off by about a tenth. The
-products of an odd number of signs from few samples are there as the known exceptions: nets line up
-with them. Latin hypercubes, which cannot lose more than one part in as many as a group has samples,
-stand beside for the gradient.
+sigma and, in few dimensions, the Hessian. At x = 0, sigma = 1. Ratios are accurate to a tenth.
+Products of an odd number of signs from few samples are included as known exceptions: nets line up
+with them. Latin hypercubes, which cannot lose more than a fraction of one over the group size, are
+included for the gradient.
 
     python benchmarks/worst_cases.py [--keys KEYS]
 """

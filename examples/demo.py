@@ -1,6 +1,6 @@
 """All examples in one run, and a figure of what they found: build/demo.png.
 
-The other examples stand by themselves; this one only calls their `main` and draws.
+The other examples can be run on their own; this one calls their `main` and draws.
 
     python examples/demo.py
 """

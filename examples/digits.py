@@ -86,7 +86,7 @@ def main(num_steps=300, num_samples=256, sigma=0.3, learning_rate=0.05, seed=0):
     @jax.jit
     def update(step, weights, state, train, test):
         key = jax.random.fold_in(jax.random.key(seed), step)
-        # What follows weights is handed to error_rate as it is.
+        # Arguments after weights are passed to error_rate unchanged.
         gradient = jax.grad(smooth_error, argnums=1)(key, weights, train)
         updates, state = optimizer.update(gradient, state)
         weights = optax.apply_updates(weights, updates)

@@ -29,7 +29,7 @@ def discrete_objective(weights):
     # The element-wise product: `weights @ values` would be a single number, with nothing to choose.
     scores = weights * jnp.array([1.0, 2.0, 3.0])
     best_choice = jnp.argmax(scores)  # not differentiable
-    return -scores[best_choice]  # negative, because the score shall grow
+    return -scores[best_choice]  # negative, because the score should grow
 
 
 def exact_objective(weights, sigma):

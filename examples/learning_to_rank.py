@@ -6,11 +6,11 @@ and 10 hits make 1. Each place is a piecewise constant function of the scores, s
 to train on pairs (logistic loss of every hit against every miss). Here the scores are perturbed,
 which makes NDCG@10 smooth, and its gradient is estimated from 32 rankings a query and step.
 
-The data set, because queries are real there: each image asks for the others, and what is relevant
-is a fact. (The regression sets that scikit-learn ships have no queries at all.) Images are reduced
-to 4 x 4 pixels, which leaves something to learn; the score of an image is minus a squared distance,
-linear in its 136 weights, one for each pair of pixels. The first half of the images is for training
-and the second for testing; they are in the order of collection, so most writers differ.
+Each image is a query for the others, and relevance is known: it is having the same digit. Images
+are reduced to 4 x 4 pixels, which leaves something to learn; the score of an image is minus a
+squared distance, linear in 136 weights, one for each pair of pixels. The first half of the images
+is for training and the second for testing; they are in the order of collection, so most writers
+differ.
 
     python examples/learning_to_rank.py
 """
@@ -135,7 +135,8 @@ def train(list_loss, train_images, test_images, num_steps, rate, num_queries=32,
 def main(path="build/learning_to_rank.png", num_steps=300):
     """Trains both ways, prints what they reach, and writes the figure; returns the Result."""
     train_images, test_images, pixels = load()
-    # For each way the best rate of .001, .003, .01, .03 and .1.
+    # For each way the best rate of .001, .003, .01, .03 and .1 when the last third of the training
+    # images is held out. (By the test images: .001 for the pairs, which then reach .891.)
     ways = {
         "logistic loss of pairs": (lambda key, found, hits: logistic_pairs(found, hits), 0.003),
         "NDCG@10 itself, perturbed": (perturbed_loss, 0.01),

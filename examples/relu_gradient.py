@@ -1,4 +1,4 @@
-"""The gradient of a sum of ReLUs from values alone, beside the exact gradient.
+"""The gradient of a sum of ReLUs from values alone, and the exact gradient.
 
 With F(x) = E[f(x + sigma eps)] and f the sum of max(x_i, 0), dF/dx_i is the probability that
 x_i + sigma eps_i is positive: 1 - exp(-exp(x_i / sigma)) for Gumbel noise, Phi(x_i / sigma) for

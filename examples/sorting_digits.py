@@ -1,9 +1,9 @@
 """Reading four-digit numbers, taught by nothing but their order.
 
 Each example is a set of five numbers, each written as four of scikit-learn's handwritten digits
-side by side. A network gives every number a score; what is known of the set is how the numbers
-rank, not what they are and not what any digit is. Sorting has no useful derivative, so it is
-perturbed: the scores get noise, and the mean of the ranks under noise is smooth. This is the
+side by side. A network gives every number a score; only the order of the numbers in a set is known,
+not what they are and not what any digit is. Sorting has no useful derivative, so it is perturbed:
+noise is added to the scores, and the mean of the ranks under noise is smooth. This is the
 experiment of Grover et al., "Stochastic Optimization of Sorting Networks via Continuous
 Relaxations", 2019, arXiv:1903.08850, with smaller and far fewer images.
 
@@ -13,7 +13,7 @@ Three ways to train the same network, each in 2,000 steps of 100 sets:
 - cross-entropy of the perturbed permutation matrix, 32 noisy sortings a set;
 - for comparison, a network that is told the numbers: squared error of the standardised value.
 
-A logistic regression that is told every digit, and sorts the numbers that it reads, stands beside.
+Also for comparison, a logistic regression is told every digit and sorts the numbers that it reads.
 
 The first 1,200 images are for training, the other 597 for testing; they are in the order of
 collection, so the writers of the test images are mostly others. Sets are put together at random.

@@ -19,7 +19,8 @@ usage: python -m perturbax SCRIPT [ARG ...]
        python -m perturbax -m MODULE [ARG ...]
 
 Runs a Python program, unmodified, with optax.perturbations served by perturbax.
-Everything after SCRIPT or MODULE is handed to the program.
+Everything after SCRIPT or MODULE is handed to the program. Processes that it spawns
+are not served: they have optax's own functions, unless they call perturbax.patch_optax().
 
 options:
   -m MODULE      run a module, as python -m MODULE does

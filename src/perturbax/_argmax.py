@@ -177,6 +177,9 @@ def make_perturbed_max(
     two, by the score; all are unbiased. With one-hot solutions and Gumbel noise, F is
     sigma (logsumexp(theta / sigma) + gamma) with Euler's constant gamma.
 
+    In further arguments, which objective and solver may share, the first derivative is that of F
+    too. Derivatives of it in such an argument are not: how solutions depend on it is not seen.
+
     Args:
       argmax_fun: the solver, `argmax_fun(theta, *args, **kwargs)`, which returns y of the structure
         and shapes of theta, in any dtype; of any structure where an objective is given.

@@ -1,6 +1,7 @@
 """check_noise: whether an object is what noise should be, by measurement."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -13,9 +14,12 @@ from jax import Array
 
 from . import _arguments
 from ._interop import as_noise
+from ._noise import from_normal, from_words, is_invertible
 
 # Standard errors beyond which a difference is not chance: 6e-7 for each comparison.
 _LIMIT = 5.0
+# Least index of a tail, as of t^-index, whose average tells its own standard error.
+_LEAST_INDEX = 2.5
 # Fewest draws for which standard errors can be trusted.
 _LEAST_DRAWS = 100
 
@@ -70,9 +74,11 @@ def check_noise(
     The score-function method rests on identities that hold for every density p that is smooth on
     the whole line, with the score s = -d log p / dz: E[s] = 0, E[z s] = 1, E[s h(z)] = E[h'(z)] for
     any smooth bounded h and, for second derivatives, E[(s^2 - s') h(z)] = E[h''(z)]. All are
-    measured over many draws, for the noise as `make_perturbed_fun` would use it; so are whether
+    measured over many draws, for the noise as `make_perturbed_fun` would use it: drawn by `sample`
+    and, where it has them, by `icdf`, `from_bits` and `from_normal`. Measured, too, are whether
     draws have the shape and the dtype that were asked for, depend on the key, are independent from
-    coordinate to coordinate and from key to key, and take enough different values.
+    coordinate to coordinate (unless `log_prob` is of all together) and from key to key, take
+    enough different values, and have the `mean` and `variance` that the noise declares.
 
     Args:
       noise: an object with sample and log_prob, in this library's convention or another's.
@@ -132,11 +138,13 @@ def check_noise(
 
     notes = []
     derivatives = _derivatives(law, dim)
-    problems = [*_dependences(z)]
+    problems = [*_dependences(law, z)]
     mean, mean_z = _mean(scores), _mean(z * scores)
     problems += _identities(z, scores, mean, mean_z)
     if not problems and derivatives >= 2:
         problems += _second_order(law, z, scores)
+    problems += _moments(law, z)
+    problems += _inverses(law, jax.random.fold_in(key, 1), *z.shape)
     if not problems and derivatives < math.inf:
         notes.append(
             f"it is good for derivatives up to order {derivatives:.0f}; beyond, it raises."
@@ -194,12 +202,11 @@ def _draws(law: Any, key: Array, count: int, dim: int) -> np.ndarray:
 
 def _scores(law: Any, z: np.ndarray) -> np.ndarray:
     """-d log p / dz at each of the draws."""
-    row = jax.ShapeDtypeStruct(z.shape[1:], np.float32)
-    shape = jax.eval_shape(law.log_prob, row).shape
-    if shape not in (row.shape, ()):
+    shape = _log_prob_shape(law, z)
+    if shape not in (z.shape[1:], ()):
         raise _Problem(
-            f"log_prob(inputs) returned shape {shape} for inputs of shape {row.shape}, expected "
-            f"{row.shape}, or () for the log-density of all coordinates together."
+            f"log_prob(inputs) returned shape {shape} for inputs of shape {z.shape[1:]}, expected "
+            f"{z.shape[1:]}, or () for the log-density of all coordinates together."
         )
     score = jax.jit(jax.vmap(_score(law)))
     scores = np.asarray(score(jnp.asarray(z, np.float32)), np.float64)
@@ -214,6 +221,11 @@ def _scores(law: Any, z: np.ndarray) -> np.ndarray:
             "would come out as 0."
         )
     return scores
+
+
+def _log_prob_shape(law: Any, z: np.ndarray) -> tuple[int, ...]:
+    """Of the log-density of one draw."""
+    return jax.eval_shape(law.log_prob, jax.ShapeDtypeStruct(z.shape[1:], np.float32)).shape
 
 
 def _score(law: Any) -> Any:
@@ -233,8 +245,11 @@ def _derivatives(law: Any, dim: int) -> float:
     return math.inf
 
 
-def _dependences(z: np.ndarray) -> Iterator[str]:
-    """Coordinates of a draw, and draws of neighbouring keys, must be uncorrelated."""
+def _dependences(law: Any, z: np.ndarray) -> Iterator[str]:
+    """Coordinates of a draw, and draws of neighbouring keys, must be uncorrelated.
+
+    Coordinates may be correlated if the log-density is one of all of them.
+    """
     u = _standardised(z)
     bounded = u / (1 + np.abs(u))  # as not all laws have a variance
     bounded = bounded - bounded.mean(axis=0)
@@ -245,7 +260,17 @@ def _dependences(z: np.ndarray) -> Iterator[str]:
 
     pairs = itertools.combinations(range(min(z.shape[1], 8)), 2)
     if any(dependent(bounded[:, i], bounded[:, j]) for i, j in pairs):
-        yield "the coordinates of one draw depend on each other; they must be independent."
+        if _log_prob_shape(law, z):
+            yield (
+                "the coordinates of one draw depend on each other, but log_prob takes them for "
+                "independent: let it return one number, the log-density of all together."
+            )
+        elif is_invertible(law) or getattr(law, "variance", None) is not None:
+            yield (
+                "the coordinates of one draw depend on each other, but what the noise declares, an "
+                "inverse distribution function or a variance, is used as that of independent "
+                "coordinates: leave it away."
+            )
     if any(dependent(column[1:], column[:-1]) for column in bounded.T[:8]):
         yield "draws from different keys depend on each other; the keys must make them independent."
 
@@ -260,8 +285,8 @@ def _identities(
 ) -> Iterator[str]:
     """E[s] = 0, E[z s] = 1, E[s h] = E[h']."""
     cause = (
-        "Either log_prob is not the log-density of what sample draws, or that density jumps, at an "
-        "end of its support, say."
+        "Either log_prob is not the log-density of these draws, or that density jumps, for example "
+        "at an end of its support."
     )
     found = False
     if _differs(mean, 0.0):
@@ -293,7 +318,7 @@ def _second_order(law: Any, z: np.ndarray, scores: np.ndarray) -> Iterator[str]:
     """E[(s^2 - s') h] = E[h'']."""
 
     def slope(row: Array) -> Array:
-        return jax.jvp(_score(law), (row,), (jnp.ones_like(row),))[1]
+        return jnp.diagonal(jax.jacfwd(_score(law))(row))
 
     slopes = np.asarray(jax.jit(jax.vmap(slope))(jnp.asarray(z, np.float32)), np.float64)
     u, width = _standardised(z), np.subtract(*np.quantile(z, (0.75, 0.25)))
@@ -308,6 +333,55 @@ def _second_order(law: Any, z: np.ndarray, scores: np.ndarray) -> Iterator[str]:
                 "second derivative will raise."
             )
             return
+
+
+def _moments(law: Any, z: np.ndarray) -> Iterator[str]:
+    """The moments that the noise declares, which a fit relies on, are those of its draws."""
+    mean: Any = getattr(law, "mean", None)
+    variance: Any = getattr(law, "variance", None)
+    if not _is_finite(mean):
+        return
+    # With heavy tails an average says little, and its standard error even less.
+    if _tail_index(np.abs(z)) > _LEAST_INDEX and _differs(found := _mean(z), mean):
+        yield (
+            f"the draws have the mean {_number(*found)}, but noise.mean is {mean:g}: derivatives "
+            "would silently be wrong wherever a polynomial is fitted."
+        )
+    elif _is_finite(variance) and _tail_index((z - mean) ** 2) > _LEAST_INDEX:
+        found = _mean((z - mean) ** 2)
+        if _differs(found, variance):
+            yield (
+                f"the draws have the variance {_number(*found)}, but noise.variance is "
+                f"{variance:g}: derivatives would silently be wrong wherever a polynomial of "
+                "degree 2 is fitted."
+            )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _inverses(law: Any, key: Array, count: int, dim: int) -> Iterator[str]:
+    """What other samplers draw, through inverse distribution functions, has the same law."""
+    if not is_invertible(law):
+        return
+    bits = jax.random.bits(key, (count, dim), np.uint32)
+    normal = jax.random.normal(key, (count, dim), np.float32)
+    by_words = "from_bits" if hasattr(law, "from_bits") else "icdf"
+    ways: dict[str, Any] = {by_words: (from_words, bits)}
+    if hasattr(law, "from_normal"):
+        ways["from_normal"] = from_normal, normal
+    for name, (draw, uniform) in ways.items():
+        try:
+            z = np.asarray(jax.jit(functools.partial(draw, law))(uniform), np.float64)
+            if not np.isfinite(z).all():
+                raise _Problem(f"{np.mean(~np.isfinite(z)):.2%} of them are infinite or NaN.")
+            scores = _scores(law, z)
+            found = list(_identities(z, scores, _mean(scores), _mean(z * scores)))
+        except _Problem as problem:
+            found = [str(problem)]
+        for one in found:
+            yield f"of draws by {name}, which nets and other samplers take: {one}"
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:

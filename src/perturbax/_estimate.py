@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
 from . import _arguments, _spread, _tracing
 from ._perturb import Perturbed
+from ._rules import without_derivatives
 from ._sampling import Sobol
 
 # Nets where the choice is ours: eight leave seven degrees of freedom, for intervals hardly wider
@@ -90,34 +90,15 @@ class Estimate:
         )
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _underived(name: str, value: Array) -> Array:
-    """The value as it is; derivatives of what is computed from it raise.
-
-    Noise and the point of evaluation are held fixed in what follows, so that automatic
-    differentiation would find zero, or a part of the derivative, and say nothing.
-    """
-    del name
-    return value
-
-
-@partial(_underived.defjvp, symbolic_zeros=True)
-def _underived_jvp(name: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    (value,), (dot,) = primals, tangents
-    if not isinstance(dot, SymbolicZero):
-        raise NotImplementedError(
-            f"a derivative of the results of estimate was asked for, in {name}, but they have "
-            "none. Differentiate the perturbed function itself, by jax.grad(g, argnums=1)(key, x), "
-            "say; where results are only to be looked at, compute them from jax.lax.stop_gradient "
-            f"of {name}"
-        )
-    return value, jnp.zeros_like(value)
-
-
 def _without_derivatives(name: str, values: Any) -> Any:
-    """A pytree of arrays whose floating leaves are `_underived`."""
-    return jax.tree.map(
-        lambda v: _underived(name, v) if jnp.issubdtype(v.dtype, jnp.inexact) else v, values
+    # Noise and the point of evaluation are held fixed in what follows, so that automatic
+    # differentiation would find zero, or a part of the derivative, and say nothing.
+    return without_derivatives(
+        f"a derivative of the results of estimate was asked for, in {name}, but they have none. "
+        "Differentiate the perturbed function itself, for example by jax.grad(g, argnums=1)(key, "
+        "x); where results are only to be looked at, compute them from jax.lax.stop_gradient of "
+        f"{name}",
+        values,
     )
 
 

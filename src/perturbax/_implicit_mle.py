@@ -18,7 +18,7 @@ from ._calls import describe, leading
 from ._noise import Gumbel, NoiseDistribution, Shape
 from ._perturb import make_perturbed_fun
 from ._perturbation import same_shapes, score_leaves
-from ._rules import aligned
+from ._rules import aligned, without_derivatives
 from ._sampling import Sampler
 from ._smoothness import Limit, limit_derivatives
 from ._trace import TracedFunction, trace
@@ -76,6 +76,7 @@ def make_implicit_mle(
       ValueError: where lam is not positive and finite, or alpha not finite, where argmax_fun
         returns another shape than that of theta, and as in `make_perturbed_fun`. A traced lam that
         is not > 0 gives NaN.
+      NotImplementedError: where a derivative of second order is asked for.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -193,6 +194,11 @@ def _zeros_bwd(traced: TracedFunction, two_sided: bool, inputs: Any, y_bar: list
         ((y - target) / width).astype(v.dtype)
         for v, y, target in zip(scores, start, mean(-lam), strict=True)
     ]
+    scores_bar = without_derivatives(
+        "a derivative of the gradient of make_implicit_mle was asked for, but that is a difference "
+        "of solutions, which has none. Use make_perturbed_argmax for derivatives of higher order",
+        scores_bar,
+    )
     return scores_bar, *jax.tree.map(_no_cotangent, (value, operands, lam, key))
 
 

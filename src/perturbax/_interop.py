@@ -68,7 +68,8 @@ def as_noise(noise: Any) -> Any:
     if _is_discrete(noise):
         raise ValueError(
             f"noise must have a density, but {law} is discrete: its draws change by steps, so no "
-            "derivative follows from them. Use a continuous law such as Normal()"
+            "derivative follows from them. Use a continuous law such as Normal() (or, if this one "
+            "is continuous and only named so, give it an attribute is_discrete = False)"
         )
     return AdaptedNoise(noise, law, _convention(noise.sample), _limit(noise, law))
 
@@ -149,9 +150,13 @@ class AdaptedNoise:
 
 def _name(noise: Any) -> str:
     """The class, and the library that it is from."""
+    library = _library(noise)
+    return f"{library}.{type(noise).__name__}" if library else type(noise).__name__
+
+
+def _library(noise: Any) -> str | None:
     root = type(noise).__module__.split(".")[0]
-    known = root in ("numpyro", "distrax", "tensorflow_probability")
-    return f"{root}.{type(noise).__name__}" if known else type(noise).__name__
+    return root if root in ("numpyro", "distrax", "tensorflow_probability") else None
 
 
 def _convention(sample: Any) -> str:
@@ -196,8 +201,11 @@ def _is_discrete(noise: Any) -> bool:
     names = [c.__name__ for c in type(noise).__mro__]
     # As in BernoulliProbs and CategoricalLogits.
     by_name = any(n == d or n in (f"{d}Probs", f"{d}Logits") for n in names for d in _DISCRETE)
-    declared = getattr(noise, "is_discrete", False)
-    return by_name or (isinstance(declared, bool) and declared)
+    declared = getattr(noise, "is_discrete", None)
+    # A class of a user's own may have any name. Of numpyro's, Delta says that it is not discrete.
+    if isinstance(declared, bool) and (declared or _library(noise) is None):
+        return declared
+    return by_name
 
 
 def _limit(noise: Any, law: str) -> Limit | None:

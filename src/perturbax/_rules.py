@@ -102,3 +102,23 @@ def _departure_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 # x - stop_gradient(x): zero, also where x is infinite or NaN; such x have no derivative.
 departure = with_jvp(jnp.zeros_like, _departure_jvp)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _underived(message: str, value: Array) -> Array:
+    del message
+    return value
+
+
+@functools.partial(_underived.defjvp, symbolic_zeros=True)
+def _underived_jvp(message: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    if is_live(tangents[0]):
+        raise NotImplementedError(message)
+    return primals[0], jnp.zeros_like(primals[0])
+
+
+def without_derivatives(message: str, values: Any) -> Any:
+    """A pytree of arrays as it is; derivatives of it raise NotImplementedError with the message."""
+    return jax.tree.map(
+        lambda v: _underived(message, v) if jnp.issubdtype(v.dtype, jnp.inexact) else v, values
+    )

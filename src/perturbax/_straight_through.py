@@ -118,7 +118,14 @@ def _value_jvp(
         (leaves, operands[0]),
         (leaves_dot, operands_dot[0]),
     )
+    # What soft closed over is of no use here, and its keys are consumed by now.
+    operands = jax.tree.map(_clone, operands)
     return _hard_value(soft, hard, leaves, operands), out_dot
+
+
+def _clone(value: Any) -> Any:
+    is_key = jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key)
+    return jax.random.clone(value) if is_key else value
 
 
 # The results of `hard`, with the derivatives of `soft`.

@@ -130,15 +130,33 @@ class BoundNoise:
     def __init__(self, traced: TracedNoise, operands: dict[str, Any]):
         """Binds the operands of each method; has those inverses that were traced."""
         self._methods, self._operands = traced.methods, operands
+        self._shape = traced.methods["sample"].out_avals[0].shape
         self.mean, self.variance = traced.mean, traced.variance
         for name in _INVERSES:
             if name in traced.methods:
                 setattr(self, name, functools.partial(self._inverse, name))
 
-    def sample(self, key: Array, sample_shape: Any, dtype: Any) -> Array:
-        """One draw of the traced shape."""
-        del sample_shape
-        return self._call("sample", key).astype(dtype)
+    def sample(self, key: Array, sample_shape: Any = (), dtype: Any = float) -> Array:
+        """Draws of the traced shape, one or as many as the axes in front of it ask for."""
+        shape = tuple(sample_shape) if isinstance(sample_shape, tuple | list) else (sample_shape,)
+        if shape[len(shape) - 1 :] != self._shape:
+            raise ValueError(
+                f"noise.sample was asked for the shape {shape}, but a sampler draws noise for all "
+                f"coordinates of x, so a shape that ends with {self._shape[0]} was expected"
+            )
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+        if len(shape) == 1:
+            return self._call("sample", key).astype(dtype)
+        keys = jax.random.split(key, math.prod(shape[:-1]))
+        one = functools.partial(self._call, "sample")
+        return jax.vmap(one)(keys).reshape(shape).astype(dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        known = ("sample", "log_prob", "mean", "variance", *self.__dict__.get("_methods", ()))
+        raise AttributeError(
+            f"noise has no attribute {name!r} here: of a noise that is not one of perturbax's own, "
+            f"a sampler sees {', '.join(dict.fromkeys(known))}"
+        )
 
     def log_prob(self, inputs: Array) -> Array:
         """Log-density of one draw."""
