@@ -55,6 +55,9 @@ from ._evaluation import (
 from ._rules import any_live, departure, is_live, live_jvp, with_jvp
 from ._sharding import varying, varying_axes
 
+# Values that tell the unit of all. XLA compiles a larger maximum in three parts.
+_SOME = 32
+
 
 @partial(jax.jit, static_argnums=0)
 def estimate(plan: Plan, key: Array, x: list[Array], sigma: list[Array], operands: Any):
@@ -188,9 +191,10 @@ def fitted(
 
     # For digits only: the fit is equivariant, so that these constants have no influence on f - q.
     f = f - lax.stop_gradient(f[:1])
-    largest = lax.stop_gradient(jnp.max(jnp.abs(f), axis=0))
-    # Squares of what is smaller or larger than this may leave float32.
-    unit = jnp.where(largest > 0, largest, jnp.ones_like(largest)).astype(f.dtype)
+    # In units of their own, as told by some, lest squares leave the range of floating-point numbers.
+    some = lax.stop_gradient(f[:: -(-f.shape[0] // _SOME)])
+    largest = jnp.max(jnp.abs(some), axis=0)
+    unit = jnp.where(largest > 0, largest, 1).astype(f.dtype)
     enough = _surrogate.enough(plan.dim, plan.degree or 0, plan.num_groups, plan.group_size)
     sizes = np.minimum(group_sizes(plan), enough)
 

@@ -259,7 +259,7 @@ def _inverse(noise: Any) -> Any:
         if callable(inverse):
             try:
                 jax.eval_shape(inverse, jax.ShapeDtypeStruct((), jnp.float32))
-            except (NotImplementedError, AttributeError):
+            except (NotImplementedError, AttributeError, ImportError):
                 continue
             return inverse
     raise AttributeError(f"{_name(noise)} has no inverse distribution function")

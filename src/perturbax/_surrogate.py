@@ -221,7 +221,7 @@ def _inverse(matrix: Array, halve: bool) -> Array:
 
 def _eliminate(matrix: Array) -> Array:
     """Inverses by Gauss-Jordan elimination in place, each step a change of rank one."""
-    index = jax.lax.iota(jnp.int32, matrix.shape[1])
+    index = np.arange(matrix.shape[1], dtype=np.int32)  # a constant, which need not be compiled
 
     def eliminate(k: Array, table: Array) -> Array:
         at_row, at_column = (index == k)[None, :, None], (index == k)[None, None]

@@ -167,7 +167,10 @@ class BoundNoise:
 
     def _inverse(self, name: str, rows: Array) -> Array:
         dtype = np.dtype(np.float32 if rows.dtype.itemsize <= 4 else np.float64)
-        return jax.vmap(functools.partial(self._call, name))(rows).astype(dtype)
+        draws = rows.reshape(-1, *self._shape)  # samplers may have several in a row
+        return (
+            jax.vmap(functools.partial(self._call, name))(draws).reshape(rows.shape).astype(dtype)
+        )
 
 
 def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[TracedNoise, Any]:
