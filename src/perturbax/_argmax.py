@@ -291,7 +291,7 @@ def make_perturbed_max(
                 value = _with_slopes(value, fixed, slopes, inputs)
         else:
             num_symmetric = len(leaves) if symmetrize else 0
-            value = _best(traced, len(leaves), num_symmetric, inputs, operands)
+            value = _with_envelope_derivatives(traced, len(leaves), num_symmetric, inputs, operands)
         return value if layer.maximize else -value
 
     does = f"Estimates the expected optimum of {{name}} by the mean of {num_samples} samples."
@@ -391,16 +391,16 @@ def _symmetrized(
     """traced(operands, *inputs), with a symmetric Jacobian of the first results in the scores."""
     if not num_symmetric:
         return traced(operands, *inputs)
-    return _field(traced, num_scores, inputs, operands)
+    return _with_symmetric_jacobian(traced, num_scores, inputs, operands)
 
 
-def _results(traced: TracedFunction, num_scores: int, inputs: Any, operands: Any) -> list[Array]:
+def _as_is(traced: TracedFunction, num_scores: int, inputs: Any, operands: Any) -> list[Array]:
     """traced(operands, *inputs); its derivative in the scores is J t / 2 + J' t / 2."""
     del num_scores
     return traced(operands, *inputs)
 
 
-def _results_jvp(traced: TracedFunction, num_scores: int, primals: Any, tangents: Any) -> Any:
+def _symmetric_jvp(traced: TracedFunction, num_scores: int, primals: Any, tangents: Any) -> Any:
     leaves, tree = jax.tree.flatten(primals)
     dots = jax.tree.leaves(tangents)
     by_scores = any(map(is_live, dots[:num_scores]))
@@ -433,7 +433,7 @@ def _results_jvp(traced: TracedFunction, num_scores: int, primals: Any, tangents
     return out, out_dot
 
 
-_field = with_jvp(_results, _results_jvp, 2, symbolic_zeros=True)
+_with_symmetric_jacobian = with_jvp(_as_is, _symmetric_jvp, 2, symbolic_zeros=True)
 
 
 def _padded(directions: list[Array], out: list[Array]) -> list[tuple[Array, Array]]:
@@ -469,7 +469,9 @@ def _maximum_jvp(
     return value, value_dot
 
 
-_best = jax.jit(with_jvp(_maximum, _maximum_jvp, 3, symbolic_zeros=True), static_argnums=(0, 1, 2))
+_with_envelope_derivatives = jax.jit(
+    with_jvp(_maximum, _maximum_jvp, 3, symbolic_zeros=True), static_argnums=(0, 1, 2)
+)
 
 
 def _value_alone(value: Array, fixed: Array, slopes: list[Array], inputs: list[Array]) -> Array:

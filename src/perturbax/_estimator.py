@@ -45,12 +45,12 @@ from ._evaluation import (
     evaluate_at,
     group_sizes,
     in_groups,
-    in_turn,
     mean_over_groups,
     noise_in,
     over_groups,
     point_of,
     shaped,
+    vmapped_in_parts,
 )
 from ._rules import any_live, departure, is_live, live_jvp, with_jvp
 from ._sharding import varying, varying_axes
@@ -191,7 +191,7 @@ def fitted(
 
     # For digits only: the fit is equivariant, so that these constants have no influence on f - q.
     f = f - lax.stop_gradient(f[:1])
-    # In units of their own, as told by some, lest squares leave the range of floating-point numbers.
+    # In units of their own, as told by some, lest squares overflow or vanish.
     some = lax.stop_gradient(f[:: -(-f.shape[0] // _SOME)])
     largest = jnp.max(jnp.abs(some), axis=0)
     unit = jnp.where(largest > 0, largest, 1).astype(f.dtype)
@@ -291,7 +291,7 @@ def _value(plan: Plan, key: Array, point: Point, a: Array, r: Any, operands: Any
 
         return over_groups(plan, evaluate)[0] / plan.num_samples
 
-    value = in_turn(plan, mean, key, point, operands)
+    value = vmapped_in_parts(plan, mean, key, point, operands)
     return cut(value, plan.fun.out_avals[: plan.num_outputs])
 
 
@@ -333,7 +333,7 @@ def _value_and_jacobians(
     Each in a part for each leaf, lest derivatives of one leaf spoil those of the others.
     """
     one = _jacobian_of_surrogates if plan.degree else _jacobian_of_baselines
-    found = in_turn(plan, partial(one, plan, wrt), key, point, a, r, operands)
+    found = vmapped_in_parts(plan, partial(one, plan, wrt), key, point, a, r, operands)
     avals = plan.fun.out_avals[: plan.num_outputs]
     return tuple(cut(v, avals, axis=0) for v in found)
 
@@ -488,7 +488,7 @@ def _find_factors(
       for each leaf; and the slopes in a and r, as far as `wrt` asks.
     """
     del a
-    return in_turn(plan, partial(_factors_of_one, plan, wrt), key, point, r, operands)
+    return vmapped_in_parts(plan, partial(_factors_of_one, plan, wrt), key, point, r, operands)
 
 
 def _factors_of_one(

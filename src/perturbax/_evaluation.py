@@ -290,7 +290,7 @@ def over_groups(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> tuple[Any
     return sums, stacked
 
 
-def in_turn(plan: Plan, fun: Callable[..., Any], *args: Any) -> Any:
+def vmapped_in_parts(plan: Plan, fun: Callable[..., Any], *args: Any) -> Any:
     """fun(*args); if vmapped on a single CPU, for so few inputs at a time as fit into the cache.
 
     A chunk is sized for one input. All inputs of a batch at once would each go through memory with

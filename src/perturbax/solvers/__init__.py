@@ -1,7 +1,7 @@
 """Solvers to put inside perturbed optimizers: plain JAX functions that jit and vmap.
 
 Each takes scores (to maximise) or costs (to minimise) and returns a hard solution, mostly as a
-0/1 array of the same shape, so that ``sum(scores * solution)`` is the objective. Their own
+0/1 array of the same shape, so that `sum(scores * solution)` is the objective. Their own
 derivative is zero; perturbation is what gives them one.
 """
 

@@ -25,53 +25,53 @@ def knapsack(
     first item wins, then the one that takes the second, and so on (so an item of value 0 is
     taken where it fits).
 
-    Time and memory are ``n`` times the product of ``scale * capacity + 1`` over the
+    Time and memory are `n` times the product of `scale * capacity + 1` over the
     constraints, memory in bytes: fine for one constraint of some thousands, or two of some
     tens. Beyond that call a solver on the host.
 
     Args:
-        values: Shape (n,).
-        weights: Shape (n,), or (num_constraints, n) for several constraints at once. Integers
-            >= 0; or numbers that ``scale`` makes integers. May be traced if of integer dtype.
-        capacity: A number, or one for each constraint. It must be known while tracing.
-        scale: What to multiply weights and capacity by, for instance 100 for weights such as
-            3.25.
+      values: Shape (n,).
+      weights: Shape (n,), or (num_constraints, n) for several constraints at once. Integers
+        >= 0; or numbers that `scale` makes integers. May be traced if of integer dtype.
+      capacity: A number, or one for each constraint. It must be known while tracing.
+      scale: What to multiply weights and capacity by, for instance 100 for weights such as
+        3.25.
 
     Returns:
-        Ones for the items taken and zeros elsewhere, of shape (n,), in the dtype of ``values``
-        (the default float for integers). NaN if a value is NaN, or a traced weight is negative.
-        Its derivative is zero.
+      Ones for the items taken and zeros elsewhere, of shape (n,), in the dtype of `values`
+      (the default float for integers). NaN if a value is NaN, or a traced weight is negative.
+      Its derivative is zero.
 
     Raises:
-        TypeError: If an argument has the wrong type, or ``capacity`` is traced.
-        ValueError: If shapes disagree, a weight or the capacity is negative, or a weight is no
-            integer once scaled.
+      TypeError: If an argument has the wrong type, or `capacity` is traced.
+      ValueError: If shapes disagree, a weight or the capacity is negative, or a weight is no
+        integer once scaled.
 
     Example:
-        >>> knapsack(jnp.array([6.0, 10.0, 12.0]), [1, 2, 3], capacity=5)
-        Array([0., 1., 1.], dtype=float32)
+      >>> import jax.numpy as jnp
+      >>> import perturbax as px
+      >>> px.solvers.knapsack(jnp.array([6.0, 10.0, 12.0]), [1, 2, 3], capacity=5)
+      Array([0., 1., 1.], dtype=float32)
 
     References:
-        Hans Kellerer, Ulrich Pferschy, David Pisinger, "Knapsack Problems", 2004,
-        doi:10.1007/978-3-540-24777-7.
+      Hans Kellerer, Ulrich Pferschy, David Pisinger, "Knapsack Problems", 2004,
+      doi:10.1007/978-3-540-24777-7.
     """
     values = constant_scores("values", values, ndim=1)
     if (scale := static_int("scale", scale)) < 1:
-        raise ValueError(f"scale must be at least 1, got {scale}.")
+        raise ValueError(f"scale must be at least 1, got {scale}")
     if not is_static(capacity):
         raise TypeError(
             "capacity must be known while tracing, got a traced value; it sets the size of the "
-            "table: close over it, or mark it with static_argnames."
+            "table: close over it, or mark it with static_argnames"
         )
     array = real_array("weights", weights)
     if array.ndim > 2:
-        raise ValueError(
-            f"weights must have shape (n,) or (num_constraints, n), got {array.shape}."
-        )
+        raise ValueError(f"weights must have shape (n,) or (num_constraints, n), got {array.shape}")
     if array.shape[-1] != values.shape[0]:
         raise ValueError(
             f"weights must have one entry an item, got shape {array.shape} "
-            f"for {values.shape[0]} values."
+            f"for {values.shape[0]} values"
         )
     limits = _scaled_capacities(capacity, scale, len(jnp.atleast_2d(array)))
     if is_static(weights):
@@ -94,20 +94,20 @@ def _scaled_capacities(capacity: ArrayLike, scale: int, num_constraints: int) ->
     if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
         raise TypeError(
             "capacity must be a real number, or a list of one for each constraint, "
-            f"got {capacity!r} ({type(capacity).__name__})."
+            f"got {capacity!r} ({type(capacity).__name__})"
         )
     capacities = capacities.astype(float).reshape(-1)
     if len(capacities) != num_constraints:
         raise ValueError(
             f"capacity must have one entry a constraint, got {len(capacities)} "
-            f"for {num_constraints}, the rows of weights."
+            f"for {num_constraints}, the rows of weights"
         )
     if not (np.isfinite(capacities).all() and capacities.min() >= 0):
-        raise ValueError(f"capacity must be finite and >= 0, got {capacity}.")
+        raise ValueError(f"capacity must be finite and >= 0, got {capacity}")
     if capacities.max() * scale >= _LARGEST:
         raise ValueError(
             f"capacity must be below {_LARGEST} once multiplied by scale={scale}, got {capacity}; "
-            "the table has an entry for each unit: choose a smaller scale."
+            "the table has an entry for each unit: choose a smaller scale"
         )
     # The small addition takes 0.29 * 100 = 28.999999999999996 for 29.
     return tuple(int(limit) for limit in np.floor(capacities * scale + _ROUNDING))
@@ -118,7 +118,7 @@ def _scaled_traced_weights(weights: Array, scale: int, limits: tuple[int, ...]) 
     if not jnp.issubdtype(weights.dtype, jnp.integer):
         raise TypeError(
             f"weights must hold integers where they are traced, got dtype {weights.dtype}; "
-            "round them first."
+            "round them first"
         )
     kind = jnp.iinfo(weights.dtype)
     rows = []
@@ -142,10 +142,10 @@ def _scaled_weights(weights: ArrayLike, scale: int) -> np.ndarray:
         raise ValueError(
             f"weights must be integers once multiplied by scale={scale}, "
             f"got {np.asarray(weights).flat[np.argmax(off)]}; "
-            "choose scale so that they are, for instance 100 for two decimals."
+            "choose scale so that they are, for instance 100 for two decimals"
         )
     if rounded.min() < 0:
-        raise ValueError(f"weights must be >= 0, got {np.min(np.asarray(weights))}.")
+        raise ValueError(f"weights must be >= 0, got {np.min(np.asarray(weights))}")
     return np.minimum(rounded, _LARGEST).astype(np.int32)
 
 
@@ -153,7 +153,7 @@ def _scaled_weights(weights: ArrayLike, scale: int) -> np.ndarray:
 def _pack(values: Array, weights: Array, limits: tuple[int, ...]) -> Array:
     """Fills the table of best values from the last item to the first, then reads off the items.
 
-    ``table[left]`` is the best value of the items so far within the capacities ``left``.
+    `table[left]` is the best value of the items so far within the capacities `left`.
     """
     gains = accumulator(values)
     sizes = tuple(limit + 1 for limit in limits)

@@ -16,29 +16,31 @@ def ranks(scores: ArrayLike, *, descending: bool = False) -> Array:
     .. math:: y^*(\theta) = \arg\max \{\langle \theta, y \rangle :
         y \text{ a permutation of } (1, \dots, n)\}
 
-    Maximises; ``descending=True`` gives rank 1 to the largest, as in learning to rank, which
-    minimises the same objective (``maximize=False``). Equal scores are ranked in the order in
+    Maximises; `descending=True` gives rank 1 to the largest, as in learning to rank, which
+    minimises the same objective (`maximize=False`). Equal scores are ranked in the order in
     which they stand, in both directions.
 
     Args:
-        scores: Shape (..., n); leading axes are a batch.
-        descending: Whether rank 1 goes to the largest.
+      scores: Shape (..., n); leading axes are a batch.
+      descending: Whether rank 1 goes to the largest.
 
     Returns:
-        The ranks, of the shape of ``scores``, floating, and at least float32, since bfloat16
-        cannot hold 257. NaN where a score is NaN. Its derivative is zero.
+      The ranks, of the shape of `scores`, floating, and at least float32, since bfloat16
+      cannot hold 257. NaN where a score is NaN. Its derivative is zero.
 
     Raises:
-        TypeError: If ``scores`` does not hold real numbers, or ``descending`` is no bool.
-        ValueError: If ``scores`` is empty or a scalar.
+      TypeError: If `scores` does not hold real numbers, or `descending` is no bool.
+      ValueError: If `scores` is empty or a scalar.
 
     Example:
-        >>> ranks(jnp.array([0.3, 2.0, -1.0]))
-        Array([2., 3., 1.], dtype=float32)
+      >>> import jax.numpy as jnp
+      >>> import perturbax as px
+      >>> px.solvers.ranks(jnp.array([0.3, 2.0, -1.0]))
+      Array([2., 3., 1.], dtype=float32)
 
     References:
-        Mathieu Blondel, Olivier Teboul, Quentin Berthet, Josip Djolonga, "Fast Differentiable
-        Sorting and Ranking", 2020, arXiv:2002.08871.
+      Mathieu Blondel, Olivier Teboul, Quentin Berthet, Josip Djolonga, "Fast Differentiable
+      Sorting and Ranking", 2020, arXiv:2002.08871.
     """
     scores = constant_scores("scores", scores)
     dtype = at_least_float32(solution_dtype(scores))
@@ -48,33 +50,35 @@ def ranks(scores: ArrayLike, *, descending: bool = False) -> Array:
 
 
 def sorting_permutation(scores: ArrayLike, *, descending: bool = False) -> Array:
-    r"""The permutation matrix that sorts the scores: ``P @ scores`` is in order.
+    r"""The permutation matrix that sorts the scores: `P @ scores` is in order.
 
     .. math:: P^*(\theta) = \arg\max \{\langle \rho, P \theta \rangle :
         P \text{ a permutation matrix}\}, \quad \rho = (1, \dots, n)
 
-    Maximises; ``descending=True`` minimises, and ``P @ scores`` then falls. Equal scores keep
+    Maximises; `descending=True` minimises, and `P @ scores` then falls. Equal scores keep
     their order, in both directions. Row i says which entry stands in place i of the sorted
     vector, so the last row (the first if descending) is the one-hot argmax.
 
     Args:
-        scores: Shape (..., n); leading axes are a batch.
-        descending: Whether the largest comes first.
+      scores: Shape (..., n); leading axes are a batch.
+      descending: Whether the largest comes first.
 
     Returns:
-        Zeros and ones of shape (..., n, n), in the dtype of ``scores`` (the default float for
-        integers). Not the shape of ``scores``: use it in ``make_perturbed_fun``. NaN where a
-        score is NaN. Its derivative is zero.
+      Zeros and ones of shape (..., n, n), in the dtype of `scores` (the default float for
+      integers). Not the shape of `scores`: use it in `make_perturbed_fun`. NaN where a
+      score is NaN. Its derivative is zero.
 
     Raises:
-        TypeError: If ``scores`` does not hold real numbers, or ``descending`` is no bool.
-        ValueError: If ``scores`` is empty or a scalar.
+      TypeError: If `scores` does not hold real numbers, or `descending` is no bool.
+      ValueError: If `scores` is empty or a scalar.
 
     Example:
-        >>> sorting_permutation(jnp.array([0.3, 2.0, -1.0]))
-        Array([[0., 0., 1.],
-               [1., 0., 0.],
-               [0., 1., 0.]], dtype=float32)
+      >>> import jax.numpy as jnp
+      >>> import perturbax as px
+      >>> px.solvers.sorting_permutation(jnp.array([0.3, 2.0, -1.0]))
+      Array([[0., 0., 1.],
+             [1., 0., 0.],
+             [0., 1., 0.]], dtype=float32)
     """
     scores = constant_scores("scores", scores)
     positions = _positions(scores, static_bool("descending", descending))

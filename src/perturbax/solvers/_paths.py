@@ -38,33 +38,35 @@ def grid_shortest_path(costs: ArrayLike, *, neighbors: int = 8) -> Array:
     neighbours across a side before those across a corner.
 
     Args:
-        costs: Shape (height, width), the cost of entering each cell.
-        neighbors: 8 to step across sides and corners, 4 to step across sides only.
+      costs: Shape (height, width), the cost of entering each cell.
+      neighbors: 8 to step across sides and corners, 4 to step across sides only.
 
     Returns:
-        Ones on the path and zeros elsewhere, of the shape of ``costs`` and of its dtype (the
-        default float for integers). NaN if a cost is NaN, or if walls leave no path. Its
-        derivative is zero.
+      Ones on the path and zeros elsewhere, of the shape of `costs` and of its dtype (the
+      default float for integers). NaN if a cost is NaN, or if walls leave no path. Its
+      derivative is zero.
 
     Raises:
-        TypeError: If ``costs`` does not hold real numbers.
-        ValueError: If ``costs`` is empty or no matrix, or ``neighbors`` neither 4 nor 8.
+      TypeError: If `costs` does not hold real numbers.
+      ValueError: If `costs` is empty or no matrix, or `neighbors` neither 4 nor 8.
 
     Example:
-        >>> grid_shortest_path(jnp.array([[1, 9, 9], [1, 9, 9], [9, 1, 1]]))
-        Array([[1., 0., 0.],
-               [1., 0., 0.],
-               [0., 1., 1.]], dtype=float32)
+      >>> import jax.numpy as jnp
+      >>> import perturbax as px
+      >>> px.solvers.grid_shortest_path(jnp.array([[1, 9, 9], [1, 9, 9], [9, 1, 1]]))
+      Array([[1., 0., 0.],
+             [1., 0., 0.],
+             [0., 1., 1.]], dtype=float32)
 
     References:
-        Marin Vlastelica, Anselm Paulus, Vit Musil, Georg Martius, Michal Rolinek,
-        "Differentiation of Blackbox Combinatorial Solvers", 2020, arXiv:1912.02175 (the
-        Warcraft maps). Richard Bellman, "On a Routing Problem", 1958,
-        doi:10.1090/qam/102435.
+      Marin Vlastelica, Anselm Paulus, Vit Musil, Georg Martius, Michal Rolinek,
+      "Differentiation of Blackbox Combinatorial Solvers", 2020, arXiv:1912.02175 (the
+      Warcraft maps). Richard Bellman, "On a Routing Problem", 1958,
+      doi:10.1090/qam/102435.
     """
     costs = constant_scores("costs", costs, ndim=2)
     if neighbors not in (4, 8):
-        raise ValueError(f"neighbors must be 4 or 8, got {neighbors!r}.")
+        raise ValueError(f"neighbors must be 4 or 8, got {neighbors!r}")
     return _grid_path(costs, _SIDES if neighbors == 4 else _SIDES + _CORNERS)
 
 
@@ -86,32 +88,35 @@ def graph_shortest_path(
     them the cheapest simple path is NP-hard to find, and Gaussian noise produces them. The
     result is a simple path in any case. A cost of inf closes an edge. Among paths of equal cost
     the choice is made from the target backwards: with cycles, first for the fewest edges; then,
-    at every node, for the edge that stands first in ``edges``.
+    at every node, for the edge that stands first in `edges`.
 
     Args:
-        costs: Shape (num_edges,).
-        edges: Shape (num_edges, 2), integers: the tail and the head of every edge, nodes
-            numbered from 0. A numpy array, since it must be known while tracing.
-        source: The node to start from; may be traced.
-        target: The node to reach; may be traced.
-        directed: False to walk every edge both ways, at the same cost.
+      costs: Shape (num_edges,).
+      edges: Shape (num_edges, 2), integers: the tail and the head of every edge, nodes
+        numbered from 0. A numpy array, since it must be known while tracing.
+      source: The node to start from; may be traced.
+      target: The node to reach; may be traced.
+      directed: False to walk every edge both ways, at the same cost.
 
     Returns:
-        Ones on the path's edges and zeros elsewhere, of shape (num_edges,), in the dtype of
-        ``costs`` (the default float for integers); all zeros if source and target are the same.
-        NaN if a cost is NaN, or if there is no path. Its derivative is zero.
+      Ones on the path's edges and zeros elsewhere, of shape (num_edges,), in the dtype of
+      `costs` (the default float for integers); all zeros if source and target are the same.
+      NaN if a cost is NaN, or if there is no path. Its derivative is zero.
 
     Raises:
-        TypeError: If an argument has the wrong type, or ``edges`` is traced.
-        ValueError: If shapes disagree, or ``source`` or ``target`` is no node of the graph.
+      TypeError: If an argument has the wrong type, or `edges` is traced.
+      ValueError: If shapes disagree, or `source` or `target` is no node of the graph.
 
     Example:
-        >>> edges = np.array([[0, 1], [1, 2], [0, 2]])
-        >>> graph_shortest_path(jnp.array([1.0, 1.0, 3.0]), edges, source=0, target=2)
-        Array([1., 1., 0.], dtype=float32)
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> import perturbax as px
+      >>> edges = np.array([[0, 1], [1, 2], [0, 2]])
+      >>> px.solvers.graph_shortest_path(jnp.array([1.0, 1.0, 3.0]), edges, source=0, target=2)
+      Array([1., 1., 0.], dtype=float32)
 
     References:
-        Richard Bellman, "On a Routing Problem", 1958, doi:10.1090/qam/102435.
+      Richard Bellman, "On a Routing Problem", 1958, doi:10.1090/qam/102435.
     """
     costs = constant_scores("costs", costs, ndim=1)
     pairs = edge_list(costs, edges)
@@ -132,34 +137,35 @@ def graph_shortest_path(
 
 
 def lattice_edges(height: int, width: int) -> np.ndarray:
-    """The edges of a lattice on which one steps right or down, for ``graph_shortest_path``.
+    """The edges of a lattice on which one steps right or down, for `graph_shortest_path`.
 
     Nodes are numbered row by row, so a path between the corners goes from 0 to
-    ``height * width - 1``. Edges stand row by row: first those to the right within the row, then
+    `height * width - 1`. Edges stand row by row: first those to the right within the row, then
     those down to the next, the order in which PyEPO's shortest path benchmark lists its costs.
 
     Args:
-        height: Number of rows of nodes.
-        width: Number of nodes a row.
+      height: Number of rows of nodes.
+      width: Number of nodes a row.
 
     Returns:
-        An integer numpy array of shape (2 * height * width - height - width, 2).
+      An integer numpy array of shape (2 * height * width - height - width, 2).
 
     Raises:
-        TypeError: If a size is no Python int.
-        ValueError: If a size is below 1, or there is no edge.
+      TypeError: If a size is no Python int.
+      ValueError: If a size is below 1, or there is no edge.
 
     Example:
-        >>> lattice_edges(2, 2)
-        array([[0, 1],
-               [0, 2],
-               [1, 3],
-               [2, 3]])
+      >>> import perturbax as px
+      >>> px.solvers.lattice_edges(2, 2)
+      array([[0, 1],
+             [0, 2],
+             [1, 3],
+             [2, 3]])
     """
     height, width = static_int("height", height), static_int("width", width)
     if height < 1 or width < 1 or height * width == 1:
         raise ValueError(
-            f"height and width must be at least 1, and one of them 2, got {height} and {width}."
+            f"height and width must be at least 1, and one of them 2, got {height} and {width}"
         )
     nodes = np.arange(height * width).reshape(height, width)
     right = np.stack([nodes[:, :-1], nodes[:, 1:]], axis=-1)
@@ -222,7 +228,7 @@ def _smaller(first: Array, second: Array) -> Array:
 
 
 def _shift(grid: Array, step: tuple[int, int], fill: float) -> Array:
-    """For each cell the entry of its neighbour in the direction ``step``."""
+    """For each cell the entry of its neighbour in the direction `step`."""
     height, width = grid.shape
     padded = jnp.pad(grid, 1, constant_values=fill)
     return lax.slice(
@@ -236,14 +242,13 @@ def _node(name: str, node: int | ArrayLike, num_nodes: int) -> Array:
         traced = jnp.asarray(node)
         if traced.ndim != 0 or not jnp.issubdtype(traced.dtype, jnp.integer):
             raise TypeError(
-                f"{name} must be one integer, got shape {traced.shape} and dtype {traced.dtype}."
+                f"{name} must be one integer, got shape {traced.shape} and dtype {traced.dtype}"
             )
         return traced.astype(int)
     node = static_int(name, node)
     if not 0 <= node < num_nodes:
         raise ValueError(
-            f"{name} must be a node between 0 and {num_nodes - 1}, the largest in edges, "
-            f"got {node}."
+            f"{name} must be a node between 0 and {num_nodes - 1}, the largest in edges, got {node}"
         )
     return jnp.asarray(node, int)
 
@@ -283,7 +288,7 @@ def _acyclic_path(
 ) -> Array:
     """Dynamic programming over the levels of a graph without cycles.
 
-    In the given ``order`` edges stand by the level of their heads; ``blocks`` says where each
+    In the given `order` edges stand by the level of their heads; `blocks` says where each
     level starts, how many edges it has, and counts up to the largest such number.
     """
     starts, sizes, count = blocks
@@ -382,7 +387,7 @@ def _walk_back(
     path: Array,
     limit: int,
 ) -> tuple[Array, Array]:
-    """Marks what a walk passes, and says whether it reached its goal within ``limit`` steps."""
+    """Marks what a walk passes, and says whether it reached its goal within `limit` steps."""
 
     def walk(state):
         place, path, count = state

@@ -24,19 +24,21 @@ def one_hot_argmax(scores: ArrayLike) -> Array:
     Maximises. On a tie the first of the largest wins. A score of -inf masks an entry.
 
     Args:
-        scores: Shape (..., n); leading axes are a batch.
+      scores: Shape (..., n); leading axes are a batch.
 
     Returns:
-        Zeros and a single one along the last axis, of the shape of ``scores`` and of its dtype
-        (the default float for integers). NaN where a score is NaN. Its derivative is zero.
+      Zeros and a single one along the last axis, of the shape of `scores` and of its dtype
+      (the default float for integers). NaN where a score is NaN. Its derivative is zero.
 
     Raises:
-        TypeError: If ``scores`` does not hold real numbers.
-        ValueError: If ``scores`` is empty or a scalar.
+      TypeError: If `scores` does not hold real numbers.
+      ValueError: If `scores` is empty or a scalar.
 
     Example:
-        >>> one_hot_argmax(jnp.array([0.3, 2.0, -1.0]))
-        Array([0., 1., 0.], dtype=float32)
+      >>> import jax.numpy as jnp
+      >>> import perturbax as px
+      >>> px.solvers.one_hot_argmax(jnp.array([0.3, 2.0, -1.0]))
+      Array([0., 1., 0.], dtype=float32)
     """
     scores = constant_scores("scores", scores)
     size = scores.shape[-1]
@@ -53,27 +55,29 @@ def top_k_mask(scores: ArrayLike, k: int) -> Array:
     Maximises. Among equal scores the first ones are taken.
 
     Args:
-        scores: Shape (..., n); leading axes are a batch.
-        k: How many to mark, from 1 to n; a Python int.
+      scores: Shape (..., n); leading axes are a batch.
+      k: How many to mark, from 1 to n; a Python int.
 
     Returns:
-        Zeros and k ones along the last axis, of the shape of ``scores`` and of its dtype (the
-        default float for integers). NaN where a score is NaN. Its derivative is zero.
+      Zeros and k ones along the last axis, of the shape of `scores` and of its dtype (the
+      default float for integers). NaN where a score is NaN. Its derivative is zero.
 
     Raises:
-        TypeError: If ``scores`` does not hold real numbers, or ``k`` is no Python int.
-        ValueError: If ``k`` is not between 1 and n.
+      TypeError: If `scores` does not hold real numbers, or `k` is no Python int.
+      ValueError: If `k` is not between 1 and n.
 
     Example:
-        >>> top_k_mask(jnp.array([0.3, 2.0, -1.0, 1.0]), 2)
-        Array([0., 1., 0., 1.], dtype=float32)
+      >>> import jax.numpy as jnp
+      >>> import perturbax as px
+      >>> px.solvers.top_k_mask(jnp.array([0.3, 2.0, -1.0, 1.0]), 2)
+      Array([0., 1., 0., 1.], dtype=float32)
     """
     scores = constant_scores("scores", scores)
     k = static_int("k", k)
     size = scores.shape[-1]
     if not 1 <= k <= size:
         raise ValueError(
-            f"k must be between 1 and {size}, the length of the last axis of scores, got {k}."
+            f"k must be between 1 and {size}, the length of the last axis of scores, got {k}"
         )
     # top_k orders -0. below 0.; as scores they are equal, and the first of equals wins.
     _, indices = jax.lax.top_k(jnp.where(scores == 0, jnp.zeros_like(scores), scores), k)
@@ -87,22 +91,24 @@ def median(values: ArrayLike) -> Array:
     """The median of the values, along the last axis: the mean of the middle two if n is even.
 
     The median maximises no linear objective, so there is no 0/1 solution to return: smooth it
-    with ``make_perturbed_fun``, not with ``make_perturbed_argmax``.
+    with `make_perturbed_fun`, not with `make_perturbed_argmax`.
 
     Args:
-        values: Shape (..., n); leading axes are a batch.
+      values: Shape (..., n); leading axes are a batch.
 
     Returns:
-        Shape (...), in the dtype of ``values`` (the default float for integers). NaN where a
-        value is NaN.
+      Shape (...), in the dtype of `values` (the default float for integers). NaN where a
+      value is NaN.
 
     Raises:
-        TypeError: If ``values`` does not hold real numbers.
-        ValueError: If ``values`` is empty or a scalar.
+      TypeError: If `values` does not hold real numbers.
+      ValueError: If `values` is empty or a scalar.
 
     Example:
-        >>> median(jnp.array([5.0, 1.0, 2.0, 9.0]))
-        Array(3.5, dtype=float32)
+      >>> import jax.numpy as jnp
+      >>> import perturbax as px
+      >>> px.solvers.median(jnp.array([5.0, 1.0, 2.0, 9.0]))
+      Array(3.5, dtype=float32)
     """
     return quantile(values, 0.5)
 
@@ -111,30 +117,32 @@ def quantile(values: ArrayLike, fraction: ArrayLike) -> Array:
     """The quantile of the values at a fraction between 0 and 1, along the last axis.
 
     Between two neighbouring values it is interpolated linearly, as numpy's default does. Smooth
-    it with ``make_perturbed_fun``; like the median it maximises no linear objective.
+    it with `make_perturbed_fun`; like the median it maximises no linear objective.
 
     Args:
-        values: Shape (..., n); leading axes are a batch.
-        fraction: A scalar from 0 (the minimum) to 1 (the maximum). It may be traced, and then a
-            fraction outside gives NaN.
+      values: Shape (..., n); leading axes are a batch.
+      fraction: A scalar from 0 (the minimum) to 1 (the maximum). It may be traced, and then a
+        fraction outside gives NaN.
 
     Returns:
-        Shape (...), in the dtype of ``values`` (the default float for integers). NaN where a
-        value is NaN.
+      Shape (...), in the dtype of `values` (the default float for integers). NaN where a
+      value is NaN.
 
     Raises:
-        TypeError: If ``values`` does not hold real numbers.
-        ValueError: If ``fraction`` is outside [0, 1] or not a scalar, or ``values`` is empty.
+      TypeError: If `values` does not hold real numbers.
+      ValueError: If `fraction` is outside [0, 1] or not a scalar, or `values` is empty.
 
     Example:
-        >>> quantile(jnp.array([5.0, 1.0, 2.0, 9.0]), 0.25)
-        Array(1.75, dtype=float32)
+      >>> import jax.numpy as jnp
+      >>> import perturbax as px
+      >>> px.solvers.quantile(jnp.array([5.0, 1.0, 2.0, 9.0]), 0.25)
+      Array(1.75, dtype=float32)
     """
     values = real_array("values", values)
     if np.ndim(fraction) != 0:
-        raise ValueError(f"fraction must be a scalar, got shape {np.shape(fraction)}.")
+        raise ValueError(f"fraction must be a scalar, got shape {np.shape(fraction)}")
     if is_static(fraction) and not 0 <= float(fraction) <= 1:  # pyright: ignore[reportArgumentType]
-        raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
+        raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
     dtype = solution_dtype(values)
     wide = at_least_float32(dtype)
     last = values.shape[-1] - 1

@@ -16,35 +16,38 @@ def minimum_spanning_tree(costs: ArrayLike, edges: ArrayLike) -> Array:
         y \text{ marks the edges of a spanning tree}\}
 
     Minimises, exactly, for costs of either sign; for the maximum spanning tree pass
-    ``-scores``. Among edges of equal cost those that stand first in ``edges`` are preferred, as
+    `-scores`. Among edges of equal cost those that stand first in `edges` are preferred, as
     in Kruskal's algorithm with a stable sort. A cost of inf removes an edge.
 
     Args:
-        costs: Shape (num_edges,).
-        edges: Shape (num_edges, 2), integers: the two ends of every edge, nodes numbered from
-            0. A numpy array, since it must be known while tracing; for all pairs of n nodes,
-            ``np.stack(np.triu_indices(n, 1), axis=1)``.
+      costs: Shape (num_edges,).
+      edges: Shape (num_edges, 2), integers: the two ends of every edge, nodes numbered from
+        0. A numpy array, since it must be known while tracing; for all pairs of n nodes,
+        `np.stack(np.triu_indices(n, 1), axis=1)`.
 
     Returns:
-        Ones on the tree's edges and zeros elsewhere, of shape (num_edges,), in the dtype of
-        ``costs`` (the default float for integers). NaN if a cost is NaN, or if removed edges
-        leave no tree. Its derivative is zero.
+      Ones on the tree's edges and zeros elsewhere, of shape (num_edges,), in the dtype of
+      `costs` (the default float for integers). NaN if a cost is NaN, or if removed edges
+      leave no tree. Its derivative is zero.
 
     Raises:
-        TypeError: If an argument has the wrong type, or ``edges`` is traced.
-        ValueError: If shapes disagree, the graph is not connected, or a pair of
-            nodes occurs twice.
+      TypeError: If an argument has the wrong type, or `edges` is traced.
+      ValueError: If shapes disagree, the graph is not connected, or a pair of
+        nodes occurs twice.
 
     Example:
-        >>> edges = np.array([[0, 1], [1, 2], [0, 2]])
-        >>> minimum_spanning_tree(jnp.array([1.0, 5.0, 2.0]), edges)
-        Array([1., 0., 1.], dtype=float32)
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> import perturbax as px
+      >>> edges = np.array([[0, 1], [1, 2], [0, 2]])
+      >>> px.solvers.minimum_spanning_tree(jnp.array([1.0, 5.0, 2.0]), edges)
+      Array([1., 0., 1.], dtype=float32)
 
     References:
-        Robert C. Prim, "Shortest Connection Networks and Some Generalizations", 1957,
-        doi:10.1002/j.1538-7305.1957.tb01515.x. Lawrence Stewart, Francis Bach,
-        Felipe Llinares-Lopez, Quentin Berthet, "Differentiable Clustering with Perturbed
-        Spanning Forests", 2023, arXiv:2305.16358.
+      Robert C. Prim, "Shortest Connection Networks and Some Generalizations", 1957,
+      doi:10.1002/j.1538-7305.1957.tb01515.x. Lawrence Stewart, Francis Bach,
+      Felipe Llinares-Lopez, Quentin Berthet, "Differentiable Clustering with Perturbed
+      Spanning Forests", 2023, arXiv:2305.16358.
     """
     costs = constant_scores("costs", costs, ndim=1)
     pairs = edge_list(costs, edges)
@@ -53,10 +56,10 @@ def minimum_spanning_tree(costs: ArrayLike, edges: ArrayLike) -> Array:
     if apart.size:
         raise ValueError(
             f"edges must connect all nodes from 0 to {num_nodes - 1}, "
-            f"but node {apart[0]} cannot be reached from node 0."
+            f"but node {apart[0]} cannot be reached from node 0"
         )
     if len(np.unique(np.sort(pairs, axis=1), axis=0)) < len(pairs):
-        raise ValueError("edges must hold every pair of nodes at most once, in one direction.")
+        raise ValueError("edges must hold every pair of nodes at most once, in one direction")
     between = np.full((num_nodes, num_nodes), len(pairs))
     for first, second in (pairs.T, pairs.T[::-1]):
         between[first, second] = np.arange(len(pairs))
@@ -78,7 +81,7 @@ def _connected(pairs: np.ndarray, num_nodes: int) -> np.ndarray:
 def _grow_tree(costs: Array, between: Array) -> Array:
     """Prim's algorithm with the cheapest link from the tree to every node outside.
 
-    ``between[i, j]`` is the edge between two nodes, or the number of edges where there is none.
+    `between[i, j]` is the edge between two nodes, or the number of edges where there is none.
     """
     num_nodes, none = between.shape[0], costs.shape[0]
     lengths = jnp.append(costs.astype(solution_dtype(costs)), jnp.inf)
