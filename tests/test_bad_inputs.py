@@ -922,13 +922,33 @@ def test_num_samples_of_any_integer_type(count):
     assert_trees_close(smooth(num_samples=count)(KEY, X), smooth()(KEY, X))
 
 
-@pytest.mark.parametrize("batch_size", [None, 10], ids=["default", "batch_size=10"])
-def test_memory_is_bounded(batch_size):
-    dim, num_samples = 100_000, 1000
-    g = smooth(num_samples=num_samples, batch_size=batch_size)
-    lowered = jax.jit(jax.value_and_grad(g, argnums=1)).lower(KEY, jnp.zeros(dim))
-    memory = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert memory < 0.1 * num_samples * dim * 4
+def of_nine(y):
+    return jnp.stack([k * jnp.sum(y**2) for k in range(1, 10)])
+
+
+def of_nine_with_aux(y):
+    return of_nine(y), y[0]
+
+
+@pytest.mark.parametrize(
+    ("fun", "dim", "num_samples", "settings", "most"),
+    [
+        (squares, 100_000, 1000, {}, 0.1),
+        (squares, 100_000, 1000, {"batch_size": 10}, 0.1),
+        (of_nine, 100_000, 1000, {}, 0.2),
+        (of_nine_with_aux, 100_000, 1000, {"has_aux": True}, 0.1),
+        # A sixteenth of the samples is drawn as a whole, and aux adds a number to each sample.
+        (squares, 100, 2**17, {"degree": 1}, 0.3),
+        (of_nine_with_aux, 100, 2**17, {"degree": 1, "has_aux": True}, 0.45),
+    ],
+    ids=["default", "batch_size=10", "nine", "nine and aux", "degree 1", "degree 1, nine and aux"],
+)
+def test_memory_is_bounded(fun, dim, num_samples, settings, most):
+    """In terms of all noise at once, which is never held."""
+    g = smooth(fun, num_samples, **settings)
+    jacobian = jax.jacrev(g, argnums=1, has_aux="has_aux" in settings)
+    memory = jax.jit(jacobian).lower(KEY, jnp.zeros(dim)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < most * num_samples * dim * 4
 
 
 # --- fun
@@ -993,6 +1013,46 @@ def test_perturbed_functions_describe_themselves(fun, name, signature):
     assert str(inspect.signature(g)) == signature
     assert g.__doc__.startswith(f"Estimates E[{name.removeprefix('perturbed_')}(x + sigma eps)]")
     assert "12 samples" in g.__doc__
+
+
+def solver(theta, weight=1.0):
+    return jax.nn.one_hot(jnp.argmax(weight * theta), 3)
+
+
+LAYERS = {
+    "make_perturbed_argmax": {},
+    "make_perturbed_max": {},
+    "make_fenchel_young_loss": {"y_true": jnp.array([0.0, 1.0, 0.0])},
+    "make_implicit_mle": {},
+    "make_perturbed_distribution": {},
+    "make_straight_through_fun": {},
+    "make_perturbed_fun": {},
+}
+
+
+def test_every_function_that_makes_functions_is_in_the_table():
+    made = {n for n in dir(px) if n.startswith("make_")}
+    assert made == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_take_arguments_by_name_and_describe_themselves(name):
+    """Their parameters were positional only, and their help said nothing."""
+    layer = getattr(px, name)(solver, num_samples=4)
+    score = "x" if name in ("make_straight_through_fun", "make_perturbed_fun") else "theta"
+    names = ["key", score, *LAYERS[name]]
+    assert list(inspect.signature(layer).parameters) == [*names, "weight"]
+    assert "key" in layer.__doc__
+    assert "solver" in layer.__doc__.splitlines()[0]
+    assert f"perturbax.{name}`" in layer.__doc__
+    assert "solver" in layer.__name__
+    given = dict(zip(names, (KEY, X, *LAYERS[name].values()), strict=True))
+    expected = layer(*given.values())
+    assert_trees_close(layer(**given), expected)
+    assert_trees_close(layer(KEY, **{k: v for k, v in given.items() if k != "key"}), expected)
+    assert_trees_close(layer(**given, weight=-1.0), layer(*given.values(), -1.0))
+    with pytest.raises(TypeError, match=rf"{score} is missing.*got 1 of them by position"):
+        layer(KEY)
 
 
 def test_callback_without_a_rule_for_vmap():

@@ -101,6 +101,58 @@ def test_there_are_as_many_nets_as_the_documentation_says(num_samples, dim, samp
     assert found.degrees_of_freedom == num_groups - 1
 
 
+@pytest.mark.parametrize(
+    ("sampler", "degree", "degrees_of_freedom"),
+    [
+        (px.Independent(), None, 7),
+        (px.Independent(), 1, 7),
+        (px.Independent(), 0, 999),
+        (px.Independent(block=100), 1, 9),
+        (px.Independent(block=100), 0, 9),
+    ],
+    ids=str,
+)
+def test_groups_of_independent_samples(sampler, degree, degrees_of_freedom):
+    """A fit is on eight blocks, unless their size is given; without one, each sample tells."""
+    smooth = px.make_perturbed_fun(relu, 1000, 0.3, px.Normal(), sampler=sampler, degree=degree)
+    found = jax.eval_shape(lambda x: px.estimate(smooth, KEY, x), jnp.zeros(5))
+    assert found.degrees_of_freedom == degrees_of_freedom
+
+
+def test_errors_do_not_depend_on_the_unit_of_the_function():
+    """Squares of small numbers vanish in single precision: the errors of these were 0."""
+    smooth = px.make_perturbed_fun(lambda x, unit: unit * relu(x), 200, 0.3, px.Normal())
+    run = jax.jit(lambda unit: px.estimate(smooth, KEY, X, unit))
+    expected = run(1.0)
+    for unit in (1e18, 1e-20, 1e-30):
+        found = run(unit)
+        for name in ("value_error", "gradient_error"):
+            error = np.asarray(getattr(found, name), np.float64) / unit
+            np.testing.assert_allclose(error, getattr(expected, name), rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"degree": 1}, {"degree": 0}, {"use_baseline": False}], ids=str
+)
+def test_a_masked_score_has_no_slope_and_no_error(options):
+    """At an infinite coordinate, which no noise moves, the slope was a number of no meaning."""
+
+    def fun(y):
+        choice = jax.nn.one_hot(jnp.argmax(y), 4)
+        return {"cost": choice @ jnp.array([1.0, 5.0, -2.0, 3.0]), "choice": choice}
+
+    x = jnp.array([0.1, -jnp.inf, 0.2, -0.1])
+    smooth = px.make_perturbed_fun(fun, 400, 0.5, sampler=px.Independent(), **options)
+    found = px.estimate(smooth, KEY, x)
+    expected = jax.jacrev(smooth, argnums=1)(KEY, x)
+    for name in ("cost", "choice"):
+        gradient, error = found.gradient[name], found.gradient_error[name]
+        np.testing.assert_array_equal(gradient[..., 1], 0.0)
+        np.testing.assert_array_equal(error[..., 1], 0.0)
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-4)
+    assert (found.gradient_error["cost"][np.array([0, 2, 3])] > 1e-3).all()
+
+
 def test_errors_of_nets_are_not_those_of_independent_samples():
     """The spread is that of whole nets: far below what their points, one by one, would say."""
     smooth = px.make_perturbed_fun(relu, 512, 0.3, px.Normal(), sampler=px.Sobol(8), degree=0)

@@ -16,7 +16,10 @@ LAYERS = [
     "_rules",
     "_blocks",
     "_trace",
+    "_sharding",
+    "_calls",
     "_arguments",
+    "_tracing",
     "_quantiles",
     "_smoothness",
     "_noise",
@@ -37,7 +40,6 @@ LAYERS = [
     "_implicit_mle",
     "_straight_through",
     "_distribution",
-    "diagnostics",
     "_patch",
     "__init__",
     "__main__",
@@ -80,6 +82,11 @@ def known_names():
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_file_has_its_place(file):
     assert layer(file) in LAYERS, f"{file} is new: give it its place in LAYERS of {__file__}"
+
+
+def test_every_place_is_taken():
+    """One that no file has would hide a misspelt name. (There was one.)"""
+    assert sorted(LAYERS) == sorted({layer(file) for file in FILES})
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

@@ -15,7 +15,7 @@ import scipy.stats
 import closed_forms as cf
 import perturbax as px
 from helpers import assert_distributed_as, assert_unbiased
-from perturbax import _arguments
+from perturbax import _tracing
 from perturbax._interop import as_noise
 from perturbax._noise import from_normal, from_words
 
@@ -365,7 +365,7 @@ def test_derivatives_are_unbiased(name):
 
     names = ("gradient", "dsigma", "hessian", "mixed")
     exact = case.exact.as_dict(*(names if smooth else names[:2]))
-    promise = {"gradient": 0.02, "dsigma": 0.08, "hessian": 0.08, "mixed": 0.08}
+    promise = {"gradient": 0.02, "dsigma": 0.05, "hessian": 0.08, "mixed": 0.08}
     assert_unbiased(
         estimator,
         exact,
@@ -646,7 +646,7 @@ def test_own_noise_is_left_alone():
 def test_adapted_noise_traces_to_the_same_program(law):
     """So that an eager call compiles once."""
     traces = [
-        _arguments.trace_noise(as_noise(law()), KEY, 3, np.dtype("float32"))[0] for _ in range(2)
+        _tracing.trace_noise(as_noise(law()), KEY, 3, np.dtype("float32"))[0] for _ in range(2)
     ]
     assert traces[0] == traces[1]
     assert hash(traces[0]) == hash(traces[1])
@@ -719,7 +719,7 @@ def test_location_and_scale_count_and_can_be_differentiated():
 
     exact = {"gradient": 2 * (np.array([0.5, -1.0]) + 0.25), "scale": 2 * 0.25 * 1.5 * 2}
     assert_unbiased(
-        estimator, exact, seed=3, num_keys=4096, promise={"gradient": 0.05, "scale": 0.15}
+        estimator, exact, seed=3, num_keys=8192, promise={"gradient": 0.03, "scale": 0.05}
     )
 
 
@@ -946,7 +946,7 @@ def test_wrong_noise_is_told_what_is_wrong(law, words):
     assert not report.ok
     assert len(report.problems) == 1
     assert re.search(words, str(report), flags=re.DOTALL), str(report)
-    assert "will not do as noise" in str(report)
+    assert "is not valid noise" in str(report)
 
 
 def test_check_noise_takes_a_key_and_sizes():
@@ -957,7 +957,112 @@ def test_check_noise_takes_a_key_and_sizes():
         px.check_noise(px.Normal(), num_samples=0)
 
 
+@pytest.mark.parametrize(("num_samples", "dim"), [(399, 4), (99, 1), (1, 1), (1000, 11)])
+def test_check_noise_refuses_too_few_draws(num_samples, dim):
+    """It called good noise bad, by standard errors that a few draws cannot tell."""
+    with pytest.raises(ValueError, match=rf"num_samples must be .*{100 * dim}.*{num_samples}"):
+        px.check_noise(px.Normal(), num_samples=num_samples, dim=dim)
+
+
 @pytest.mark.parametrize("noise", [px.Normal, None, 3.0])
 def test_check_noise_wants_noise(noise):
     with pytest.raises(TypeError, match="noise must"):
         px.check_noise(noise)
+
+
+# --- What noise declares about itself
+
+
+class WrongInverse:
+    """Draws the Gumbel law of maxima, and inverts that of minima."""
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return jax.random.gumbel(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -inputs - jnp.exp(-inputs)
+
+    def icdf(self, u):
+        return jnp.log(-jnp.log1p(-u))
+
+
+class Wide:
+    """Normal with mean 1 and standard deviation 2."""
+
+    mean, variance = 1.0, 4.0
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return 1 + 2 * jax.random.normal(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -(((inputs - 1) / 2) ** 2) / 2
+
+    def icdf(self, u):
+        return 1 + 2 * jax.scipy.special.ndtri(u)
+
+
+class StaleMean(Wide):
+    mean = 0.0
+
+
+class StaleVariance(Wide):
+    variance = 1.0
+
+
+class WrongFromNormal(Wide):
+    def from_normal(self, z):
+        return 1 + 1.9 * z
+
+
+class Moving:
+    """A moving average: neighbouring coordinates have the correlation 0.48 or 0.8."""
+
+    derivatives = math.inf
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        w = jax.random.normal(key, sample_shape, dtype)
+        return jnp.concatenate([w[:1], 0.8 * w[:-1] + 0.6 * w[1:]])
+
+    def log_prob(self, inputs):
+        size = inputs.shape[-1]
+        root = (0.6 * jnp.eye(size) + 0.8 * jnp.eye(size, k=-1)).at[0, 0].set(1.0)
+        w = jax.scipy.linalg.solve_triangular(root, inputs, lower=True)
+        return -jnp.sum(w**2) / 2
+
+
+class MovingWithVariance(Moving):
+    mean, variance = 0.0, 1.0
+
+
+@pytest.mark.parametrize(
+    ("law", "words"),
+    [
+        (WrongInverse, r"of draws by icdf, which nets.* E\[score\] is .* must be 0"),
+        (StaleMean, r"the draws have the mean (0\.99|1\.00)\d .*noise\.mean is 0"),
+        (StaleVariance, r"the draws have the variance (3\.9|4\.0)\d+ .*noise\.variance is 1"),
+        (
+            WrongFromNormal,
+            r"of draws by from_normal, .* E\[z score\] is 0\.(89|90|91)\d*.* must be 1",
+        ),
+        (MovingWithVariance, "depend on each other, but what the noise declares"),
+    ],
+)
+def test_what_noise_declares_is_measured(law, words):
+    """Fits and nets rely on moments and inverses; wrong ones gave wrong numbers in silence."""
+    report = px.check_noise(law())
+    assert len(report.problems) == 1
+    assert re.search(words, str(report), flags=re.DOTALL), str(report)
+
+
+@pytest.mark.parametrize("law", [Wide, Moving])
+def test_what_noise_declares_rightly_passes(law):
+    assert px.check_noise(law()), str(px.check_noise(law()))
+
+
+def test_a_name_does_not_make_a_law_discrete_against_its_word():
+    class Empirical(Wide):
+        is_discrete = False
+
+    assert as_noise(Empirical()).law == "Empirical"
+    with pytest.raises(ValueError, match=r"Empirical is discrete.*is_discrete = False"):
+        as_noise(type("Empirical", (Wide,), {})())

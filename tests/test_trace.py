@@ -184,6 +184,33 @@ def test_second_call_compiles_nothing(name):
     assert compilations(lambda: smooth(make(), sigma=np.float64(0.9))(KEY, np.ones(3))) == 0
 
 
+class NoMoments:
+    """Noise that says by NaN, computed anew each time, that it has neither mean nor variance."""
+
+    mean = property(lambda self: float("nan"))
+    variance = property(lambda self: float("nan"))
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return jax.random.cauchy(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -jnp.log1p(inputs**2)
+
+
+def test_noise_without_moments_compiles_once():
+    """NaN is not equal to itself, so that every call compiled its program anew."""
+    noise = NoMoments()
+
+    def run(noise):
+        return jax.value_and_grad(px.make_perturbed_fun(jnp.max, 6, 0.5, noise), 1)(KEY, X)
+
+    first = run(noise)
+    for again in (noise, NoMoments()):
+        second = []
+        assert compilations(lambda n=again, s=second: s.append(run(n)) or s) == 0
+        assert_trees_close(second[0], first)
+
+
 @pytest.mark.parametrize("name", ["relu", "custom_jvp", "custom_vjp made anew"])
 def test_second_derivative_call_compiles_nothing(name):
     def gradients(sigma, theta):

@@ -171,6 +171,13 @@ def baselines(plan: Plan, f: Array, f0: Array) -> Array:
     return centre[None] + others * share[:, None]
 
 
+def unit_of(f: Array) -> Array:
+    """A magnitude of each column of f (N, M), as some of its rows tell it; held fixed."""
+    some = lax.stop_gradient(f[:: -(-f.shape[0] // _SOME)])
+    largest = jnp.max(jnp.abs(some), axis=0)
+    return jnp.where(largest > 0, largest, 1)
+
+
 def less_baselines(plan: Plan, f: Array, b: Array) -> Array:
     """f_i - b_i, (N, M)."""
     return f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
@@ -191,10 +198,7 @@ def fitted(
 
     # For digits only: the fit is equivariant, so that these constants have no influence on f - q.
     f = f - lax.stop_gradient(f[:1])
-    # In units of their own, as told by some, lest squares overflow or vanish.
-    some = lax.stop_gradient(f[:: -(-f.shape[0] // _SOME)])
-    largest = jnp.max(jnp.abs(some), axis=0)
-    unit = jnp.where(largest > 0, largest, 1).astype(f.dtype)
+    unit = unit_of(f).astype(f.dtype)  # lest squares overflow or vanish
     enough = _surrogate.enough(plan.dim, plan.degree or 0, plan.num_groups, plan.group_size)
     sizes = np.minimum(group_sizes(plan), enough)
 

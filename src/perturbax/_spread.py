@@ -17,6 +17,7 @@ from ._estimator import (
     less_baselines,
     slope_of,
     standardise,
+    unit_of,
     value_at_x,
 )
 from ._evaluation import (
@@ -70,6 +71,7 @@ def spread(
 
     _, (f, aux) = over_groups(plan, evaluate)
     value = jnp.mean(f, axis=0)
+    unit = unit_of(f - value[None])  # lest squares overflow or vanish
     means = jnp.sum(in_groups(plan, f - value[None]), axis=1) / sizes[:, None]
     avals = plan.fun.out_avals[: plan.num_outputs]
 
@@ -82,7 +84,7 @@ def spread(
     def errors(squares: Array) -> Array:
         return jnp.sqrt(squares * (plan.num_groups / max(plan.num_groups - 1, 1)))
 
-    value_error = errors(jnp.sum(jnp.abs(shares[:, None] * means) ** 2, axis=0))
+    value_error = unit * errors(jnp.sum(jnp.abs(shares[:, None] * means / unit) ** 2, axis=0))
     if not derive:
         return Spread(values(value), values(value_error), [], []), aux
 
@@ -125,7 +127,8 @@ def spread(
 
     def add_square(*args: Any) -> tuple[Array, tuple[()]]:
         found, share = jacobians(*args)
-        return jnp.sum(jnp.abs(share * (found - jacobian[None])) ** 2, axis=0), ()
+        scaled = share * (found - jacobian[None]) / unit[:, None]
+        return jnp.sum(jnp.abs(scaled) ** 2, axis=0), ()
 
     squares, _ = over_groups(plan, add_square, (residual, beta))
 
@@ -137,6 +140,9 @@ def spread(
         ]
 
     found = Spread(
-        values(value), values(value_error), in_leaves(jacobian), in_leaves(errors(squares))
+        values(value),
+        values(value_error),
+        in_leaves(jacobian),
+        in_leaves(unit[:, None] * errors(squares)),
     )
     return found, aux
