@@ -70,8 +70,8 @@ def make_perturbed_argmax(
         and shapes of theta, in any dtype. It is traced, then vmapped over the samples, and never
         differentiated in theta. For solutions of another shape, or the solutions together with
         auxiliary results, use `make_perturbed_fun`.
-      num_samples: how many problems are solved, a static int of at least 1; with degree 0, one
-        more for derivatives.
+      num_samples: how many problems are solved, a static int of at least 1; as evaluations in
+        `make_perturbed_fun`.
       sigma: scale of the noise, as in `make_perturbed_fun`.
       noise: law of the noise Z, an object with the methods of `NoiseDistribution`.
       use_baseline: as in `make_perturbed_fun`.
@@ -266,7 +266,7 @@ def make_perturbed_max(
             changes = [times(one, change) for one, change in zip(g, by_sigma, strict=True)]
             if by_theta is not None:
                 g = [times(one, factor) for one, factor in zip(g, by_theta, strict=True)]
-            return g, perturbation.along_sigma(changes) if layer.is_traced(scales) else []
+            return g, perturbation.along_sigma(changes) if layer.has_traced_scales else []
 
         def solve(u: list[Array], noise: Any) -> tuple[list[Array], Array, list[Array]]:
             g, value = solution(u)
@@ -342,9 +342,10 @@ class _Layer:
         """What the solver sees of perturbed scores u: themselves, or costs."""
         return jax.tree.unflatten(tree, u if self.maximize else [-v for v in u])
 
-    def is_traced(self, scales: list[Array]) -> bool:
+    @property
+    def has_traced_scales(self) -> bool:
         """Whether a scale may be differentiated with respect to."""
-        return any(isinstance(s, Tracer) for s in scales)
+        return _arguments.is_traced(self.sigma)
 
     def has_traced_noise(self) -> bool:
         """Whether a parameter of the noise may be differentiated with respect to."""
@@ -354,11 +355,11 @@ class _Layer:
     def inputs(self, leaves: list[Array], scales: list[Array]) -> list[Array]:
         """What the estimate is a function of: scores, and scales as far as they are traced."""
         leaves = leaves if self.maximize else [-v for v in leaves]
-        return [*leaves, *(scales if self.is_traced(scales) else [])]
+        return [*leaves, *(scales if self.has_traced_scales else [])]
 
     def split(self, parts: Any, scales: list[Array]) -> tuple[list[Array], list[Array]]:
         """`inputs` undone: scores and scales."""
-        if not self.is_traced(scales):
+        if not self.has_traced_scales:
             return list(parts), scales
         return list(parts[: len(parts) - len(scales)]), list(parts[len(parts) - len(scales) :])
 
@@ -376,7 +377,7 @@ class _Layer:
             **self.options,
         )
         value = jax.tree.leaves(estimate(key, perturbation.location()))
-        return _arguments.nan_unless_valid(value, scales) if self.is_traced(scales) else value
+        return _arguments.nan_unless_valid(value, scales) if self.has_traced_scales else value
 
 
 # --- Derivatives. `traced` is a function of operands (all that it closes over, the key included)

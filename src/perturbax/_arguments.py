@@ -398,6 +398,11 @@ def _with_rank(scale: Any, rank: int) -> Any:
     return scale.reshape((1,) * (rank - len(shape)) + shape) if shape else scale
 
 
+def is_traced(sigma: Any) -> bool:
+    """Whether a part of sigma is not known yet, so that it could not be checked."""
+    return any(isinstance(s, Tracer) for s in jax.tree.leaves(sigma))
+
+
 def nan_unless_valid(
     value: list[Array], scales: list[Array], leaves: list[Array] | None = None
 ) -> list[Array]:

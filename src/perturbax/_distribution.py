@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
 
 from . import _arguments, _bits, _defaults, _estimator
 from ._calls import describe, leading
@@ -153,7 +152,7 @@ def make_perturbed_distribution(
         chosen, _ = _defaults.choose(sampler, 0, num_samples, dim, law)
         size = chosen.group_size(num_samples, dim) if use_baseline else num_samples
         distinct, weights = _tabulate(size, solutions, density)
-        if any(isinstance(s, Tracer) for s in scales):
+        if _arguments.is_traced(sigma):
             [weights] = _arguments.nan_unless_valid([weights], scales)
         return EmpiricalDistribution(distinct, weights)
 

@@ -10,9 +10,9 @@ Notation, used throughout (`docs/theory.md` derives it):
     f           values of the function at y, flattened, shape (C, M); f0 its value at x0
     l           log p(a + r z) + sum log r: the log-density of y under x + sigma eps, y held fixed
     w           exp(l - stop_gradient(l)): 1, but with the derivatives of the score function
-    b           baseline of each sample: the mean of f over all other groups and of f0, which is the
-                surrogate of degree 0; for higher degrees, fitted on the other groups alone, see
-                `_surrogate`
+    b           baseline of each sample: the mean of f over all other groups and, where these are
+                few, of f0, which is the surrogate of degree 0; for higher degrees, fitted on the
+                other groups alone, see `_surrogate`
     s           score -d log p / dz of the noise, shape (C, D)
 
     V = mean_i [ w_i (f_i - b_i) + b_i ]
@@ -150,24 +150,30 @@ def _with_value_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 with_value = with_jvp(lambda value, derivatives: value, _with_value_jvp)
 
 
-def _centre(f0: Array) -> tuple[Array, Array]:
-    """What to subtract from values before summing them, and whether f0 is finite."""
-    finite = jnp.isfinite(f0)
-    return jnp.where(finite, f0, jnp.zeros_like(f0)), jnp.all(finite)
+def _centre(one: Array) -> tuple[Array, Array]:
+    """What to subtract from values before summing them, and whether one value is finite."""
+    finite = jnp.isfinite(one)
+    return jnp.where(finite, one, jnp.zeros_like(one)), jnp.all(finite)
 
 
-def _share(plan: Plan, finite: Array, sizes: Any, dtype: np.dtype) -> Array:
-    """The weight of one value in the baseline of a group of the given size; 0 if there is none."""
-    count = plan.num_samples - sizes + finite.astype(np.int32)
+def _share(plan: Plan, counted: Array, sizes: Any, dtype: np.dtype) -> Array:
+    """The weight of one value in the baseline of a group of the given size; 0 if there is none.
+
+    `counted` says whether f0 is among the values.
+    """
+    count = plan.num_samples - sizes + counted.astype(np.int32)
     return jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0).astype(dtype)
 
 
-def baselines(plan: Plan, f: Array, f0: Array) -> Array:
-    """b: for each group, the mean of f0, if finite, and of f over the other groups, (groups, M)."""
-    centre, finite = _centre(f0)
+def baselines(plan: Plan, operands: Any, point: Point, f: Array) -> Array:
+    """b: for each group, the mean of f over the other groups and of f0, if used, (groups, M)."""
+    if plan.evaluates_at_x:
+        centre, counted = _centre(value_at_x(plan, operands, point))
+    else:
+        centre, counted = _centre(lax.stop_gradient(f[0]))[0], jnp.zeros((), bool)
     sums = jnp.sum(in_groups(plan, f - centre[None]), axis=1)
     others = jnp.sum(sums, axis=0)[None] - sums
-    share = _share(plan, finite, group_sizes(plan), f.dtype)
+    share = _share(plan, counted, group_sizes(plan), f.dtype)
     return centre[None] + others * share[:, None]
 
 
@@ -246,7 +252,7 @@ def _evaluated(
     if plan.degree is None:
         residual, mean_b = f, jnp.zeros(f.shape[1], f.dtype)
     elif plan.degree == 0:
-        b = baselines(plan, f, value_at_x(plan, operands, point))
+        b = baselines(plan, operands, point, f)
         residual, mean_b = less_baselines(plan, f, b), mean_over_groups(plan, b)
     else:
         residual, beta, predict = fitted(plan, noise, noise_of, f)
@@ -353,7 +359,8 @@ def _jacobian_of_baselines(
 ) -> tuple[Array, ...]:
     """`_value_and_jacobians` for degree 0, or none.
 
-    One pass: with c = f0 and 1 / n_g the weight of a value in the baseline of group g,
+    One pass: with 1 / n_g the weight of a value in the baseline of group g, and with c = f0, or the
+    first value if f0 is not used,
 
         sum_i (f_i - b_i) dl_i = sum_i (f_i - c) dl_i - S sum_g B_g / n_g + sum_g S_g B_g / n_g,
 
@@ -361,22 +368,29 @@ def _jacobian_of_baselines(
     """
     del a
     noise = noise_in(plan, operands)
-    centre, finite = jnp.zeros((plan.num_rows,), plan.value_dtype), None
-    if plan.degree is not None:
-        centre, finite = _centre(value_at_x(plan, operands, point))
+    axes = frozenset().union(*map(varying_axes, point.x))
+    start = varying(jnp.zeros((plan.num_rows,), plan.value_dtype), axes)
+    counted = None if plan.degree is None else jnp.zeros((), bool)
+    if plan.evaluates_at_x:
+        start, counted = _centre(value_at_x(plan, operands, point))
 
-    def accumulate(first: Array, count: int, rows: int, _: Any) -> tuple[Any, tuple[()]]:
+    def accumulate(
+        first: Array, count: int, rows: int, _: Any, centre: Array
+    ) -> tuple[Any, tuple[()], Array]:
         z = draw_noise(plan, key, operands, first, count)[:rows]
-        f = evaluate_at(plan, operands, point, z)[0] - centre[None]
+        f = evaluate_at(plan, operands, point, z)[0]
+        if counted is not None and not plan.evaluates_at_x:
+            centre = jnp.where(first == 0, _centre(f[0])[0], centre)
+        f = f - centre[None]
         slopes = _slopes(plan, wrt, noise, z, r)
-        if finite is None:
+        if counted is None:
             sums = [(matmul(f.T, v), ()) for v in slopes]
         else:
             sizes = jnp.where(
                 first + lax.iota(jnp.uint32, count) < plan.num_groups - 1,
                 *group_sizes(plan)[[0, -1]],
             )
-            share = _share(plan, finite, sizes, f.dtype)
+            share = _share(plan, counted, sizes, f.dtype)
             if plan.group_size == 1:
                 # One product yields the sums of (f_i - c) dl_i (1 + 1 / n_g) and of dl_i / n_g.
                 columns = jnp.concatenate([f * (1 + share[:, None]), share[:, None]], axis=1)
@@ -390,12 +404,12 @@ def _jacobian_of_baselines(
                     for v in slopes
                 ]
             sums = [(v[:-1], v[-1:]) for v in products]
-        return (jnp.sum(f, axis=0), sums), ()
+        return (jnp.sum(f, axis=0), sums), (), centre
 
-    (total, sums), _ = over_groups(plan, accumulate)
+    (total, sums), _, centre = over_groups(plan, accumulate, carry=start)
     jacobians = []
     for product, score in sums:
-        if finite is not None:
+        if counted is not None:
             # A matrix product, lest XLA recompute f0, part of total, for every leaf of the result.
             product = product + matmul(-total[:, None], score)
         jacobians.append(product / plan.num_samples)
@@ -511,7 +525,7 @@ def _residuals(
     f, _ = evaluate_at(plan, operands, point, z)
     residual, mean_beta = f, []
     if plan.degree == 0:
-        b = baselines(plan, f, value_at_x(plan, operands, point))
+        b = baselines(plan, operands, point, f)
         residual = less_baselines(plan, f, b)
     elif plan.degree:
         noise = noise_in(plan, operands)
@@ -565,6 +579,7 @@ def _slopes(plan: Plan, wrt: tuple[bool, bool], noise: Any, z: Array, r: Any) ->
 
 def slope_of(noise: Any, z: Array) -> Array:
     """d log p / dz, at each row of z: the score, less its sign."""
+    # Not by noise.score: with Gumbel noise XLA would compute the exponential at each use of it.
     return jax.grad(lambda z: jnp.sum(log_prob_of(noise, z)))(z)
 
 

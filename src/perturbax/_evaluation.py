@@ -28,6 +28,8 @@ _PASSES = 2
 # Noise that several passes read is kept up to this many numbers: drawing it costs more than memory.
 _KEPT = {"cpu": 2**22}
 _KEPT_ACCELERATOR = 2**27
+# With fewer values of other groups than this, the value at x is worth another evaluation.
+_FEW = 32
 # Up to this many outputs, the Jacobian is accumulated while evaluating: the noise is drawn once.
 MAX_ROWS = 8
 
@@ -66,6 +68,14 @@ class Plan:
     def num_groups(self) -> int:
         """Independent groups of samples."""
         return -(-self.num_samples // self.group_size)
+
+    @property
+    def evaluates_at_x(self) -> bool:
+        """Whether the value at x is part of the baseline, for want of other values.
+
+        Among many it tells next to nothing, and fun would be compiled once more for it.
+        """
+        return self.degree == 0 and self.num_samples - self.group_size < _FEW
 
     @property
     def output_dtypes(self) -> list[np.dtype]:
@@ -249,16 +259,20 @@ def call_fun(plan: Plan, operands: Any, leaves: list[Array]) -> tuple[Array, lis
     ]
 
 
-def over_groups(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> tuple[Any, Any]:
+def over_groups(
+    plan: Plan, body: Callable[..., Any], xs: Any = (), carry: Array | None = None
+) -> tuple[Any, ...]:
     """Sums the first and stacks the second result of body(first, count, rows, xs of these).
 
     `body` sees all groups, a chunk of `count` at a time, which hold `rows` samples: all but the
     last group, which may lack some, are whole. `xs` and stacked results have one row a sample or
-    one row a group.
+    one row a group. If there is a carry, `body` takes it as a further argument and returns it as
+    a further result, from chunk to chunk.
     """
     size, total, count = plan.group_size, plan.num_groups, plan.groups_at_a_time()
+    carried = () if carry is None else (carry,)
     if count == total:
-        return body(jnp.uint32(0), total, plan.num_samples, xs)
+        return body(jnp.uint32(0), total, plan.num_samples, xs, *carried)
     # Without this, reverse mode would keep the noise of all chunks; it is drawn again instead.
     if not plan.fun.jaxpr.effects:
         body = jax.checkpoint(body, static_argnums=(1, 2), prevent_cse=False)
@@ -268,10 +282,11 @@ def over_groups(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> tuple[Any
     def rows_of(v: Any) -> int:  # in the part that the scan covers
         return steps * count * (size if v.shape[0] == plan.num_samples else 1)
 
-    def step(carry: Any, step_xs: Any) -> tuple[Any, Any]:
-        index, part = step_xs
-        sums, stacked = body(index * np.uint32(count), count, count * size, part)
-        return jax.tree.map(jnp.add, carry, sums), stacked
+    def step(state: Any, step_xs: Any) -> tuple[Any, Any]:
+        (index, part), (total_sums, *carried) = step_xs, state
+        first = index * np.uint32(count)
+        sums, stacked, *carried = body(first, count, count * size, part, *carried)
+        return (jax.tree.map(jnp.add, total_sums, sums), *carried), stacked
 
     def chunked(v: Any) -> Array:
         return v[: rows_of(v)].reshape(steps, rows_of(v) // steps, *v.shape[1:])
@@ -279,15 +294,16 @@ def over_groups(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> tuple[Any
     chunks = jax.tree.map(chunked, xs)
     steps_xs = (lax.iota(jnp.uint32, steps), chunks)
     head = jax.tree.map(lambda v: v[0], steps_xs)
-    shapes = jax.eval_shape(lambda h: body(h[0], count, count * size, h[1])[0], head)
-    sums, stacked = lax.scan(step, jax.tree.map(_zeros, shapes), steps_xs)
+    shapes = jax.eval_shape(lambda h: body(h[0], count, count * size, h[1], *carried)[0], head)
+    (sums, *carried), stacked = lax.scan(step, (jax.tree.map(_zeros, shapes), *carried), steps_xs)
     stacked = jax.tree.map(lambda v: v.reshape(steps * v.shape[1], *v.shape[2:]), stacked)
     if rest:
         tail = jax.tree.map(lambda v: v[rows_of(v) :], xs)
-        more, last = body(jnp.uint32(steps * count), total - steps * count, rest, tail)
+        first = jnp.uint32(steps * count)
+        more, last, *carried = body(first, total - steps * count, rest, tail, *carried)
         sums = jax.tree.map(jnp.add, sums, more)
         stacked = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stacked, last)
-    return sums, stacked
+    return sums, stacked, *carried
 
 
 def vmapped_in_parts(plan: Plan, fun: Callable[..., Any], *args: Any) -> Any:

@@ -73,7 +73,7 @@ def make_perturbed_fun(
         discontinuous; its derivative in the perturbed argument is never used. It is traced, then
         vmapped over the samples.
       num_samples: number of evaluations of fun, a static int of at least 1 (powers of two suit the
-        default nets best). With degree 0, derivatives take one more, at x.
+        default nets best). With few of them and degree 0, derivatives take one more, at x.
       sigma: scale of the noise, > 0: a number; an array that broadcasts into a leaf of x; or a
         pytree of them with the structure of x, or a prefix of it. For a leaf of shape s, with axes,
         an array of shape s + s is an invertible matrix L, so that the noise is L eps: for a vector,
@@ -81,7 +81,7 @@ def make_perturbed_fun(
         respect to. A traced sigma that is not > 0, or not invertible, gives NaN.
       noise: law of the noise, an object with the methods of `NoiseDistribution`.
       use_baseline: subtract from each value a prediction of it, made from other samples' values and
-        (of degree 0) from fun(x), where finite, before weighing it by the score; see degree.
+        (of degree 0, where these are few) from fun(x), before weighing it by the score; see degree.
         Changes no expectation, and not the value, but lowers the variance of derivatives.
       batch_size: how many samples are evaluated at a time; None chooses. With 1, fun is not vmapped
         but called sample by sample, for what cannot be vmapped (ordered callbacks, say). The
@@ -175,7 +175,8 @@ def make_perturbed_fun(
         call = prepare(key, x, tuple(rest), kwargs)
         with _tracing.explained_vmap(batch_size):
             value, aux = _estimator.estimate(*call[:5])
-        value = _arguments.nan_unless_valid(value, call.sigma, call.x)
+        if _arguments.is_traced(sigma):
+            value = _arguments.nan_unless_valid(value, call.sigma, call.x)
         value = jax.tree.unflatten(call.value_tree, value)
         return (value, jax.tree.unflatten(call.aux_tree, aux)) if has_aux else value
 

@@ -39,8 +39,7 @@ def with_jvp(
         return aligned(fun(*args), args[num_static:])
 
     def rule(*args: Any) -> tuple[Any, Any]:
-        out, out_dot = jvp(*args)
-        return aligned(out, args[-2]), aligned(out_dot, args[-2])
+        return aligned(tuple(jvp(*args)), args[-2])
 
     primal.__name__ = fun.__name__
     made = jax.custom_jvp(primal, nondiff_argnums=tuple(range(num_static)))

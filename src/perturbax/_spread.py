@@ -18,7 +18,6 @@ from ._estimator import (
     slope_of,
     standardise,
     unit_of,
-    value_at_x,
 )
 from ._evaluation import (
     Plan,
@@ -101,7 +100,7 @@ def spread(
             each = jnp.eye(_surrogate.num_features(plan.dim, plan.degree), dtype=plan.dtype)
             slope = in_x(_surrogate.expected_slopes(each, plan.dim, plan.degree, noise)[0])
         else:
-            b = baselines(plan, f, value_at_x(plan, operands, point))
+            b = baselines(plan, operands, point, f)
             residual = less_baselines(plan, f, b)
 
     def jacobians(first: Array, count: int, rows: int, xs: Any) -> tuple[Array, Array]:

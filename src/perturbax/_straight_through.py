@@ -36,8 +36,8 @@ def make_straight_through_fun(
 
     Args:
       fun: as in `make_perturbed_fun`.
-      num_samples: number of evaluations of fun for derivatives; with degree 0 there is one more,
-        at x. A value takes one evaluation.
+      num_samples: number of evaluations of fun for derivatives, as in `make_perturbed_fun`. A
+        value takes one evaluation.
       sigma: as in `make_perturbed_fun`.
       noise: as in `make_perturbed_fun`.
       use_baseline: as in `make_perturbed_fun`.

@@ -180,23 +180,25 @@ def _shrunk(beta: Array, explained: Array, weight: Array, totals: Array, least: 
       James and Stein, Estimation with Quadratic Loss, 1961
     """
     size, outputs = beta.shape[1:]
-    first, squares = totals[:, 1 : 1 + outputs], jnp.real(totals[:, 1 + outputs :])
-    # Sums become means, lest products of three of them overflow.
-    mean, squared_mean = weight / least, jnp.real(totals[:, :1]) / least
+    # Sums become means, lest products of several of them overflow.
+    per_sample = 1 / least
+    weight, explained = weight * per_sample, explained * per_sample
+    first, totals = totals[:, 1 : 1 + outputs] * per_sample, jnp.real(totals) * per_sample
+    squared_weight, squares = totals[:, :1], totals[:, 1 + outputs :]
     rounding = 16 * float(jnp.finfo(beta.dtype).eps)
     unexplained = jnp.maximum((1 - rounding) * squares - explained, 0)
-    # The quotient of what chance may explain and what is explained, both times the mean of w^2.
-    spare = least * mean**2 - size * squared_mean
-    spare = jnp.maximum(spare, _LEAST_SPARE * (least - size) * squared_mean)
-    chance = (size - 1) * unexplained * squared_mean
-    per_weight = 1 / weight  # once, for each division is compiled by itself
-    gain = (explained - jnp.abs(first) ** 2 * per_weight) * spare
+    spare = least * weight**2 - size * squared_weight
+    spare = jnp.maximum(spare, _LEAST_SPARE * (least - size) * squared_weight)
+    # What chance may explain, and what is explained beyond the constant, both times the same.
+    chance = (size - 1) * unexplained * squared_weight * weight
+    gain = (explained * weight - jnp.abs(first) ** 2) * spare
     told = (spare > 0) & (gain > chance)
-    keep = jnp.where(told, 1 - chance / jnp.where(told, gain, 1), 0)
-    keep = jax.lax.stop_gradient(keep).astype(beta.dtype)
-    constant = (1 - keep) * first * per_weight.astype(beta.dtype)
+    # 1 - keep over the weight, in one division, for each is compiled by itself.
+    lost = jnp.where(told, chance, 1) / jnp.where(told, gain * weight, weight)
+    lost = jax.lax.stop_gradient(lost)
+    keep, constant = 1 - lost * weight, lost.astype(beta.dtype) * first
     place = np.eye(1, size, dtype=beta.dtype)[:, :, None]
-    return keep[:, None] * beta + place * constant[:, None]
+    return keep[:, None].astype(beta.dtype) * beta + place * constant[:, None]
 
 
 def _inverse(matrix: Array, halve: bool) -> Array:
