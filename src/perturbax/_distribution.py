@@ -73,7 +73,7 @@ def make_perturbed_distribution(
     .. math:: p_\theta(y) = P(y^*(\theta + \sigma Z) = y)
 
     It answers which solutions compete, how sure the choice is, and what the expected cost of the
-    choice is, for any cost of a hard solution (regret, say). The weights are differentiable in
+    choice is, for any cost of a hard solution (such as regret). The weights are differentiable in
     theta and sigma by the score of the noise, to every order and without bias.
 
     To train on one expected cost alone, `make_perturbed_fun` of the cost of the solution does the

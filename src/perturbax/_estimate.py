@@ -126,7 +126,7 @@ def estimate(
       An `Estimate`.
 
     Raises:
-      TypeError: if perturbed_fun is not what make_perturbed_fun returned, but wraps it, say.
+      TypeError: if perturbed_fun is not what make_perturbed_fun returned: a layer, or a wrapper.
       ValueError: if its sampler puts all samples into one group.
       NotImplementedError: if the results are differentiated, in x, sigma or anything else; if the
         noise turns out to be good for no derivative, but does not say so (see `check_noise`).
@@ -147,7 +147,10 @@ def estimate(
     perturbed = getattr(perturbed_fun, "_perturbed", None)
     if not isinstance(perturbed, Perturbed):
         kind = getattr(perturbed_fun, "__name__", type(perturbed_fun).__name__)
-        raise TypeError(f"perturbed_fun must be what make_perturbed_fun returned, got {kind}")
+        raise TypeError(
+            f"perturbed_fun must be what make_perturbed_fun returned, got {kind}. (Layers and "
+            "losses have no standard errors; a mean solution is a perturbed function of its solver)"
+        )
     if perturbed.function is not perturbed_fun:
         raise TypeError(
             "perturbed_fun must be what make_perturbed_fun returned, got a function that wraps it, "

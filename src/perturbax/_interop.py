@@ -29,7 +29,7 @@ from ._smoothness import Limit, limit_derivatives, visible_limit
 
 _OWN = (Cauchy, Gumbel, Laplace, Logistic, Normal, StudentT, Triangular, Uniform)
 
-_JUMP = "jumps, at an end of its support, say"
+_JUMP = "jumps, for example at an end of its support"
 _KINK = "has a kink"
 # Laws whose densities are not smooth on the whole line, by the names of their classes. Some depend
 # on parameters; those that can have a jump are taken to have one.

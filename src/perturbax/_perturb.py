@@ -84,7 +84,7 @@ def make_perturbed_fun(
         (of degree 0, where these are few) from fun(x), before weighing it by the score; see degree.
         Changes no expectation, and not the value, but lowers the variance of derivatives.
       batch_size: how many samples are evaluated at a time; None chooses. With 1, fun is not vmapped
-        but called sample by sample, for what cannot be vmapped (ordered callbacks, say). The
+        but called sample by sample, for what cannot be vmapped (such as ordered callbacks). The
         result is the same but for rounding.
       sampler: how samples depend on each other: `Independent()`, `Antithetic()`, `Orthogonal()`,
         `Sobol()` or any object with the methods of `Sampler`; None chooses by num_samples, the

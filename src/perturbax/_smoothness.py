@@ -102,7 +102,7 @@ def visible_limit(log_prob: Callable[[Array], Array], inputs: Any, law: str) -> 
 
     A score that is the same everywhere belongs to no density on the whole line: that of Uniform,
     or of Exponential, jumps. A score that is constant in pieces jumps itself: the density, that of
-    Laplace, say, has a kink.
+    Laplace, for example, has a kink.
 
     Args:
       log_prob: log-density, element by element or of all elements together.
