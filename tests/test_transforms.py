@@ -643,6 +643,43 @@ def test_evaluations_do_not_grow_with_the_number_of_leaves(leaves, settings):
         assert len(seen) == (41 if settings else 40)  # a fit does without fun(x)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "num_samples", "more"),
+    [
+        (px.Independent(), 32, 1),
+        (px.Independent(), 33, 0),
+        (px.Sobol(), 62, 1),
+        (px.Sobol(), 64, 0),
+        (px.Sobol(1), 64, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_the_value_at_x_is_evaluated_only_for_want_of_others(
+    sampler, num_samples, more, batch_size
+):
+    settings = {"degree": 0, "sampler": sampler, "batch_size": batch_size}
+    counter = EvaluationCounter(fun)
+    jax.block_until_ready(value_and_grad(counter, num_samples, **settings)(KEY, X))
+    assert counter.evaluations == num_samples + more
+
+
+@pytest.mark.parametrize("sampler", [px.Independent(), px.Sobol(8)], ids=str)
+def test_a_constant_costs_no_digits_in_chunks(sampler):
+    """Values are counted from the first one, which goes from chunk to chunk."""
+
+    def gradient(constant, batch_size):
+        def steps(y):  # whole numbers, exact with the constant added
+            return jnp.sum(jnp.floor(4 * y)) + constant
+
+        settings = {"degree": 0, "sampler": sampler, "batch_size": batch_size}
+        return jax.grad(px.make_perturbed_fun(steps, 88, 0.5, **settings), argnums=1)(KEY, X)
+
+    expected = gradient(0.0, None)
+    for batch_size in (None, 11, 24):
+        np.testing.assert_allclose(gradient(2.0**20, batch_size), expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("ordered", [False, True], ids=["unordered", "ordered"])
 def test_io_callback(ordered):
     seen = []
