@@ -24,7 +24,7 @@ import perturbax as px
 CASES = [
     (1, ("perturbax", "degree 0", "optax"), 5),
     (20, ("perturbax", "optax"), 2),
-    (200, ("perturbax", "plain"), 1),
+    (200, ("perturbax", "plain"), 3),
 ]
 MOST_RATIO = 1.3
 MOST_SECONDS = 5.0

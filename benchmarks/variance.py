@@ -176,8 +176,13 @@ def report(results, summaries):
     return table([*head, "aim", "least product", "met"], rows) + "\n\n" + cells
 
 
-def draw(results, path):
+# Products beyond are drawn here, as triangles: most of them are exact.
+SHOWN = 2000
+
+
+def draw(suites, path):
     """One row a problem, one dot a noise and number of samples, one panel a derivative."""
+    results = [r for cells in suites.values() for r in cells]
     derivatives = [d for d in ("gradient", "Hessian") if any(r["derivative"] == d for r in results)]
     names = list(dict.fromkeys(r["problem"] for r in results))
     size = (5 * len(derivatives) + 2, 0.35 * len(names) + 1.6)
@@ -195,16 +200,24 @@ def draw(results, path):
                     == (derivative, noise, num_samples)
                 ]
                 filled = colours[noise] if num_samples == max(COUNTS) else "none"
-                axis.scatter(
-                    [r["product"] for r in chosen],
-                    [names.index(r["problem"]) for r in chosen],
-                    s=36,
-                    facecolors=filled,
-                    edgecolors=colours[noise],
-                    label=f"{noise}, {num_samples:,} samples",
-                )
+                for marker, beyond in (("o", False), (">", True)):
+                    shown = [r for r in chosen if (r["product"] > SHOWN) == beyond]
+                    axis.scatter(
+                        [min(r["product"], SHOWN) for r in shown],
+                        [names.index(r["problem"]) for r in shown],
+                        s=36,
+                        marker=marker,
+                        facecolors=filled,
+                        edgecolors=colours[noise],
+                        label=None if beyond else f"{noise}, {num_samples:,} samples",
+                    )
         axis.axvline(1, color="black", linewidth=0.8)
+        rows = -0.5
+        for cells in list(suites.values())[:-1]:
+            rows += len({r["problem"] for r in cells})
+            axis.axhline(rows, color="black", linewidth=0.8, linestyle=":")
         axis.set_xscale("log")
+        axis.set_xlim(0.7, SHOWN * 1.5)
         axis.set_title(derivative)
         axis.set_xlabel("variance × time, optax.perturbations / perturbax")
         axis.grid(axis="x", alpha=0.3)
@@ -231,7 +244,8 @@ def main(only=(), seconds=0.6, counts=COUNTS):
         path = ROOT / "docs" / "_generated" / "variance.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n\n".join(text) + "\n")
-        draw(found["Suite"]["cells"], ROOT / "docs" / "_static" / "variance.png")
+        suites = {title: part["cells"] for title, part in found.items()}
+        draw(suites, ROOT / "docs" / "_static" / "variance.png")
     write("variance" if not only else "variance_part", f"keys 0 to {MOST - 1}, one a turn", found)
 
 
