@@ -141,6 +141,30 @@ def check_a_sum_over_devices_inside_the_function():
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
+def check_an_argument_split_over_devices_in_chunks():
+    """Values, and the one that others are counted from, vary where neither key nor point does."""
+    data = jax.device_put(jnp.arange(8.0), NamedSharding(mesh(), P("devices")))
+
+    def steps(y, data):
+        return jnp.sum(jnp.floor(4 * y)) * jnp.sum(data)
+
+    def gradient(batch_size):
+        settings = {"sampler": px.Independent(), "degree": 0, "batch_size": batch_size}
+        g = px.make_perturbed_fun(steps, 64, 0.5, px.Normal(), **settings)
+
+        def local(x, data):
+            return jax.grad(lambda x: jax.lax.psum(g(KEYS[0], x, data), "devices"))(x)
+
+        return jax.jit(
+            jax.shard_map(local, mesh=mesh(), in_specs=(P(), P("devices")), out_specs=P())
+        )(POINTS[1], data)
+
+    whole = px.make_perturbed_fun(steps, 64, 0.5, px.Normal(), sampler=px.Independent(), degree=0)
+    expected = jax.grad(whole, argnums=1)(KEYS[0], POINTS[1], jnp.arange(8.0))
+    for batch_size in (None, 8):
+        np.testing.assert_allclose(gradient(batch_size), expected, rtol=1e-4)
+
+
 def check_point_split_over_devices():
     x = jnp.arange(4.0)
     for batch_size in (None, 5):

@@ -1197,3 +1197,26 @@ def test_log_density_may_be_the_sum_over_coordinates():
 
     joint = Noise(log_prob=lambda z: -0.5 * jnp.sum(z**2))
     assert_trees_close(run(joint), run(Noise()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_samples", [8, 100])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_strict_promotion_in_double_precision(dtype, num_samples):
+    """Sizes of groups were of 64 bits, and a count of 32."""
+    with jax.enable_x64(True):
+        x = jnp.asarray([0.1, 0.2], dtype)
+        g = px.make_perturbed_fun(lambda y: jnp.sum(y * y), num_samples, 1.0, degree=0)
+        expected = jax.grad(g, argnums=1)(KEY, x)
+        with jax.numpy_dtype_promotion("strict"):
+            found = jax.grad(g, argnums=1)(KEY, x)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_strict_promotion_of_errors_of_complex_values():
+    """Complex values were divided by a real unit."""
+    g = px.make_perturbed_fun(lambda y: jax.lax.complex(jnp.sum(y), jnp.sum(y * y)), 40, degree=0)
+    expected = px.estimate(g, KEY, X)
+    with jax.numpy_dtype_promotion("strict"):
+        found = px.estimate(g, KEY, X)
+    assert np.all(np.asarray(found.value_error) > 0)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

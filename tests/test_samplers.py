@@ -632,3 +632,22 @@ def test_nets_of_several_points_to_a_row_invert_users_noise_point_by_point(dim, 
     own = px.make_perturbed_fun(lambda y: jnp.sin(y), noise=px.Logistic(), **options)
     users = px.make_perturbed_fun(lambda y: jnp.sin(y), noise=ShapedLogistic(), **options)
     np.testing.assert_allclose(users(key, x), own(key, x), atol=1e-5)
+
+
+@pytest.mark.parametrize(("steepness", "left"), [(1.0, 0.15), (60.0, 0.32)])
+def test_a_fit_sees_values_of_any_range(steepness, left):
+    """Rows of a net a power of two apart lie together: softplus is next to nothing at all of them.
+
+    In such a unit the other values' squares overflowed, and the polynomial was dropped.
+    """
+
+    def soft(y):
+        return jnp.sum(jax.nn.softplus(steepness * y))
+
+    def spread(**settings):
+        g = px.make_perturbed_fun(soft, 1000, 1.0, px.Normal(), **settings)
+        keys = jax.random.split(jax.random.key(1), 300)
+        gradients = jax.jit(jax.vmap(jax.grad(g, argnums=1), (0, None)))(keys, jnp.zeros(1))
+        return float(np.std(gradients))
+
+    assert spread() < left * spread(degree=0)

@@ -56,7 +56,7 @@ from ._rules import any_live, departure, is_live, live_jvp, with_jvp
 from ._sharding import varying, varying_axes
 
 # Values that tell the unit of all. XLA compiles a larger maximum in three parts.
-_SOME = 32
+_SOME = 31
 
 
 @partial(jax.jit, static_argnums=0)
@@ -161,7 +161,7 @@ def _share(plan: Plan, counted: Array, sizes: Any, dtype: np.dtype) -> Array:
 
     `counted` says whether f0 is among the values.
     """
-    count = plan.num_samples - sizes + counted.astype(np.int32)
+    count = (plan.num_samples - sizes).astype(np.int32) + counted.astype(np.int32)
     return jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0).astype(dtype)
 
 
@@ -179,7 +179,8 @@ def baselines(plan: Plan, operands: Any, point: Point, f: Array) -> Array:
 
 def unit_of(f: Array) -> Array:
     """A magnitude of each column of f (N, M), as some of its rows tell it; held fixed."""
-    some = lax.stop_gradient(f[:: -(-f.shape[0] // _SOME)])
+    # An odd number apart, for rows of a net that are a power of two apart lie together.
+    some = lax.stop_gradient(f[:: -(-f.shape[0] // _SOME) | 1])
     largest = jnp.max(jnp.abs(some), axis=0)
     return jnp.where(largest > 0, largest, 1)
 
@@ -202,7 +203,8 @@ def fitted(
     def phi(z: Array) -> Array:
         return _surrogate.features(z, plan.degree or 0, noise.mean).astype(f.dtype)
 
-    # For digits only: the fit is equivariant, so that these constants have no influence on f - q.
+    # For digits only: the fit is equivariant, so that these constants have no influence on f - q
+    # but by rounding.
     f = f - lax.stop_gradient(f[:1])
     unit = unit_of(f).astype(f.dtype)  # lest squares overflow or vanish
     enough = _surrogate.enough(plan.dim, plan.degree or 0, plan.num_groups, plan.group_size)
@@ -368,8 +370,7 @@ def _jacobian_of_baselines(
     """
     del a
     noise = noise_in(plan, operands)
-    axes = frozenset().union(*map(varying_axes, point.x))
-    start = varying(jnp.zeros((plan.num_rows,), plan.value_dtype), axes)
+    start = jnp.zeros((plan.num_rows,), plan.value_dtype)
     counted = None if plan.degree is None else jnp.zeros((), bool)
     if plan.evaluates_at_x:
         start, counted = _centre(value_at_x(plan, operands, point))
@@ -410,7 +411,7 @@ def _jacobian_of_baselines(
     jacobians = []
     for product, score in sums:
         if counted is not None:
-            # A matrix product, lest XLA recompute f0, part of total, for every leaf of the result.
+            # A matrix product, lest XLA recompute the total for every leaf of the result.
             product = product + matmul(-total[:, None], score)
         jacobians.append(product / plan.num_samples)
     if wrt[1] and not r.ndim:

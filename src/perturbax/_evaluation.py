@@ -267,7 +267,7 @@ def over_groups(
     `body` sees all groups, a chunk of `count` at a time, which hold `rows` samples: all but the
     last group, which may lack some, are whole. `xs` and stacked results have one row a sample or
     one row a group. If there is a carry, `body` takes it as a further argument and returns it as
-    a further result, from chunk to chunk.
+    a further result, from chunk to chunk; so does this function.
     """
     size, total, count = plan.group_size, plan.num_groups, plan.groups_at_a_time()
     carried = () if carry is None else (carry,)
@@ -294,7 +294,11 @@ def over_groups(
     chunks = jax.tree.map(chunked, xs)
     steps_xs = (lax.iota(jnp.uint32, steps), chunks)
     head = jax.tree.map(lambda v: v[0], steps_xs)
-    shapes = jax.eval_shape(lambda h: body(h[0], count, count * size, h[1], *carried)[0], head)
+    shapes, _, *after = jax.eval_shape(
+        lambda h: body(h[0], count, count * size, h[1], *carried), head
+    )
+    # What is carried on may vary over more mesh axes than at the start.
+    carried = [varying(v, varying_axes(t)) for v, t in zip(carried, after, strict=True)]
     (sums, *carried), stacked = lax.scan(step, (jax.tree.map(_zeros, shapes), *carried), steps_xs)
     stacked = jax.tree.map(lambda v: v.reshape(steps * v.shape[1], *v.shape[2:]), stacked)
     if rest:

@@ -372,7 +372,7 @@ def _from_table(table: Path, dim: int, levels: int) -> np.ndarray:
     """
     with zipfile.ZipFile(table) as archive:
         [polynomials] = _first_rows(archive, "poly.npy", dim, 1)
-        most = max(polynomials).bit_length() - 1  # numbers that are used
+        most = max(polynomials, default=1).bit_length() - 1  # numbers that are used
         columns = _first_rows(archive, "vinit.npy", dim, max(most, 1))
     first = [list(row) for row in zip(*columns, strict=True)]
     generators = np.zeros((levels, dim), np.uint32)

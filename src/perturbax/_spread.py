@@ -83,7 +83,8 @@ def spread(
     def errors(squares: Array) -> Array:
         return jnp.sqrt(squares * (plan.num_groups / max(plan.num_groups - 1, 1)))
 
-    value_error = unit * errors(jnp.sum(jnp.abs(shares[:, None] * means / unit) ** 2, axis=0))
+    scaled_means = jnp.abs(shares[:, None] * means) / unit
+    value_error = unit * errors(jnp.sum(scaled_means**2, axis=0))
     if not derive:
         return Spread(values(value), values(value_error), [], []), aux
 
@@ -126,8 +127,8 @@ def spread(
 
     def add_square(*args: Any) -> tuple[Array, tuple[()]]:
         found, share = jacobians(*args)
-        scaled = share * (found - jacobian[None]) / unit[:, None]
-        return jnp.sum(jnp.abs(scaled) ** 2, axis=0), ()
+        scaled = jnp.abs(share * (found - jacobian[None])) / unit[:, None]
+        return jnp.sum(scaled**2, axis=0), ()
 
     squares, _ = over_groups(plan, add_square, (residual, beta))
 
