@@ -574,14 +574,6 @@ class Flipped:
         return signs * getattr(noise, self.attribute)(second, self.shape, dtype)
 
 
-class PlainNormal:
-    def sample(self, key, sample_shape=(), dtype=float):
-        return jax.random.normal(key, sample_shape, dtype)
-
-    def log_prob(self, inputs):
-        return -(inputs**2) / 2
-
-
 def test_a_sampler_draws_as_much_of_a_users_noise_as_it_asks_for():
     """One row came back, whatever the shape, and was spread over the group."""
 
@@ -590,7 +582,7 @@ def test_a_sampler_draws_as_much_of_a_users_noise_as_it_asks_for():
         return jax.grad(smooth, argnums=1)(key, jnp.zeros(2))
 
     keys = jax.random.split(jax.random.key(8), 200)
-    spread = np.std(jax.jit(jax.vmap(lambda key: gradient(key, PlainNormal())))(keys), axis=0)
+    spread = np.std(jax.jit(jax.vmap(lambda key: gradient(key, Draws())))(keys), axis=0)
     # The root of E[(z^2 + z z' - 1)^2] / 640 = 3 / 640. One row for all of a group would give
     # several times as much.
     np.testing.assert_allclose(spread, np.sqrt(3 / 640), rtol=0.25)
@@ -598,15 +590,13 @@ def test_a_sampler_draws_as_much_of_a_users_noise_as_it_asks_for():
 
 @pytest.mark.parametrize("shape", [(64,), (), (2, 64)])
 def test_a_shape_that_noise_was_not_traced_for_is_refused(shape):
-    smooth = px.make_perturbed_fun(jnp.sum, 640, 0.5, PlainNormal(), sampler=Flipped(shape))
+    smooth = px.make_perturbed_fun(jnp.sum, 640, 0.5, Draws(), sampler=Flipped(shape))
     with pytest.raises(ValueError, match=r"noise\.sample was asked for .* ends with 2"):
         smooth(jax.random.key(0), jnp.zeros(2))
 
 
 def test_an_attribute_that_noise_lacks_is_named():
-    smooth = px.make_perturbed_fun(
-        jnp.sum, 640, 0.5, PlainNormal(), sampler=Flipped(attribute="icdf")
-    )
+    smooth = px.make_perturbed_fun(jnp.sum, 640, 0.5, Draws(), sampler=Flipped(attribute="icdf"))
     with pytest.raises(AttributeError, match=r"no attribute 'icdf' here.*sample, log_prob"):
         smooth(jax.random.key(0), jnp.zeros(2))
 

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer
 
 from . import _arguments
 from ._calls import describe, leading
@@ -350,7 +349,7 @@ class _Layer:
     def has_traced_noise(self) -> bool:
         """Whether a parameter of the noise may be differentiated with respect to."""
         _, parameters = trace(self.noise.log_prob, jnp.zeros(()))
-        return any(isinstance(p, Tracer) for p in parameters)
+        return _arguments.is_traced(parameters)
 
     def inputs(self, leaves: list[Array], scales: list[Array]) -> list[Array]:
         """What the estimate is a function of: scores, and scales as far as they are traced."""

@@ -398,9 +398,9 @@ def _with_rank(scale: Any, rank: int) -> Any:
     return scale.reshape((1,) * (rank - len(shape)) + shape) if shape else scale
 
 
-def is_traced(sigma: Any) -> bool:
-    """Whether a part of sigma is not known yet, so that it could not be checked."""
-    return any(isinstance(s, Tracer) for s in jax.tree.leaves(sigma))
+def is_traced(values: Any) -> bool:
+    """Whether a leaf of the pytree is not known yet, so that it could not be checked."""
+    return any(isinstance(v, Tracer) for v in jax.tree.leaves(values))
 
 
 def nan_unless_valid(

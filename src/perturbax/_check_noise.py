@@ -178,8 +178,7 @@ def _draws(law: Any, key: Array, count: int, dim: int) -> np.ndarray:
         raise _Problem(f"{what} returned dtype {aval.dtype}, expected a floating one.")
     keys = jax.random.split(key, count)
     z = np.asarray(jax.jit(jax.vmap(one))(keys), np.float64)
-    if not np.isfinite(z).all():
-        raise _Problem(f"{np.mean(~np.isfinite(z)):.2%} of the draws are infinite or NaN.")
+    _check_finite(z)
     if count > 1 and (z == z[0]).all():
         raise _Problem(
             f"{what} does not depend on the key: all samples would share one draw. Draw with "
@@ -198,6 +197,11 @@ def _draws(law: Any, key: Array, count: int, dim: int) -> np.ndarray:
             "gradient; draw in float32."
         )
     return z
+
+
+def _check_finite(z: np.ndarray) -> None:
+    if not np.isfinite(z).all():
+        raise _Problem(f"{np.mean(~np.isfinite(z)):.2%} of the draws are infinite or NaN.")
 
 
 def _scores(law: Any, z: np.ndarray) -> np.ndarray:
@@ -374,8 +378,7 @@ def _inverses(law: Any, key: Array, count: int, dim: int) -> Iterator[str]:
     for name, (draw, uniform) in ways.items():
         try:
             z = np.asarray(jax.jit(functools.partial(draw, law))(uniform), np.float64)
-            if not np.isfinite(z).all():
-                raise _Problem(f"{np.mean(~np.isfinite(z)):.2%} of them are infinite or NaN.")
+            _check_finite(z)
             scores = _scores(law, z)
             found = list(_identities(z, scores, _mean(scores), _mean(z * scores)))
         except _Problem as problem:

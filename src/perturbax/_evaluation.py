@@ -14,7 +14,7 @@ from jax.custom_batching import custom_vmap
 
 from ._blocks import scaled
 from ._sampling import draw, materialise
-from ._sharding import use_mesh, varying, varying_axes
+from ._sharding import in_told_mesh, varying, varying_axes
 from ._trace import TracedFunction
 
 # Numbers in flight at a time: a chunk of noise should stay in the cache of a core, and fill a GPU.
@@ -223,8 +223,7 @@ def drawer(plan: Plan, key: Array, operands: Any) -> Callable[[Array, int], Arra
 
 def evaluate_at(plan: Plan, operands: Any, point: Point, z: Array) -> tuple[Array, list[Array]]:
     """Values (C, M) and stacked aux of the function at x + sigma z for the rows z of (C, D)."""
-    # The mesh is told, for JAX tells it in derivative rules alone, and would trace once for each.
-    with use_mesh(jax.sharding.get_abstract_mesh()):
+    with in_told_mesh():
         return _evaluate_at(plan, operands, point, z)
 
 

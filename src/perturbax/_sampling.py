@@ -20,7 +20,7 @@ from jax import Array, lax
 
 from . import _arguments, _bits, _tracing
 from ._noise import Normal, from_normal, from_words
-from ._sharding import use_mesh
+from ._sharding import in_told_mesh
 
 # A group is drawn as a whole; this bounds the memory that it takes.
 _MAX_GROUP = 2**13
@@ -447,8 +447,7 @@ def draw(
     """
     # Traced once for value and derivative, where everything but key and first can be hashed.
     static = isinstance(dim, int) and isinstance(noise, Hashable)
-    # The mesh is told, for JAX tells it in derivative rules alone, and would trace once for each.
-    with use_mesh(jax.sharding.get_abstract_mesh()):
+    with in_told_mesh():
         return (_draw_traced_once if static else _draw)(
             noise, sampler, key, first, count, group_size, dim, dtype
         )

@@ -6,8 +6,16 @@ from typing import Any
 import jax
 from jax import Array
 
-# The mesh in which what follows is traced; since jax 0.7.
-use_mesh: Any = getattr(jax.sharding, "use_abstract_mesh", contextlib.nullcontext)
+# Since jax 0.7.
+_use_mesh: Any = getattr(jax.sharding, "use_abstract_mesh", contextlib.nullcontext)
+
+
+def in_told_mesh() -> Any:
+    """A context in which a jitted function is traced once for a value and its derivative.
+
+    JAX tells the mesh in derivative rules alone, and would trace once with it and once without.
+    """
+    return _use_mesh(jax.sharding.get_abstract_mesh())
 
 
 def share_axes(

@@ -185,14 +185,8 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
         like_key = jax.random.wrap_key_data(jax.random.bits(key, (2,)), impl="threefry2x32")
         like_z = varying(jnp.zeros((dim,), dtype), axes)
         like_bits = varying(jnp.zeros((dim,), words), axes)
-    try:
+    with _explained_draw(what, "NoiseDistribution"):
         sample, sample_operands = trace(lambda k: noise.sample(k, (dim,), dtype), like_key)
-    except _NEEDS_VALUES as error:
-        error.add_note(f"{what} must compute with jax.random, not with numpy")
-        raise
-    except TypeError as error:
-        error.add_note(f"raised by {what}, a call that perturbax.NoiseDistribution describes")
-        raise
     [aval] = _only_leaf(sample, what)
     if aval.shape != (dim,):
         raise ValueError(f"{what} returned shape {aval.shape}, expected ({dim},)")
@@ -229,6 +223,19 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
     return TracedNoise(methods, noise), operands
 
 
+@contextlib.contextmanager
+def _explained_draw(what: str, protocol: str) -> Iterator[None]:
+    """Adds hints to the errors of a user's method that draws."""
+    try:
+        yield
+    except _NEEDS_VALUES as error:
+        error.add_note(f"{what} must compute with jax.random, not with numpy")
+        raise
+    except TypeError as error:
+        error.add_note(f"raised by {what}, a call that perturbax.{protocol} describes")
+        raise
+
+
 def _trace_method(method: Callable[..., Any], like: Any, what: str) -> Any:
     """`trace` with hints where it fails."""
     try:
@@ -244,16 +251,10 @@ def sample_group(
     """Noise of one group by a user's sampler; checks its shape, dtype and use of the key."""
     name = np.dtype(dtype).name
     what = f"sampler.sample_group(key, noise, {group_size}, {dim}, {name})"
-    try:
+    with _explained_draw(what, "Sampler"):
         traced, operands = trace(
             lambda k: sampler.sample_group(k, noise, group_size, dim, dtype), key
         )
-    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
-        error.add_note(f"{what} must compute with jax.random, not with numpy")
-        raise
-    except TypeError as error:
-        error.add_note(f"raised by {what}, a call that perturbax.Sampler describes")
-        raise
     [aval] = _only_leaf(traced, what)
     if aval.shape != (group_size, dim):
         raise ValueError(
