@@ -32,6 +32,7 @@ from ._sampling import (
     Antithetic as Antithetic,
     Independent as Independent,
     Orthogonal as Orthogonal,
+    OrthogonalArray as OrthogonalArray,
     Sampler as Sampler,
     Sobol as Sobol,
 )

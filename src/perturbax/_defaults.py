@@ -3,7 +3,15 @@
 import math
 
 from ._noise import NoiseDistribution, is_invertible
-from ._sampling import Antithetic, Independent, Merged, Orthogonal, Sampler, Sobol
+from ._sampling import (
+    Antithetic,
+    Independent,
+    Merged,
+    Orthogonal,
+    OrthogonalArray,
+    Sampler,
+    Sobol,
+)
 from ._surrogate import num_features
 
 # Degree, most coordinates, and samples for each coefficient. A fit pays if there are enough of
@@ -13,10 +21,17 @@ _RULE = ((2, 6, 10), (1, 100, 3))
 _FEWEST = 20
 # Most coordinates of a net: beyond, nothing was measured, and its set-up takes long.
 _NETS = 1000
+# Points that a Sobol net must have in 1, 2, ... coordinates. With fewer, and in more coordinates at
+# any number, products of the signs of some coordinates are in line with the net, and their
+# derivatives are worse than from independent samples.
+_SOBOL = (1, 1, 24, 96, 350, 350)
 # Independent samples are cut into this many groups where a surrogate is fitted.
 _BLOCKS = 8
 # Most groups of other samplers that get a surrogate each: all others' equations are summed for it.
 _MOST_FITS = 16
+# Samplers that invert the distribution function of the noise, and that need to know its shape.
+_INVERTING = Antithetic | Orthogonal | Sobol | OrthogonalArray
+_SHAPED = Orthogonal | Sobol | OrthogonalArray
 
 
 def choose(
@@ -28,9 +43,9 @@ def choose(
 ) -> tuple[Sampler, int]:
     """Sampler and degree for `num_samples` evaluations of a function of `dim` coordinates.
 
-    Quasi-random nets pay from four evaluations for each coordinate, polynomials while there are
-    several for each coefficient (`docs/samplers.md` has the table); beyond that nothing beats
-    independent samples, each against the mean of the others.
+    Nets pay from four evaluations for each coordinate, polynomials while there are several for each
+    coefficient (`docs/samplers.md` has the table); beyond that nothing beats independent samples,
+    each against the mean of the others.
 
     Raises:
       TypeError: if the sampler needs an inverse distribution function that the noise lacks.
@@ -39,12 +54,12 @@ def choose(
     name = getattr(noise, "law", repr(noise))
     invertible = is_invertible(noise)
     polynomial = _has_moments(noise) and isinstance(dim, int)
-    if isinstance(sampler, Antithetic | Orthogonal | Sobol) and not invertible:
+    if isinstance(sampler, _INVERTING) and not invertible:
         raise TypeError(
             f"{type(sampler).__name__}() needs noise with an inverse distribution function, which "
             f"{name} lacks: define noise.icdf(u), or use Independent()"
         )
-    if not isinstance(dim, int) and (degree or isinstance(sampler, Orthogonal | Sobol)):
+    if not isinstance(dim, int) and (degree or isinstance(sampler, _SHAPED)):
         asked = f"degree={degree}" if degree else f"{type(sampler).__name__}()"
         raise ValueError(
             f"{asked} needs to know how many coordinates x has, but its shape is symbolic, {dim}: "
@@ -60,8 +75,8 @@ def choose(
         if sampler is None and not invertible:
             degree = 0
     if sampler is None:
-        nets = invertible and isinstance(dim, int) and 0 < dim <= min(_NETS, num_samples // 4)
-        sampler = Sobol() if nets else Independent()
+        pay = invertible and isinstance(dim, int) and 0 < dim <= min(_NETS, num_samples // 4)
+        sampler = nets(num_samples, dim) if pay else Independent()
     if not degree:
         return sampler, degree
     groups = -(-num_samples // sampler.group_size(num_samples, dim))
@@ -72,6 +87,13 @@ def choose(
     elif groups > _MOST_FITS:
         sampler = Merged(sampler, -(-groups // _MOST_FITS))
     return sampler, degree
+
+
+def nets(num_samples: int, dim: int, **options: int) -> Sobol | OrthogonalArray:
+    """The better of the two kinds of nets; `options` are those of both."""
+    sobol = Sobol(**options)
+    enough = dim <= len(_SOBOL) and sobol.group_size(num_samples, dim) >= _SOBOL[dim - 1]
+    return sobol if enough else OrthogonalArray(**options)
 
 
 def _degree(num_samples: int, dim: int) -> int:

@@ -13,9 +13,10 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
 from ._blocks import scaled
-from ._sampling import draw, materialise
+from ._sampling import draw
 from ._sharding import in_told_mesh, varying, varying_axes
 from ._trace import TracedFunction
+from ._words import materialise
 
 # Numbers in flight at a time: a chunk of noise should stay in the cache of a core, and fill a GPU.
 CHUNK = {"cpu": 2**19}
