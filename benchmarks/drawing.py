@@ -1,8 +1,8 @@
 """Claim: nets cost no more for each number than the noise of `jax.random` does.
 
-Drawing Gumbel noise, jitted, and nothing else: scrambled Sobol nets, pairs of opposite samples,
-independent samples by the same generator, and `jax.random.gumbel`, which `optax.perturbations`
-uses. Where few numbers are drawn, the overhead of the call dominates.
+Drawing Gumbel noise, jitted, and nothing else: orthogonal arrays, Sobol nets, pairs of opposite
+samples, independent samples by the same generator, and `jax.random.gumbel`, which
+`optax.perturbations` uses. Where few numbers are drawn, the overhead of the call dominates.
 
     python benchmarks/drawing.py
 """
@@ -16,7 +16,7 @@ from timing import alternate, keys, spread, table, write
 
 import perturbax as px
 from perturbax import _bits
-from perturbax._sampling import Antithetic, Independent, Sobol, draw
+from perturbax._sampling import draw
 
 MOST = 200
 CASES = [
@@ -30,7 +30,12 @@ CASES = [
     (20_000, 100),
     (4_000, 1_000),
 ]
-SAMPLERS = {"independent": Independent(), "pairs": Antithetic(), "nets": Sobol()}
+SAMPLERS = {
+    "independent": px.Independent(),
+    "pairs": px.Antithetic(),
+    "Sobol": px.Sobol(),
+    "arrays": px.OrthogonalArray(),
+}
 
 
 def drawing(sampler, num_samples, dim, key):
@@ -58,12 +63,12 @@ def main(cases=CASES, seconds=3.0):
         each = {
             name: 1e6 * timing.milliseconds(name) / (num_samples * dim) for name in timing.names
         }
-        ratio = timing.ratio("nets", "independent")
+        ratio = timing.ratio("arrays", "independent")
         case = f"{num_samples:,} x {dim:,}"
         rows.append([case, *(f"{v:.3g}" for v in each.values()), spread(ratio)])
-        results.append({"case": case, "nanoseconds": each, "nets_over_independent": ratio})
+        results.append({"case": case, "nanoseconds": each, "arrays_over_independent": ratio})
     print("Drawing Gumbel noise: nanoseconds for each number")
-    print(table(["N x D", *(*SAMPLERS, "jax.random"), "nets / independent"], rows))
+    print(table(["N x D", *(*SAMPLERS, "jax.random"), "arrays / independent"], rows))
     write("drawing", f"keys 0 to {MOST - 1}, one a turn", results)
 
 

@@ -280,7 +280,8 @@ def ours(cell: Cell) -> dict[str, dict[str, Any]]:
     samplers: dict[str, Any] = {"Latin in two": Latin()}
     if small:
         samplers["grid in two"] = Grid(GRIDS[cell.dim][1])
-    for sampler in (px.Independent(), px.Antithetic(), px.Orthogonal(), px.Sobol()):
+    nets = px.Sobol(), px.OrthogonalArray()
+    for sampler in (px.Independent(), px.Antithetic(), px.Orthogonal(), *nets):
         samplers[f"{type(sampler).__name__}()"] = sampler
     rows: dict[str, dict[str, Any]] = {
         f"{name}, degree {degree}": {"sampler": sampler, "degree": degree}

@@ -2,21 +2,18 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy
-from scipy.stats import qmc
 
 import closed_forms as cf
 import perturbax as px
 from helpers import assert_distributed_as, assert_unbiased
 from perturbax import _bits, _sampling, _surrogate
 from perturbax._defaults import choose
-from perturbax._sampling import _MAX_SOBOL_DIM, _sobol_generators
 
 SAMPLERS = {
     "independent": px.Independent(),
@@ -26,6 +23,7 @@ SAMPLERS = {
     "orthogonal pairs": px.Orthogonal(antithetic=True),
     "two nets": px.Sobol(),
     "four nets": px.Sobol(num_groups=4),
+    "arrays": px.OrthogonalArray(),
 }
 PROMISES = {"value": 0.01, "gradient": 0.02, "dsigma": 0.05, "hessian": 0.05}
 
@@ -55,7 +53,8 @@ def test_groups_are_independent(name):
 
     So are the first numbers of two groups, and the last of one with the first of the next.
     """
-    sampler = SAMPLERS[name] if name != "two nets" else px.Sobol(num_groups=3)
+    three = {"two nets": px.Sobol(num_groups=3), "arrays": px.OrthogonalArray(num_groups=3)}
+    sampler = three.get(name, SAMPLERS[name])
     size = sampler.group_size(32, 2)
 
     def draw(key):
@@ -74,24 +73,6 @@ def test_rows_of_a_block_are_orthogonal():
     z = px.Orthogonal().sample_group(jax.random.key(2), px.Normal(), 5, 5, np.dtype("float32"))
     gram = np.asarray(z, np.float64) @ np.asarray(z, np.float64).T
     np.testing.assert_allclose(gram - np.diag(np.diag(gram)), 0.0, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 64, 500, 3_000])
-@pytest.mark.parametrize("dim", [1, 3, 7, 8, 10, 31, 32, 40])
-def test_points_of_a_net_are_sums_of_its_generators(dim, size):
-    """However many points share a row: point i ^ j is the sum of points i, j and 0, bit by bit."""
-    levels, wide = _sampling._net_shape(size, dim)
-    keys = jnp.array([[5, 6], [3, 4]], jnp.uint32)
-    net = jax.jit(_sampling._net, static_argnums=(1, 2))
-    nets = net(keys, size, dim)
-    assert nets.shape == (2, 2**levels // wide, wide * dim)
-    points = np.asarray(nets[1]).reshape(2**levels, dim)
-    if size == 5:  # whatever is drawn beside it
-        np.testing.assert_array_equal(nets[1:], net(keys[1:], size, dim))
-    i, j = np.random.RandomState(2).randint(2**levels, size=(2, 200))
-    np.testing.assert_array_equal(points[i ^ j], points[i] ^ points[j] ^ points[0])
-    first = np.sort(points >> np.uint32(32 - levels), axis=0)
-    np.testing.assert_array_equal(first, np.tile(np.arange(2**levels)[:, None], (1, dim)))
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 67, 20_001])
@@ -122,6 +103,7 @@ class Words:
         (px.Independent(block=3), [[3716834203, 1946498123], [90224275, 3816610971]]),
         (px.Antithetic(), [[3716834203, 1946498123], [578133092, 2348469172]]),
         (px.Sobol(), [[4140764773, 1921365604], [725970430, 2256568879]]),
+        (px.OrthogonalArray(), [[4140764773, 1921365604], [1847974765, 301558527]]),
     ],
     ids=repr,
 )
@@ -141,6 +123,7 @@ def test_the_words_of_a_group_are_those_of_the_release(sampler, expected):
         (px.Orthogonal(), [[-0.477761, 1.052655], [1.707444, 1.875702], [-1.404238, -1.445626]]),
         (px.Sobol(), [[1.010620, 1.509420], [1.355833, -1.194720], [-0.137721, -0.125826]]),
         (px.Sobol(4), [[-0.863956, 0.776572], [0.563584, -1.276051], [1.594781, -0.296022]]),
+        (px.OrthogonalArray(), [[1.010620, 1.509420], [0.008021, -0.806849], [1.303219, 0.247952]]),
     ],
     ids=repr,
 )
@@ -176,12 +159,6 @@ def test_the_root_of_a_key_is_what_jax_draws():
     for impl in ("threefry2x32", "rbg"):
         key = jax.random.key(7, impl=impl)
         np.testing.assert_array_equal(_bits.root(key), jax.random.bits(key, (2,), jnp.uint32))
-
-
-def test_a_net_has_one_point_in_each_slice():
-    z = px.Sobol().sample_group(jax.random.key(3), Words(), 32, 7, np.dtype("float32"))
-    slices = np.sort(np.asarray(z) >> 27, axis=0)
-    np.testing.assert_array_equal(slices, np.tile(np.arange(32)[:, None], (1, 7)))
 
 
 @pytest.mark.parametrize("degree", [0, 1, 2])
@@ -407,40 +384,24 @@ def test_more_coordinates_than_samples_determine_stay_finite():
     )
 
 
-def test_nets_have_as_many_coordinates_as_those_of_scipy():
-    assert _MAX_SOBOL_DIM == qmc.Sobol.MAXDIM
-
-
-def test_generators_of_nets_are_those_of_scipy():
-    generators = _sobol_generators(5, 4)
-    points = qmc.Sobol(5, scramble=False, bits=32).random(16) * 2.0**32
-    for index, point in enumerate(points.astype(np.uint64).astype(np.uint32)):
-        gray = index ^ (index >> 1)
-        digits = [generators[k] for k in range(4) if gray >> k & 1]
-        np.testing.assert_array_equal(np.bitwise_xor.reduce([np.zeros_like(point), *digits]), point)
-
-
-@pytest.mark.parametrize(("dim", "levels"), [(1, 1), (1, 9), (2, 3), (40, 12), (1111, 5)])
-def test_generators_are_the_same_with_and_without_the_table(dim, levels):
-    expected = _sampling._from_points(dim, levels)
-    np.testing.assert_array_equal(_sobol_generators(dim, levels), expected)
-    table = Path(scipy.__file__).parent / "stats" / "_sobol_direction_numbers.npz"
-    np.testing.assert_array_equal(_sampling._from_table(table, dim, levels), expected)
-
-
 @pytest.mark.parametrize(
     ("num_samples", "dim", "noise", "chosen"),
     [
         (200, 3, px.Normal(), (px.Sobol(), 2)),
         (199, 3, px.Normal(), (px.Sobol(), 1)),
-        (560, 6, px.Gumbel(), (px.Sobol(), 2)),
-        (10_000, 7, px.Gumbel(), (px.Sobol(), 1)),
-        (606, 100, px.Gumbel(), (px.Sobol(), 1)),
-        (605, 100, px.Gumbel(), (px.Sobol(), 0)),
-        (10_000, 101, px.Gumbel(), (px.Sobol(), 0)),
+        (560, 6, px.Gumbel(), (px.OrthogonalArray(), 2)),
+        (699, 6, px.Gumbel(), (px.Sobol(), 2)),
+        (698, 6, px.Gumbel(), (px.OrthogonalArray(), 2)),
+        (10_000, 7, px.Gumbel(), (px.OrthogonalArray(), 1)),
+        (606, 100, px.Gumbel(), (px.OrthogonalArray(), 1)),
+        (605, 100, px.Gumbel(), (px.OrthogonalArray(), 0)),
+        (10_000, 101, px.Gumbel(), (px.OrthogonalArray(), 0)),
         (399, 100, px.Gumbel(), (px.Independent(), 0)),
         (100_000, 1001, px.Gumbel(), (px.Independent(), 0)),
         (100, 3, px.Cauchy(), (px.Sobol(), 0)),
+        (46, 3, px.Normal(), (px.OrthogonalArray(), 1)),
+        (191, 4, px.Normal(), (px.Sobol(), 1)),
+        (190, 4, px.Normal(), (px.OrthogonalArray(), 1)),
         (11, 3, px.Cauchy(), (px.Independent(), 0)),
         (1, 1, px.Normal(), (px.Independent(), 0)),
         (1000, 0, px.Normal(), (px.Independent(), 0)),

@@ -1,7 +1,6 @@
 """Digital nets: points that are sums, bit by bit, of scrambled generators."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax

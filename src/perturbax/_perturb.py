@@ -87,8 +87,8 @@ def make_perturbed_fun(
         but called sample by sample, for what cannot be vmapped (such as ordered callbacks). The
         result is the same but for rounding.
       sampler: how samples depend on each other: `Independent()`, `Antithetic()`, `Orthogonal()`,
-        `Sobol()` or any object with the methods of `Sampler`; None chooses by num_samples, the
-        number of coordinates and noise (see the guide to samplers).
+        `Sobol()`, `OrthogonalArray()` or any object with the methods of `Sampler`; None chooses by
+        num_samples, the number of coordinates and noise (see the guide to samplers).
       degree: 0, 1 or 2, that of the polynomial that is fitted to fun's values, always on other
         samples than those it is subtracted from, and added back as its exact mean; None chooses.
         Needs noise with a mean and a variance unless 0, which stands for the mean of the values.

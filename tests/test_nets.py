@@ -1,0 +1,182 @@
+"""Digital nets: their points, their generators, and which products of signs they know."""
+
+import functools
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy
+from scipy.stats import qmc
+
+import perturbax as px
+from perturbax import _generators, _nets
+
+KINDS = [_nets.scrambled_sobol, _nets.scrambled_array]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def points(kind, keys, size, dim):
+    """Words of the nets, (count, 2**levels, dim)."""
+    levels, wide = _nets.shape_of(size, dim)
+    nets = _nets.net(kind, keys, size, dim)
+    assert nets.shape == (len(keys), 2**levels // wide, wide * dim)
+    return nets.reshape(len(keys), 2**levels, dim)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64, 500, 3_000])
+@pytest.mark.parametrize("dim", [1, 3, 7, 8, 10, 31, 32, 40])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_points_are_sums_of_generators_and_each_slice_has_one(kind, dim, size):
+    """However many points share a row: point i ^ j is the sum of points i, j and 0, bit by bit."""
+    keys = jnp.array([[5, 6], [3, 4]], jnp.uint32)
+    nets = np.asarray(points(kind, keys, size, dim))
+    if size == 5:  # whatever is drawn beside it
+        np.testing.assert_array_equal(nets[1:], points(kind, keys[1:], size, dim))
+    count = nets.shape[1]
+    i, j = np.random.RandomState(2).randint(count, size=(2, 200))
+    np.testing.assert_array_equal(nets[1, i ^ j], nets[1, i] ^ nets[1, j] ^ nets[1, 0])
+    slices = np.sort(nets[1].astype(np.int64) * count >> 32, axis=0)
+    np.testing.assert_array_equal(slices, np.tile(np.arange(count)[:, None], (1, dim)))
+
+
+@pytest.mark.parametrize(
+    ("size", "dim", "digits"),
+    [(64, 9, 3), (64, 10, 2), (64, 21, 2), (64, 22, 1), (64, 63, 1), (512, 33, 4), (100, 17, 3)],
+)
+def test_any_two_coordinates_of_an_array_are_stratified_jointly(size, dim, digits):
+    """In each cell of the finest grid that so many coordinates allow there are equally many."""
+    [net] = np.asarray(points(_nets.scrambled_array, jnp.array([[1, 2]], jnp.uint32), size, dim))
+    cells = 4**digits
+    for one, two in itertools.combinations(net.T >> np.uint32(32 - digits), 2):
+        counts = np.bincount((one << np.uint32(digits)) | two, minlength=cells)
+        np.testing.assert_array_equal(counts, np.full(cells, len(net) // cells))
+
+
+def rank(rows):
+    """Of rows of bits, over the field of two elements."""
+    rows, found = [int(row) for row in rows], 0
+    while rows:
+        if pivot := rows.pop():
+            found += 1
+            lowest = pivot & -pivot
+            rows = [row ^ pivot if row & lowest else row for row in rows]
+    return found
+
+
+@pytest.mark.parametrize("levels", range(2, 9))
+def test_columns_of_an_array_are_independent(levels):
+    for leading in range(1, levels // 2 + 1):
+        dim = _generators.num_columns(levels, leading)
+        table, found = _generators.orthogonal_array(dim, levels)
+        assert (table.shape, found) == ((levels, dim), leading)
+        assert all(rank(column) == levels for column in table.T)
+        for one, two in itertools.combinations(table.T[:, :leading], 2):
+            assert rank([*one, *two]) == 2 * leading
+
+
+def test_arrays_have_as_many_columns_as_there_are():
+    """(2^m - 1) / (2^k - 1) spaces of k of m dimensions cover all, if k divides m."""
+    for levels, leading in [(6, 1), (6, 2), (6, 3), (8, 4), (9, 3), (13, 1)]:
+        most = (2**levels - 1) // (2**leading - 1)
+        assert _generators.num_columns(levels, leading) == most
+    for levels, leading in [(7, 3), (9, 4), (11, 5)]:  # the most there are if it divides m - 1
+        most = (2**levels - 2) // (2**leading - 1) - 1
+        assert _generators.num_columns(levels, leading) == most
+
+
+@pytest.mark.parametrize("degree", range(1, 14))
+def test_the_polynomials_are_primitive(degree):
+    element, elements = np.uint32(1), set()
+    while int(element) not in elements:
+        elements.add(int(element))
+        element = np.uint32(_generators.double(element, degree))
+    assert (element, len(elements)) == (1, 2**degree - 1)
+
+
+def test_more_coordinates_than_columns_share_them():
+    [net] = np.asarray(points(_nets.scrambled_array, jnp.array([[1, 2]], jnp.uint32), 8, 40))
+    signs = (net >> np.uint32(31)).astype(bool)
+    assert len(np.unique(signs ^ signs[:1], axis=1).T) == 7
+    slices = np.sort(net >> np.uint32(29), axis=0)
+    np.testing.assert_array_equal(slices, np.tile(np.arange(8)[:, None], (1, 40)))
+
+
+def misses(kind, dim, size, count):
+    """Mean squares of the means over nets of products of signs, as multiples of 1 / size.
+
+    One for each product of up to five of the coordinates: 1 for independent samples.
+    """
+    sets = [s for n in range(1, 6) for s in itertools.combinations(range(dim), n)]
+    keys = jax.random.bits(jax.random.key(4), (count, 2), jnp.uint32)
+
+    def squares(key):
+        [net] = points(kind, key[None], size, dim)
+        signs = (net[:size] >> np.uint32(31)).astype(jnp.uint32)
+        parities = [functools.reduce(jnp.bitwise_xor, signs[:, s].T) for s in map(list, sets)]
+        means = 1 - 2 * jnp.mean(jnp.stack(parities).astype(jnp.float32), axis=1)
+        return size * means**2
+
+    found = jnp.mean(jax.lax.map(squares, keys, batch_size=64), axis=0)
+    return {n: np.array([v for v, s in zip(found, sets, strict=True) if len(s) == n])
+            for n in range(1, 6)}  # fmt: skip
+
+
+def test_no_product_of_signs_is_in_line_with_arrays():
+    """Of one or two coordinates none is missed at all, of more none much more than by chance.
+
+    Two columns of the 21 leave 57 of 63 directions for a third, of which one is missed: 64 / 57.
+    Some products of four signs are the same at all points of a Sobol net.
+    """
+    ours = misses(_nets.scrambled_array, 10, 64, 8192)
+    for number, found in ours.items():
+        if number < 3:
+            np.testing.assert_array_equal(found, 0.0)
+        else:  # the standard error of each is 0.1, that of their mean 0.01
+            assert np.abs(np.mean(found) - (64 / 57 if number == 3 else 1)) < 0.07
+            assert np.max(found) < 1.6
+    theirs = misses(_nets.scrambled_sobol, 10, 64, 16)
+    assert np.max(theirs[4]) == 64
+
+
+@pytest.mark.parametrize("dim", [7, 10])
+def test_by_default_products_of_signs_are_as_precise_as_by_leave_one_out(dim):
+    """With Sobol nets some of these gradients have more than twice the variance."""
+    sets = [list(s) for s in itertools.combinations(range(dim), 3)]
+    keys, size = jax.random.split(jax.random.key(6), 400), 64
+
+    def products(y):
+        signs = jnp.sign(y)
+        return jnp.stack([jnp.prod(signs[jnp.array(s)]) for s in sets])
+
+    def variance(**options):
+        fun = px.make_perturbed_fun(products, size, 1.0, px.Normal(), **options)
+        jacobian = jax.jit(jax.vmap(jax.jacrev(fun, argnums=1), in_axes=(0, None)))
+        return np.var(np.asarray(jacobian(keys, jnp.zeros(dim)), np.float64), axis=0).sum(axis=-1)
+
+    alone = variance(sampler=px.Independent(), degree=0)
+    assert np.max(variance() / alone) < 1.2
+    assert np.max(variance(sampler=px.Sobol()) / alone) > 2
+
+
+def test_nets_have_as_many_coordinates_as_those_of_scipy():
+    assert _generators.MAX_SOBOL_DIM == qmc.Sobol.MAXDIM
+
+
+def test_generators_of_nets_are_those_of_scipy():
+    generators = _generators.sobol(5, 4)
+    points = qmc.Sobol(5, scramble=False, bits=32).random(16) * 2.0**32
+    for index, point in enumerate(points.astype(np.uint64).astype(np.uint32)):
+        gray = index ^ (index >> 1)
+        digits = [generators[k] for k in range(4) if gray >> k & 1]
+        np.testing.assert_array_equal(np.bitwise_xor.reduce([np.zeros_like(point), *digits]), point)
+
+
+@pytest.mark.parametrize(("dim", "levels"), [(1, 1), (1, 9), (2, 3), (40, 12), (1111, 5)])
+def test_generators_are_the_same_with_and_without_the_table(dim, levels):
+    expected = _generators.from_points(dim, levels)
+    np.testing.assert_array_equal(_generators.sobol(dim, levels), expected)
+    table = Path(scipy.__file__).parent / "stats" / "_sobol_direction_numbers.npz"
+    np.testing.assert_array_equal(_generators.from_table(table, dim, levels), expected)
