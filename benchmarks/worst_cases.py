@@ -5,8 +5,10 @@ and noise with heavy tails: the variance of independent samples against the mean
 (`sampler=Independent(), degree=0`) over that of the default, for the gradient, the derivative in
 sigma and, in few dimensions, the Hessian. At x = 0, sigma = 1. Ratios are accurate to a tenth.
 
-Then products of the signs of some coordinates, which lie in line with Sobol nets of few points:
-ratios for 2 to 7 signs, each the mean over 30 choices of coordinates, and the least of all choices.
+Then products of the signs of some coordinates, which may be in line with a net: ratios for 2 to 7
+signs, with the mean variance over 30 choices of coordinates, and the ratio of the choice that comes
+out worst, measured anew with 20 times as many other keys. (Where 400 keys have no large error, the
+next may have one: see docs/theory.md.)
 
     python benchmarks/worst_cases.py [--keys KEYS]
 """
@@ -104,14 +106,9 @@ def variances(fun, dim, num_samples, noise, keys, **options):
     return [float(np.var(np.asarray(v, np.float64), axis=0, ddof=1).sum()) for v in found]
 
 
-def sign_products(dim, num_samples, keys, **options):
-    """Variances of the gradient of products of signs, (choices,) for each number of signs."""
-    numbers = [n for n in NUMBERS if n <= dim]
-    choose = np.random.RandomState(0).choice
-    chosen = np.zeros((len(numbers), CHOICES, dim), bool)
-    for row, number in zip(chosen, numbers, strict=True):
-        for choice in row:
-            choice[choose(dim, number, replace=False)] = True
+def sign_products(chosen, num_samples, keys, **options):
+    """Variances of the gradient of products of the chosen signs, masks of shape (..., dim)."""
+    dim = chosen.shape[-1]
 
     def products(y):
         return jnp.prod(jnp.where(chosen, jnp.sign(y), 1.0), axis=-1)
@@ -120,6 +117,28 @@ def sign_products(dim, num_samples, keys, **options):
     jacobian = jax.jacrev(fun, argnums=1)
     found = jax.jit(lambda ks: jax.lax.map(lambda k: jacobian(k, jnp.zeros(dim)), ks, batch_size=8))
     return np.var(np.asarray(found(keys), np.float64), axis=0, ddof=1).sum(axis=-1)
+
+
+def choices(dim):
+    """Masks (numbers of signs, CHOICES, dim)."""
+    numbers = [n for n in NUMBERS if n <= dim]
+    choose = np.random.RandomState(0).choice
+    chosen = np.zeros((len(numbers), CHOICES, dim), bool)
+    for row, number in zip(chosen, numbers, strict=True):
+        for choice in row:
+            choice[choose(dim, number, replace=False)] = True
+    return chosen
+
+
+def ratios_of_signs(dim, num_samples, keys, more, options):
+    """For each number of signs, and for the choice that is worst."""
+    chosen = choices(dim)
+    variance = [sign_products(chosen, num_samples, keys, **o) for o in (ALONE, options)]
+    means = np.mean(variance[0], axis=1) / np.mean(variance[1], axis=1)
+    ratios = variance[0] / variance[1]
+    worst = chosen[np.unravel_index(np.argmin(ratios), ratios.shape)]
+    again = [sign_products(worst[None], num_samples, more, **o) for o in (ALONE, options)]
+    return means, float(again[0][0] / again[1][0])
 
 
 def main(num_keys=400):
@@ -136,17 +155,16 @@ def main(num_keys=400):
     print("Variance of leave-one-out over that of the default")
     print(table(["case", "samples", "gradient", "d/dsigma", "Hessian"], rows))
 
+    more = jax.random.split(jax.random.key(6), 20 * num_keys)
     rows = []
     for dim, num_samples in SIGNS:
-        alone = sign_products(dim, num_samples, keys, **ALONE)
         for name, options in SAMPLERS.items():
-            ratios = alone / sign_products(dim, num_samples, keys, **options)
-            means = 1 / np.mean(1 / ratios, axis=1)
+            means, worst = ratios_of_signs(dim, num_samples, keys, more, options)
             row = [f"{dim} coordinates", f"{num_samples:,}", name, *(f"{r:.2f}" for r in means)]
-            rows.append([*row, *[""] * (len(NUMBERS) - len(means)), f"{ratios.min():.2f}"])
-            results.append({"case": row[:3], "means": list(means), "least": float(ratios.min())})
+            rows.append([*row, *[""] * (len(NUMBERS) - len(means)), f"{worst:.2f}"])
+            results.append({"case": row[:3], "means": list(means), "worst": worst})
     print("\nThe same for gradients of products of signs, by their number")
-    print(table(["case", "samples", "sampler", *map(str, NUMBERS), "least"], rows))
+    print(table(["case", "samples", "sampler", *map(str, NUMBERS), "worst"], rows))
     write("worst_cases", f"{num_keys} keys split from 5", results)
 
 

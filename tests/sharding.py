@@ -196,6 +196,19 @@ def check_vmap_with_an_axis_of_the_mesh():
     assert_trees_close(actual, one_by_one(gradient), rtol=1e-5, atol=1e-5)
 
 
+def check_vmap_over_keys_split_over_a_mesh_with_explicit_axes():
+    """Samples of two coordinates are Sobol nets, of more orthogonal arrays."""
+    where = mesh(AxisType.Explicit)
+    for dim in (2, 7, 40):
+        gradient = jax.vmap(jax.grad(px.make_perturbed_fun(steps, 200, 0.5), argnums=1))
+        points = jnp.linspace(-1.0, 1.0, len(KEYS) * dim).reshape(len(KEYS), dim)
+        expected = gradient(KEYS, points)
+        with jax.set_mesh(where):
+            split = NamedSharding(where, P("devices"))
+            actual = jax.jit(gradient)(jax.device_put(KEYS, split), jax.device_put(points, split))
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
 
 

@@ -13,6 +13,7 @@ PACKAGE = Path(perturbax.__file__).parent
 # a folder stands for all the files in it, which may also import one another.
 LAYERS = [
     "_bits",
+    "_words",
     "_rules",
     "_blocks",
     "_trace",
@@ -25,6 +26,8 @@ LAYERS = [
     "_noise",
     "_interop",
     "_check_noise",
+    "_generators",
+    "_nets",
     "_sampling",
     "_surrogate",
     "_defaults",

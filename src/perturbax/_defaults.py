@@ -5,6 +5,7 @@ import math
 from ._noise import NoiseDistribution, is_invertible
 from ._sampling import (
     Antithetic,
+    DigitalNet,
     Independent,
     Merged,
     Orthogonal,
@@ -21,17 +22,14 @@ _RULE = ((2, 6, 10), (1, 100, 3))
 _FEWEST = 20
 # Most coordinates of a net: beyond, nothing was measured, and its set-up takes long.
 _NETS = 1000
-# Points that a Sobol net must have in 1, 2, ... coordinates. With fewer, and in more coordinates at
-# any number, products of the signs of some coordinates are in line with the net, and their
-# derivatives are worse than from independent samples.
-_SOBOL = (1, 1, 24, 96, 350, 350)
+# Points that a Sobol net must have in 1, 2, ... coordinates to be chosen. With fewer, and in more
+# coordinates even with thousands, derivatives of products of some signs have several times the
+# variance that they have with independent samples.
+_SOBOL = (1, 1, 24, 96, 96, 350)
 # Independent samples are cut into this many groups where a surrogate is fitted.
 _BLOCKS = 8
 # Most groups of other samplers that get a surrogate each: all others' equations are summed for it.
 _MOST_FITS = 16
-# Samplers that invert the distribution function of the noise, and that need to know its shape.
-_INVERTING = Antithetic | Orthogonal | Sobol | OrthogonalArray
-_SHAPED = Orthogonal | Sobol | OrthogonalArray
 
 
 def choose(
@@ -54,12 +52,12 @@ def choose(
     name = getattr(noise, "law", repr(noise))
     invertible = is_invertible(noise)
     polynomial = _has_moments(noise) and isinstance(dim, int)
-    if isinstance(sampler, _INVERTING) and not invertible:
+    if isinstance(sampler, Antithetic | Orthogonal | DigitalNet) and not invertible:
         raise TypeError(
             f"{type(sampler).__name__}() needs noise with an inverse distribution function, which "
             f"{name} lacks: define noise.icdf(u), or use Independent()"
         )
-    if not isinstance(dim, int) and (degree or isinstance(sampler, _SHAPED)):
+    if not isinstance(dim, int) and (degree or isinstance(sampler, Orthogonal | DigitalNet)):
         asked = f"degree={degree}" if degree else f"{type(sampler).__name__}()"
         raise ValueError(
             f"{asked} needs to know how many coordinates x has, but its shape is symbolic, {dim}: "
@@ -76,7 +74,7 @@ def choose(
             degree = 0
     if sampler is None:
         pay = invertible and isinstance(dim, int) and 0 < dim <= min(_NETS, num_samples // 4)
-        sampler = nets(num_samples, dim) if pay else Independent()
+        sampler = net(num_samples, dim) if pay else Independent()
     if not degree:
         return sampler, degree
     groups = -(-num_samples // sampler.group_size(num_samples, dim))
@@ -89,11 +87,11 @@ def choose(
     return sampler, degree
 
 
-def nets(num_samples: int, dim: int, **options: int) -> Sobol | OrthogonalArray:
-    """The better of the two kinds of nets; `options` are those of both."""
-    sobol = Sobol(**options)
+def net(num_samples: int, dim: int, num_groups: int = 2) -> DigitalNet:
+    """The better kind of nets."""
+    sobol = Sobol(num_groups)
     enough = dim <= len(_SOBOL) and sobol.group_size(num_samples, dim) >= _SOBOL[dim - 1]
-    return sobol if enough else OrthogonalArray(**options)
+    return sobol if enough else OrthogonalArray(num_groups)
 
 
 def _degree(num_samples: int, dim: int) -> int:

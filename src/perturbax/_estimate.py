@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import _arguments, _spread, _tracing
-from ._defaults import nets
+from ._defaults import net
 from ._perturb import Perturbed
 from ._rules import without_derivatives
-from ._sampling import OrthogonalArray, Sobol
+from ._sampling import DigitalNet
 
 # Nets where the choice is ours: eight leave seven degrees of freedom, for intervals hardly wider
 # than with many, and each is still large enough to be a good net.
@@ -164,8 +164,8 @@ def estimate(
         sigma=_without_derivatives("sigma", call.sigma),
         operands=_without_derivatives("what the function and its noise depend on", call.operands),
     )
-    if perturbed.sampler is None and isinstance(call.plan.sampler, Sobol | OrthogonalArray):
-        sampler = nets(call.plan.num_samples, call.plan.dim, num_groups=_NUM_GROUPS)
+    if perturbed.sampler is None and isinstance(call.plan.sampler, DigitalNet):
+        sampler = net(call.plan.num_samples, call.plan.dim, _NUM_GROUPS)
         call = call._replace(plan=dataclasses.replace(call.plan, sampler=sampler))
     plan = call.plan
     if plan.num_groups < 2:

@@ -3,8 +3,9 @@
 import functools
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import scipy
 
@@ -13,79 +14,98 @@ MAX_SOBOL_DIM = 21_201
 # The lowest bits of a primitive polynomial over the field of two elements, of each degree: x is a
 # generator of the field of 2**degree elements.
 _PRIMITIVE = (0, 1, 3, 3, 3, 5, 3, 3, 29, 17, 9, 5, 83, 27)
+# How much more often than by chance digits of three columns may cancel.
+_MOST_CANCELLING = 1.2
 
 
-def double(element: Any, degree: int) -> Any:
-    """x times the elements of the field of 2**degree, uint32 arrays of their coefficients."""
-    carried = element >> np.uint32(degree - 1)
-    kept = (element << np.uint32(1)) & np.uint32(2**degree - 1)
-    return kept ^ (carried * np.uint32(_PRIMITIVE[degree]))
+def leading_digits(levels: int, dim: int) -> int:
+    """How many first digits of any two of `dim` columns should be independent; at least 1.
+
+    As many as leave columns enough, but fewer where digits of three columns, dealt at random, would
+    cancel more often than by chance, which is once in 2**levels.
+    """
+
+    def cancelling(k: int) -> float:
+        return 2**levels * (2**k - 2) / (2**k - 1) ** 2 / (2 ** (levels - k) - 2)
+
+    possible = [k for k in range(2, levels // 2 + 1) if cancelling(k) < _MOST_CANCELLING]
+    return max((k for k in possible if sum(family_sizes(levels, k, dim)) >= dim), default=1)
+
+
+def family_sizes(levels: int, leading: int, dim: int) -> list[int]:
+    """Of the families of columns of which `dim` coordinates are dealt one each."""
+    if leading == 1:
+        return [2**levels - 1]
+    sizes: list[int] = []
+    while levels >= leading and sum(sizes) < dim:
+        levels -= leading
+        sizes.append(2**levels if levels >= leading else 1)
+    return sizes
+
+
+class Family(NamedTuple):
+    """Columns of an orthogonal array, as sums over the bits of a word that stands for each.
+
+    A digit of a point is the sum, modulo 2, of those digits of the point's index that a column has
+    bits for.
+
+    Attributes:
+      constant: (levels,), what all columns have, digit by digit.
+      linear: (bits, levels), what the bits of a column's word add.
+      rest: the lowest bits of the word are the number of the column, and as many more, not all
+        zero, are random: they determine the digits that do not lead. 0 if there is no choice.
+    """
+
+    constant: np.ndarray
+    linear: np.ndarray
+    rest: int
 
 
 @functools.lru_cache(maxsize=64)
-def orthogonal_array(dim: int, levels: int) -> tuple[np.ndarray, int]:
-    """Columns of an orthogonal array of 2**levels points, for `dim` coordinates if they suffice.
+def families(levels: int, leading: int, count: int) -> list[Family]:
+    """Families of columns of orthogonal arrays of 2**levels points, the first `count`.
 
-    Entry (q, j) holds, as bits, the digits of a point's index whose sum is digit q of column j. All
-    digits of a column together are independent, so that each column has each value once; and so
-    are the first digits of any two columns together, so that the array has strength two in them. As
-    many digits as leave columns enough; one, if even that leaves too few.
+    All digits of a column are independent, so that it has each value once. The `leading` first
+    digits of any two columns are independent too: the array has strength two.
 
-    Returns:
-      A uint32 array (levels, columns), and how many digits of any two are independent.
-    """
-    enough = [k for k in range(1, levels // 2 + 1) if num_columns(levels, k) >= dim]
-    leading = max(enough, default=1)
-    return _spread(levels, leading), leading
-
-
-@functools.lru_cache(maxsize=64)
-def deals(count: int) -> np.ndarray:
-    """Orders of `count` columns, as rows; turned round as well, they are about 8,000.
-
-    So many are as good as all, and one of them is chosen faster than columns are shuffled.
-    """
-    shuffle = np.random.RandomState(0)  # its numbers will never change
-    orders = [shuffle.permutation(count) for _ in range(max(1, 2**13 // count))]
-    return np.stack(orders).astype(np.uint32)
-
-
-def num_columns(levels: int, leading: int) -> int:
-    """How many columns `orthogonal_array` has, by the number of digits that are independent."""
-    rest = levels - leading
-    return 2**rest + num_columns(rest, leading) if rest >= leading else 1
-
-
-def _spread(levels: int, leading: int) -> np.ndarray:
-    """Spaces of dimension `leading` of which any two meet in zero alone, each with a complement.
-
-    With a in the field of 2**leading elements and s in that of 2**rest, rest = levels - leading,
-    the spaces {(a, s a)}, one for each s, meet in zero alone, since (s - t) a = 0 only for a = 0 or
-    s = t. (As vectors a is in both fields, being the same bits.) More are found in {(0, b)}.
+    With one leading digit, the digits of column v are v, x v, x^2 v, ... in the field of 2**levels
+    elements. With more, they span a space, of which any two meet in zero alone: with a in the field
+    of 2**leading elements and s in that of 2**rest, rest = levels - leading, these are {(a, s a)}
+    for each s, since (s - t) a = 0 only if a = 0 or s = t. (As bits, a is in both fields.) Within
+    {(0, b)} there is another family of the same kind, and so on.
 
     References:
       Beutelspacher, Partial spreads in finite projective spaces and partial designs, 1975,
       doi:10.1007/BF01215286
     """
-    rest = levels - leading
-    if rest < leading:
-        return np.uint32(1) << np.arange(levels, dtype=np.uint32)[::-1, None]
-    s = np.arange(2**rest, dtype=np.uint32)
-    # The complement {(0, b)}, in a basis of its own for each space: t, x t, x^2 t, ...
-    t = np.uint32(1) + (s * np.uint32(2_654_435_761) >> np.uint32(8)) % np.uint32(2**rest - 1)
-    identity = np.uint32(1) << np.arange(rest, levels, dtype=np.uint32)[:, None]
-    lifted = np.concatenate([identity | _multiples(s, leading, rest), _multiples(t, rest, rest)])
-    inner = _spread(rest, leading)
-    outer = np.broadcast_to(identity, (leading, inner.shape[1])) | inner[:1]
-    return np.hstack([lifted, np.concatenate([inner[:leading], outer, inner[leading:]])])
+    if leading == 1:
+        bits = np.uint32(1) << np.arange(levels, dtype=np.uint32)
+        return [Family(np.zeros(levels, np.uint32), multiples(bits, levels, levels), 0)]
+    found, rest = [], levels
+    for _ in range(count):
+        outer = np.arange(rest, levels, dtype=np.uint32)
+        rest -= leading
+        places = [np.arange(rest, rest + leading), np.zeros(rest), outer]
+        constant = np.uint32(1) << np.concatenate(places).astype(np.uint32)
+        constant[leading : leading + rest] = 0
+        bits = np.uint32(1) << np.arange(rest, dtype=np.uint32)
+        linear = np.zeros((2 * rest, levels), np.uint32)
+        if rest >= leading:
+            linear[:rest, :leading] = multiples(bits, leading, rest)
+        linear[rest:, leading : leading + rest] = multiples(bits, rest, rest)
+        found.append(Family(constant, linear, rest))
+    return found
 
 
-def _multiples(element: np.ndarray, count: int, degree: int) -> np.ndarray:
-    """The elements times 1, x, x^2, ..., as rows."""
-    rows = [element]
+def multiples(elements: Any, count: int, degree: int) -> Any:
+    """Elements of the field of 2**degree, as bits, times 1, x, x^2, ...: `count`, the last axis."""
+    module = np if isinstance(elements, np.ndarray) else jnp
+    found = [elements]
     for _ in range(count - 1):
-        rows.append(double(rows[-1], degree))
-    return np.stack(rows)
+        carry = found[-1] >> np.uint32(degree - 1)
+        rest = (found[-1] << np.uint32(1)) & np.uint32(2**degree - 1)
+        found.append(rest ^ carry * np.uint32(_PRIMITIVE[degree]))
+    return module.stack(found, -1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -94,7 +114,7 @@ def sobol(dim: int, levels: int) -> np.ndarray:
     if dim > MAX_SOBOL_DIM:
         raise ValueError(
             f"Sobol nets have at most {MAX_SOBOL_DIM} coordinates, x has {dim}; "
-            "use Independent() or Orthogonal(block=8)"
+            "use OrthogonalArray() or Independent()"
         )
     # The table that scipy.stats has its nets from: importing that takes as long as importing JAX.
     table = Path(scipy.__file__).parent / "stats" / "_sobol_direction_numbers.npz"

@@ -14,22 +14,13 @@ from ._words import MANY, NARROW, columns, grid, materialise
 
 # Of keys (count, 2), levels and dim: the scrambled generators of the binary digits of a point's
 # index (count, levels, dim), lowest digit first, and what is added to all (count, 1, dim).
-_Scrambled = Callable[[Array, int, int], tuple[Array, Array]]
+Scrambled = Callable[[Array, int, int], tuple[Array, Array]]
 
 
-def sobol(keys: Array, noise: Any, size: int, dim: int, dtype: np.dtype) -> Array:
-    """Noise of a scrambled Sobol net for each of the keys (count, 2): (count, size, dim)."""
-    return _noise(scrambled_sobol, keys, noise, size, dim, dtype)
-
-
-def orthogonal_array(keys: Array, noise: Any, size: int, dim: int, dtype: np.dtype) -> Array:
-    """Noise of a random orthogonal array for each of the keys (count, 2): (count, size, dim)."""
-    return _noise(scrambled_array, keys, noise, size, dim, dtype)
-
-
-def _noise(
-    scrambled: _Scrambled, keys: Array, noise: Any, size: int, dim: int, dtype: np.dtype
+def noise_of_nets(
+    scrambled: Scrambled, keys: Array, noise: Any, size: int, dim: int, dtype: np.dtype
 ) -> Array:
+    """Noise of a net for each of the keys (count, 2): (count, size, dim)."""
     count = keys.shape[0]
     levels, wide = shape_of(size, dim)
 
@@ -56,7 +47,7 @@ def _is_simple(levels: int, dim: int) -> bool:
     return dim < 8 and 2**levels * dim <= MANY
 
 
-def net(scrambled: _Scrambled, keys: Array, size: int, dim: int) -> Array:
+def net(scrambled: Scrambled, keys: Array, size: int, dim: int) -> Array:
     """A net for each of the keys (count, 2), uniform uint32 words.
 
     `shape_of` tells how many points and rows.
@@ -82,43 +73,88 @@ def scrambled_sobol(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
     """Sobol's generators, scrambled by a random lower triangular matrix in each coordinate."""
     tables = _generators.sobol(dim, levels)  # (levels, dim), numpy
     words = _random(keys, levels + 1, dim)
-    # Column q of the scramble has a one at bit q and random bits below it.
-    top = np.uint32(1) << np.arange(31, 31 - levels, -1, dtype=np.uint32)[:, None]
-    scramble = (words[:, :levels] & (top - np.uint32(1))[None]) | top[None]
-    hit = (tables[:, None] & top[None]) != 0  # generator k has bit q
-    return _sums(scramble, hit[None]), words[:, levels:]
+    hit = (tables[:, None] & _place(levels)) != 0  # generator k has digit q
+    return _sums(_triangle(words[:, None, :levels]), hit), words[:, levels:]
 
 
 def scrambled_array(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
     """Generators of an orthogonal array whose columns are dealt to the coordinates at random.
 
     The leading digits of a coordinate are multiplied by a random element of their field, so that
-    no product of their signs is more in line with the array than another; the others are scrambled
-    like those of Sobol's generators.
+    none of their sums is distinguished. The other digits are scrambled like those of Sobol's nets.
     """
-    table, leading = _generators.orthogonal_array(dim, levels)  # (levels, columns), numpy
-    deals = _generators.deals(table.shape[1])  # (how many, columns), numpy
-    words = _random(keys, levels + 2, dim)
-    key = keys[:, 0, None], keys[:, 1, None]
-    deal = _bits.words32(key, jnp.uint32(levels + 2), jnp.uint32(0)) % np.uint32(deals.size)
-    many = np.uint32(deals.shape[1])
-    order = jnp.asarray(deals)[deal // many, (deal + columns(dim)) % many]  # (count, dim)
-    dealt = jnp.moveaxis(jnp.asarray(table)[:, order], 1, 0)  # (count, levels, dim)
+    leading = _generators.leading_digits(levels, dim)
+    words = _random(keys, levels + 3, dim)
 
-    place = np.arange(31, 31 - levels, -1, dtype=np.uint32)[:, None]
-    top = np.uint32(1) << place
-    scramble = (words[:, :levels] & (top - np.uint32(1))[None]) | top[None]
-    # The first columns: products of a random element with the powers of the field's generator.
-    power = np.uint32(1) + words[:, levels + 1] % np.uint32(2**leading - 1)
-    powers = [power]
-    for _ in range(leading - 1):
-        powers.append(_generators.double(powers[-1], leading))
-    below = np.uint32(2 ** (32 - leading) - 1)
-    first = (words[:, :leading] & below) | (jnp.stack(powers, 1) << np.uint32(32 - leading))
-    scramble = jnp.concatenate([first, scramble[:, leading:]], 1)
-    digit = np.arange(levels, dtype=np.uint32)[:, None, None]
-    hit = (dealt[:, None] >> digit[None]) & np.uint32(1) != 0  # generator k has digit q
-    return _sums(scramble, hit), words[:, levels : levels + 1]
+    def generators() -> Array:
+        digits = _columns(keys, words[:, levels + 1], levels, leading)[:, None]
+        factor = _nonzero(words[:, levels + 2], leading)
+        powers = jnp.moveaxis(_generators.multiples(factor, leading, leading), -1, 1)
+        below = words[:, :leading] & np.uint32(2 ** (32 - leading) - 1)
+        first = powers << np.uint32(32 - leading) | below
+        rest = _triangle(words[:, None, :levels])[:, :, leading:]
+        index = np.arange(levels, dtype=np.uint32)[:, None, None]
+        hit = (digits >> index) & np.uint32(1) != 0  # generator k has digit q
+        return _sums(jnp.concatenate([first[:, None], rest], 2), hit)
+
+    # Apart from the sums of which points are made: fused with these it takes twice as long.
+    shape = (len(keys), levels, dim)
+    return materialise(generators, shape, jnp.uint32, keys[0]), words[:, levels : levels + 1]
+
+
+def _columns(keys: Array, random: Array, levels: int, leading: int) -> Array:
+    """Columns of an orthogonal array for all coordinates, dealt at random, digit by digit.
+
+    Shape (number of keys, levels, dim); `random` are words, (number of keys, dim).
+    """
+    sizes = _generators.family_sizes(levels, leading, random.shape[-1])
+    number = _dealt(keys, levels + 3, random.shape[-1], sum(sizes))
+    found = []
+    for size, family in zip(sizes, _generators.families(levels, leading, len(sizes)), strict=True):
+        rest = np.uint32(family.rest)
+        word = number | (_nonzero(random, family.rest) << rest) if rest else number + np.uint32(1)
+        bits = np.arange(len(family.linear), dtype=np.uint32)[:, None]
+        hit = (word[:, None, None] >> bits) & np.uint32(1) != 0
+        rows = family.constant[:, None] ^ _sums(family.linear.T[None, ..., None], hit)
+        found.append((number < np.uint32(size), rows))
+        number = number - np.uint32(size)
+    columns_found = found[-1][1]
+    for belongs, rows in found[-2::-1]:
+        columns_found = jnp.where(belongs[:, None], rows, columns_found)
+    return columns_found
+
+
+def _nonzero(words: Array, degree: int) -> Array:
+    """Random elements of the field of 2**degree other than zero."""
+    return np.uint32(1) + words % np.uint32(2**degree - 1)
+
+
+def _dealt(keys: Array, row: int, dim: int, count: int) -> Array:
+    """A random one of `count` columns for each coordinate, (number of keys, dim).
+
+    All of a coordinate's own, if there are as many. Otherwise so for each block of `count`
+    coordinates, and independently for each.
+    """
+    key = keys[:, 0, None, None], keys[:, 1, None, None]
+    blocks = -(-dim // count)
+    block = row + lax.iota(jnp.uint32, blocks)[:, None]
+    # By the ranks of random words. Sorting them compiles slowly, and a table would have to be read
+    # by indices, which arrays split over a mesh do not allow.
+    words = _bits.words32(key, block[None], columns(count)[None])[..., None, :]
+    several = dim if blocks == 1 else count
+    rank = jnp.sum(words < jnp.swapaxes(words[..., :several], -1, -2), -1, dtype=jnp.uint32)
+    return rank.reshape(len(keys), blocks * several)[:, :dim]
+
+
+def _place(levels: int) -> np.ndarray:
+    """A one at each of the leading bits of a word, as rows."""
+    return np.uint32(1) << np.arange(31, 31 - levels, -1, dtype=np.uint32)[:, None]
+
+
+def _triangle(words: Array) -> Array:
+    """Columns of a random lower triangular matrix: column q has a one at bit q, and bits below."""
+    place = _place(words.shape[-2])
+    return (words & (place - np.uint32(1))) | place
 
 
 def _random(keys: Array, rows: int, dim: int) -> Array:
@@ -140,18 +176,14 @@ def _points(generators: Array, size: int) -> Array:
     """
     levels = np.arange(generators.shape[1])
     digits = (np.arange(size)[:, None] >> levels & 1 != 0) | (2**levels >= size)
-    return _sums(generators, digits[None, ..., None])
+    return _sums(generators[:, None], digits[None, ..., None])
 
 
-def _sums(terms: Array, chosen: Array | np.ndarray) -> Array:
-    """Sums, bit by bit, of those of the terms (count, n, dim) that are chosen: (count, m, dim).
-
-    `chosen` is (count, m, n, dim), or 1 where all are alike.
-    """
+def _sums(terms: Array | np.ndarray, chosen: Array | np.ndarray) -> Array:
+    """Sums, bit by bit, of those terms that are chosen, over the third axis of both, of four."""
     # By a reduction, which XLA keeps apart from what is made of the net: fused with it,
     # concatenations would keep it from being vectorised, and the random words be drawn anew.
-    terms = jnp.where(chosen, terms[:, None], np.uint32(0))
-    return lax.reduce(terms, np.uint32(0), lax.bitwise_xor, (2,))
+    return lax.reduce(jnp.where(chosen, terms, np.uint32(0)), np.uint32(0), lax.bitwise_xor, (2,))
 
 
 def _widen(points: Array, keys: Array, dtype: np.dtype) -> Array:
