@@ -114,7 +114,8 @@ def estimate(
 
     Value and gradient are those that `perturbed_fun` and `jax.grad` of it have at the same key if
     it was given a sampler. If it was not, and would take two nets of samples, eight smaller ones
-    (fewer of few samples) are taken here, as two tell almost nothing about their spread.
+    (fewer of few samples, and perhaps of the other kind) are taken here, as two tell almost nothing
+    about their spread.
 
     Args:
       perturbed_fun: what `make_perturbed_fun` returned.
