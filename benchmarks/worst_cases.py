@@ -81,6 +81,8 @@ NUMBERS, CHOICES = range(2, 8), 30
 # Coordinates and samples.
 SIGNS = [(3, 27), (4, 100), (4, 200), (6, 1_000), (7, 41), (10, 100), (10, 1_000), (10, 4_096)]
 SIGNS += [(20, 126), (50, 1_000)]
+# And the fewest samples for which the default takes Sobol nets.
+SIGNS += [(3, 47), (4, 191), (5, 191), (6, 699)]
 SAMPLERS = {
     "default": {},
     "Sobol nets": {"sampler": px.Sobol()},
@@ -166,7 +168,7 @@ def main(num_keys=400):
             results.append({"case": row[:3], "means": list(means), "worst": worst})
     print("\nThe same for gradients of products of signs, by their number")
     print(table(["case", "samples", "sampler", *map(str, NUMBERS), "worst"], rows))
-    write("worst_cases", f"{num_keys} keys split from 5", results)
+    write("worst_cases", f"{num_keys} keys split from 5, {len(more):,} from 6", results)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,14 @@ def test_no_product_of_signs_is_in_line_with_arrays():
     assert np.max(theirs[4]) == 64
 
 
+def test_all_columns_of_an_array_add_up_to_zero():
+    """The exception that the guide names: as many coordinates as there are columns."""
+    keys = jax.random.bits(jax.random.key(5), (16, 2), jnp.uint32)
+    signs = np.asarray(points(_nets.scrambled_array, keys, 8, 7)) >> np.uint32(31)
+    product = np.bitwise_xor.reduce(signs, axis=-1)
+    np.testing.assert_array_equal(product, np.broadcast_to(product[:, :1], product.shape))
+
+
 @pytest.mark.parametrize("dim", [7, 10])
 def test_by_default_products_of_signs_are_as_precise_as_by_leave_one_out(dim):
     """With Sobol nets some of these gradients have more than twice the variance."""

@@ -20,11 +20,11 @@ from ._surrogate import num_features
 _RULE = ((2, 6, 10), (1, 100, 3))
 # Fewer samples, in few coordinates, tell too little of what a fit is worth.
 _FEWEST = 20
-# Most coordinates of a net: beyond, nothing was measured, and its set-up takes long.
+# Most coordinates of a net: beyond, nothing was measured.
 _NETS = 1000
-# Points that a Sobol net must have in 1, 2, ... coordinates to be chosen. With fewer, and in more
-# coordinates even with thousands, derivatives of products of some signs have several times the
-# variance that they have with independent samples.
+# Points that a Sobol net must have in 1, 2, ... coordinates to be chosen. With fewer, derivatives
+# of products of some signs may have more variance than with independent samples; in more
+# coordinates, even with thousands of points, many times as much.
 _SOBOL = (1, 1, 24, 96, 96, 350)
 # Independent samples are cut into this many groups where a surrogate is fitted.
 _BLOCKS = 8
@@ -74,7 +74,7 @@ def choose(
             degree = 0
     if sampler is None:
         pay = invertible and isinstance(dim, int) and 0 < dim <= min(_NETS, num_samples // 4)
-        sampler = net(num_samples, dim) if pay else Independent()
+        sampler = nets_for(num_samples, dim) if pay else Independent()
     if not degree:
         return sampler, degree
     groups = -(-num_samples // sampler.group_size(num_samples, dim))
@@ -87,8 +87,8 @@ def choose(
     return sampler, degree
 
 
-def net(num_samples: int, dim: int, num_groups: int = 2) -> DigitalNet:
-    """The better kind of nets."""
+def nets_for(num_samples: int, dim: int, num_groups: int = 2) -> DigitalNet:
+    """Sobol nets if theirs are large enough for `dim` coordinates, else orthogonal arrays."""
     sobol = Sobol(num_groups)
     enough = dim <= len(_SOBOL) and sobol.group_size(num_samples, dim) >= _SOBOL[dim - 1]
     return sobol if enough else OrthogonalArray(num_groups)

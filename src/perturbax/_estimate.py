@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import _arguments, _spread, _tracing
-from ._defaults import net
+from ._defaults import nets_for
 from ._perturb import Perturbed
 from ._rules import without_derivatives
 from ._sampling import DigitalNet
@@ -166,7 +166,7 @@ def estimate(
         operands=_without_derivatives("what the function and its noise depend on", call.operands),
     )
     if perturbed.sampler is None and isinstance(call.plan.sampler, DigitalNet):
-        sampler = net(call.plan.num_samples, call.plan.dim, _NUM_GROUPS)
+        sampler = nets_for(call.plan.num_samples, call.plan.dim, _NUM_GROUPS)
         call = call._replace(plan=dataclasses.replace(call.plan, sampler=sampler))
     plan = call.plan
     if plan.num_groups < 2:

@@ -21,8 +21,8 @@ _MOST_CANCELLING = 1.2
 def leading_digits(levels: int, dim: int) -> int:
     """How many first digits of any two of `dim` columns should be independent; at least 1.
 
-    As many as leave columns enough, but fewer where digits of three columns, dealt at random, would
-    cancel more often than by chance, which is once in 2**levels.
+    As many as leave columns enough, but fewer where digits of three columns of the first family,
+    dealt at random, would cancel much more often than by chance, which is once in 2**levels.
     """
 
     def cancelling(k: int) -> float:

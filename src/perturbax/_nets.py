@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from . import _bits, _generators
 from ._noise import from_words
-from ._words import MANY, NARROW, columns, grid, materialise
+from ._words import MANY, NARROW, column_numbers, grid, materialise
 
 # Of keys (count, 2), levels and dim: the scrambled generators of the binary digits of a point's
 # index (count, levels, dim), lowest digit first, and what is added to all (count, 1, dim).
@@ -71,9 +71,9 @@ def net(scrambled: Scrambled, keys: Array, size: int, dim: int) -> Array:
 
 def scrambled_sobol(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
     """Sobol's generators, scrambled by a random lower triangular matrix in each coordinate."""
-    tables = _generators.sobol(dim, levels)  # (levels, dim), numpy
+    directions = _generators.sobol(dim, levels)  # (levels, dim), numpy
     words = _random(keys, levels + 1, dim)
-    hit = (tables[:, None] & _place(levels)) != 0  # generator k has digit q
+    hit = (directions[:, None] & _place(levels)) != 0  # generator k has digit q
     return _sums(_triangle(words[:, None, :levels]), hit), words[:, levels:]
 
 
@@ -87,7 +87,7 @@ def scrambled_array(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
     words = _random(keys, levels + 3, dim)
 
     def generators() -> Array:
-        digits = _columns(keys, words[:, levels + 1], levels, leading)[:, None]
+        digits = _dealt_columns(keys, words[:, levels + 1], levels, leading)[:, None]
         factor = _nonzero(words[:, levels + 2], leading)
         powers = jnp.moveaxis(_generators.multiples(factor, leading, leading), -1, 1)
         below = words[:, :leading] & np.uint32(2 ** (32 - leading) - 1)
@@ -102,7 +102,7 @@ def scrambled_array(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
     return materialise(generators, shape, jnp.uint32, keys[0]), words[:, levels : levels + 1]
 
 
-def _columns(keys: Array, random: Array, levels: int, leading: int) -> Array:
+def _dealt_columns(keys: Array, random: Array, levels: int, leading: int) -> Array:
     """Columns of an orthogonal array for all coordinates, dealt at random, digit by digit.
 
     Shape (number of keys, levels, dim); `random` are words, (number of keys, dim).
@@ -118,10 +118,10 @@ def _columns(keys: Array, random: Array, levels: int, leading: int) -> Array:
         rows = family.constant[:, None] ^ _sums(family.linear.T[None, ..., None], hit)
         found.append((number < np.uint32(size), rows))
         number = number - np.uint32(size)
-    columns_found = found[-1][1]
+    columns = found[-1][1]
     for belongs, rows in found[-2::-1]:
-        columns_found = jnp.where(belongs[:, None], rows, columns_found)
-    return columns_found
+        columns = jnp.where(belongs[:, None], rows, columns)
+    return columns
 
 
 def _nonzero(words: Array, degree: int) -> Array:
@@ -140,7 +140,7 @@ def _dealt(keys: Array, row: int, dim: int, count: int) -> Array:
     block = row + lax.iota(jnp.uint32, blocks)[:, None]
     # By the ranks of random words. Sorting them compiles slowly, and a table would have to be read
     # by indices, which arrays split over a mesh do not allow.
-    words = _bits.words32(key, block[None], columns(count)[None])[..., None, :]
+    words = _bits.words32(key, block[None], column_numbers(count)[None])[..., None, :]
     several = dim if blocks == 1 else count
     rank = jnp.sum(words < jnp.swapaxes(words[..., :several], -1, -2), -1, dtype=jnp.uint32)
     return rank.reshape(len(keys), blocks * several)[:, :dim]
@@ -162,7 +162,9 @@ def _random(keys: Array, rows: int, dim: int) -> Array:
 
     def random() -> Array:
         key = keys[:, 0, None, None], keys[:, 1, None, None]
-        return _bits.words32(key, lax.iota(jnp.uint32, rows)[None, :, None], columns(dim)[None])
+        return _bits.words32(
+            key, lax.iota(jnp.uint32, rows)[None, :, None], column_numbers(dim)[None]
+        )
 
     # Each is read for every generator, too often to be drawn anew, unless they are few.
     shape = (keys.shape[0], rows, dim)

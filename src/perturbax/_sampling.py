@@ -204,13 +204,15 @@ class OrthogonalArray(DigitalNet):
     """Latin hypercubes in which any two coordinates are stratified jointly as well.
 
     Of 2**m points each coordinate has one in each of 2**m intervals of equal probability, and any
-    two coordinates have equally many in each cell of a grid of 2**k by 2**k cells. k is the largest
-    that leaves a column of the array to each coordinate, m / 2 at most. What depends on three and
-    more coordinates together is estimated as precisely as from independent samples, on average over
-    keys, because columns are dealt to coordinates at random: with 16 or more points no product of
-    signs has more than 1.3 times their variance, with 8 points 1.6 times.
+    two coordinates have equally many in each cell of a grid of 2**k by 2**k cells. k is as large as
+    leaves a column of the array to each coordinate, at most m / 2 (of 16 and 64 points one less),
+    at least 1. What depends on three and more coordinates together is estimated about as precisely
+    as from independent samples, on average over keys, because columns are dealt to coordinates at
+    random: with 16 or more points, and fewer than 2**m - 1 coordinates, no product of signs that
+    was measured has more than 1.3 times their variance, with 8 points 1.6 times. (All 2**m - 1
+    columns add up to zero: the product of as many signs is in line with every array.)
 
-    Of 2**m - 1 coordinates and more some share a column, chance decides which. A group with another
+    Of 2**m coordinates and more some share a column; chance decides which. A group with another
     number of points is a part of an array. All points are exactly uniform before they are carried
     to the law of the noise.
 

@@ -31,7 +31,7 @@ def materialise(
     return lax.cond(always, block, lambda: jnp.full(shape, zero.astype(dtype)))
 
 
-def columns(dim: int) -> Array:
+def column_numbers(dim: int) -> Array:
     return lax.iota(jnp.uint32, dim)[None, :]
 
 
@@ -47,7 +47,7 @@ def numbered(key: Array, rows: Array, dim: int, dtype: Any) -> Array:
     """
 
     def words() -> Array:
-        return _bits.words(key, rows[:, None], columns(dim), dtype)
+        return _bits.words(key, rows[:, None], column_numbers(dim), dtype)
 
     many = isinstance(dim, int) and rows.shape[0] * dim > MANY
     if not many:
