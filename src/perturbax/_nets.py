@@ -74,7 +74,7 @@ def scrambled_sobol(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
     directions = _generators.sobol(dim, levels)  # (levels, dim), numpy
     words = _random(keys, levels + 1, dim)
     hit = (directions[:, None] & _place(levels)) != 0  # generator k has digit q
-    return _sums(_triangle(words[:, None, :levels]), hit), words[:, levels:]
+    return _sums(_triangle(words[:, None, :levels]), hit[None]), words[:, levels:]
 
 
 def scrambled_array(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
@@ -93,7 +93,7 @@ def scrambled_array(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
         below = words[:, :leading] & np.uint32(2 ** (32 - leading) - 1)
         first = powers << np.uint32(32 - leading) | below
         rest = _triangle(words[:, None, :levels])[:, :, leading:]
-        index = np.arange(levels, dtype=np.uint32)[:, None, None]
+        index = np.arange(levels, dtype=np.uint32)[None, :, None, None]
         hit = (digits >> index) & np.uint32(1) != 0  # generator k has digit q
         return _sums(jnp.concatenate([first[:, None], rest], 2), hit)
 
@@ -113,9 +113,9 @@ def _dealt_columns(keys: Array, random: Array, levels: int, leading: int) -> Arr
     for size, family in zip(sizes, _generators.families(levels, leading, len(sizes)), strict=True):
         rest = np.uint32(family.rest)
         word = number | (_nonzero(random, family.rest) << rest) if rest else number + np.uint32(1)
-        bits = np.arange(len(family.linear), dtype=np.uint32)[:, None]
+        bits = np.arange(len(family.linear), dtype=np.uint32)[None, None, :, None]
         hit = (word[:, None, None] >> bits) & np.uint32(1) != 0
-        rows = family.constant[:, None] ^ _sums(family.linear.T[None, ..., None], hit)
+        rows = family.constant[None, :, None] ^ _sums(family.linear.T[None, ..., None], hit)
         found.append((number < np.uint32(size), rows))
         number = number - np.uint32(size)
     columns = found[-1][1]
@@ -153,7 +153,7 @@ def _place(levels: int) -> np.ndarray:
 
 def _triangle(words: Array) -> Array:
     """Columns of a random lower triangular matrix: column q has a one at bit q, and bits below."""
-    place = _place(words.shape[-2])
+    place = _place(words.shape[-2])[None, None]
     return (words & (place - np.uint32(1))) | place
 
 
