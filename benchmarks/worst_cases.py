@@ -79,10 +79,20 @@ ALONE = {"sampler": px.Independent(), "degree": 0}
 # Products of so many signs, of so many choices of coordinates.
 NUMBERS, CHOICES = range(2, 8), 30
 # Coordinates and samples.
-SIGNS = [(3, 27), (4, 100), (4, 200), (6, 1_000), (7, 41), (10, 100), (10, 1_000), (10, 4_096)]
+SIGNS = [
+    (3, 27),
+    (4, 100),
+    (4, 200),
+    (5, 512),
+    (6, 1_000),
+    (7, 41),
+    (10, 100),
+    (10, 1_000),
+    (10, 4_096),
+]
 SIGNS += [(20, 126), (50, 1_000)]
 # And the fewest samples for which the default takes Sobol nets.
-SIGNS += [(3, 47), (4, 191), (5, 191), (6, 699)]
+SIGNS += [(3, 47), (4, 191), (5, 191)]
 SAMPLERS = {
     "default": {},
     "Sobol nets": {"sampler": px.Sobol()},

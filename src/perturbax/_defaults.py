@@ -25,7 +25,7 @@ _NETS = 1000
 # Points that a Sobol net must have in 1, 2, ... coordinates to be chosen. With fewer, derivatives
 # of products of some signs may have more variance than with independent samples; in more
 # coordinates, even with thousands of points, many times as much.
-_SOBOL = (1, 1, 24, 96, 96, 350)
+_SOBOL = (1, 1, 24, 96, 96)
 # Independent samples are cut into this many groups where a surrogate is fitted.
 _BLOCKS = 8
 # Most groups of other samplers that get a surrogate each: all others' equations are summed for it.
