@@ -5,7 +5,6 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import scipy
 
@@ -79,8 +78,7 @@ def families(levels: int, leading: int, count: int) -> list[Family]:
       doi:10.1007/BF01215286
     """
     if leading == 1:
-        bits = np.uint32(1) << np.arange(levels, dtype=np.uint32)
-        return [Family(np.zeros(levels, np.uint32), multiples(bits, levels, levels), 0)]
+        return [Family(np.zeros(levels, np.uint32), multiples(levels, levels), 0)]
     found, rest = [], levels
     for _ in range(count):
         outer = np.arange(rest, levels, dtype=np.uint32)
@@ -88,24 +86,25 @@ def families(levels: int, leading: int, count: int) -> list[Family]:
         places = [np.arange(rest, rest + leading), np.zeros(rest), outer]
         constant = np.uint32(1) << np.concatenate(places).astype(np.uint32)
         constant[leading : leading + rest] = 0
-        bits = np.uint32(1) << np.arange(rest, dtype=np.uint32)
         linear = np.zeros((2 * rest, levels), np.uint32)
         if rest >= leading:
-            linear[:rest, :leading] = multiples(bits, leading, rest)
-        linear[rest:, leading : leading + rest] = multiples(bits, rest, rest)
+            linear[:rest, :leading] = multiples(leading, rest)
+        linear[rest:, leading : leading + rest] = multiples(rest, rest)
         found.append(Family(constant, linear, rest))
     return found
 
 
-def multiples(elements: Any, count: int, degree: int) -> Any:
-    """Elements of the field of 2**degree, as bits, times 1, x, x^2, ...: `count`, the last axis."""
-    module = np if isinstance(elements, np.ndarray) else jnp
-    found = [elements]
+def multiples(count: int, degree: int) -> np.ndarray:
+    """The `count` first multiples by 1, x, x^2, ... in the field of 2**degree elements.
+
+    Row b is of the element that is bit b alone, so that sums of rows are those of any element.
+    """
+    found = [np.uint32(1) << np.arange(degree, dtype=np.uint32)]
     for _ in range(count - 1):
         carry = found[-1] >> np.uint32(degree - 1)
         rest = (found[-1] << np.uint32(1)) & np.uint32(2**degree - 1)
         found.append(rest ^ carry * np.uint32(_PRIMITIVE[degree]))
-    return module.stack(found, -1)
+    return np.stack(found, -1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -89,7 +89,7 @@ def scrambled_array(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
     def generators() -> Array:
         digits = _dealt_columns(keys, words[:, levels + 1], levels, leading)[:, None]
         factor = _nonzero(words[:, levels + 2], leading)
-        powers = jnp.moveaxis(_generators.multiples(factor, leading, leading), -1, 1)
+        powers = _sums_over_bits(_generators.multiples(leading, leading), factor)
         below = words[:, :leading] & np.uint32(2 ** (32 - leading) - 1)
         first = powers << np.uint32(32 - leading) | below
         rest = _triangle(words[:, None, :levels])[:, :, leading:]
@@ -113,9 +113,7 @@ def _dealt_columns(keys: Array, random: Array, levels: int, leading: int) -> Arr
     for size, family in zip(sizes, _generators.families(levels, leading, len(sizes)), strict=True):
         rest = np.uint32(family.rest)
         word = number | (_nonzero(random, family.rest) << rest) if rest else number + np.uint32(1)
-        bits = np.arange(len(family.linear), dtype=np.uint32)[None, None, :, None]
-        hit = (word[:, None, None] >> bits) & np.uint32(1) != 0
-        rows = family.constant[None, :, None] ^ _sums(family.linear.T[None, ..., None], hit)
+        rows = family.constant[None, :, None] ^ _sums_over_bits(family.linear, word)
         found.append((number < np.uint32(size), rows))
         number = number - np.uint32(size)
     columns = found[-1][1]
@@ -186,6 +184,13 @@ def _sums(terms: Array | np.ndarray, chosen: Array | np.ndarray) -> Array:
     # By a reduction, which XLA keeps apart from what is made of the net: fused with it,
     # concatenations would keep it from being vectorised, and the random words be drawn anew.
     return lax.reduce(jnp.where(chosen, terms, np.uint32(0)), np.uint32(0), lax.bitwise_xor, (2,))
+
+
+def _sums_over_bits(rows: np.ndarray, words: Array) -> Array:
+    """Sums of the rows (bits, n) that the bits of words (count, dim) mark: (count, n, dim)."""
+    bits = np.arange(len(rows), dtype=np.uint32)[None, None, :, None]
+    hit = (words[:, None, None] >> bits) & np.uint32(1) != 0
+    return _sums(rows.T[None, ..., None], hit)
 
 
 def _widen(points: Array, keys: Array, dtype: np.dtype) -> Array:
