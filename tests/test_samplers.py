@@ -469,6 +469,13 @@ def test_the_batch_size_changes_nothing(name):
         np.testing.assert_allclose(gradient(batch_size), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_coordinates(name):
+    fun = smooth(lambda y: jnp.sum(y) + 2, None, 0.5, px.Normal(), sampler=SAMPLERS[name])
+    value, gradient = jax.value_and_grad(fun, argnums=1)(jax.random.key(1), jnp.zeros(0))
+    assert (value, gradient.shape) == (2, (0,))
+
+
 class Draws:
     def sample(self, key, sample_shape=(), dtype=float):
         return jax.random.normal(key, sample_shape, dtype)

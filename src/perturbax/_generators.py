@@ -36,7 +36,7 @@ def family_sizes(levels: int, leading: int, dim: int) -> list[int]:
     if leading == 1:
         return [2**levels - 1]
     sizes: list[int] = []
-    while levels >= leading and sum(sizes) < dim:
+    while levels >= leading and sum(sizes) < max(dim, 1):
         levels -= leading
         sizes.append(2**levels if levels >= leading else 1)
     return sizes
