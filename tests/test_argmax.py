@@ -419,11 +419,11 @@ def test_eager_calls_compile_once():
 
     gradients()
     sizes = [
-        f._cache_size() for f in (px._argmax._symmetrized, px._argmax._with_envelope_derivatives)
+        f._cache_size() for f in (px.optimizers._argmax._symmetrized, px.optimizers._argmax._with_envelope_derivatives)
     ]
     gradients()
     assert sizes == [
-        f._cache_size() for f in (px._argmax._symmetrized, px._argmax._with_envelope_derivatives)
+        f._cache_size() for f in (px.optimizers._argmax._symmetrized, px.optimizers._argmax._with_envelope_derivatives)
     ]
 
 

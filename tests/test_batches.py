@@ -1,6 +1,7 @@
 """Batches: vmap, jit and differentiation in any order give the same, for all that can be built.
 
-JAX has a defect there, which `perturbax._rules` works around: see the top of that file.
+JAX has a defect there, which `perturbax.tracing._derivative_rules` works around: see the top of
+that file.
 """
 
 import jax
@@ -127,8 +128,8 @@ def test_large_batches_are_gone_through_in_turn(options, size, monkeypatch):
 
     whole = estimates(x)
     for chunk in (300 * 40 * 2, 300 * 10):
-        monkeypatch.setitem(px._evaluation.CHUNK, "cpu", chunk)
-        monkeypatch.setattr(px._evaluation, "_BATCH", chunk)
+        monkeypatch.setitem(px.execution._evaluation.CHUNK, "cpu", chunk)
+        monkeypatch.setattr(px.execution._evaluation, "_BATCH", chunk)
         for got, want in zip(
             jax.tree.leaves(estimates(x + 0)), jax.tree.leaves(whole), strict=True
         ):

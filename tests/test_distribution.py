@@ -12,7 +12,8 @@ import scipy.special
 import closed_forms as cf
 import perturbax as px
 from helpers import assert_biased, assert_trees_close, assert_unbiased
-from perturbax import _defaults, _distribution
+from perturbax.estimator import _default_rule
+from perturbax.optimizers import _distribution
 from test_argmax import KEY, SAMPLERS, SCORES, SIGMA, HostSolver, X, one_hot, two_way
 
 
@@ -206,7 +207,7 @@ def test_gradient_is_that_of_the_baseline_of_other_samples():
 )
 def test_the_default_sampler_is_that_of_degree_0(num_samples, chosen, other):
     """As `make_perturbed_fun` chooses, in draws and in the groups of the baseline."""
-    assert _defaults.choose(None, 0, num_samples, 3, px.Normal()) == (chosen, 0)
+    assert _default_rule.choose(None, 0, num_samples, 3, px.Normal()) == (chosen, 0)
 
     def results(sampler):
         def cost(x):

@@ -10,40 +10,40 @@ import perturbax
 PACKAGE = Path(perturbax.__file__).parent
 
 # A file may import from the files that come before it here. A new file gets its place in this list;
-# a folder stands for all the files in it, which may also import one another.
+# a folder alone stands for all the files in it, which may also import one another.
 LAYERS = [
-    "_bits",
-    "_words",
-    "_rules",
-    "_blocks",
-    "_trace",
-    "_sharding",
-    "_calls",
-    "_arguments",
-    "_tracing",
-    "_quantiles",
-    "_smoothness",
-    "_noise",
-    "_interop",
-    "_check_noise",
-    "_generators",
-    "_nets",
-    "_sampling",
-    "_surrogate",
-    "_defaults",
-    "_evaluation",
-    "_estimator",
-    "_spread",
+    "sampling/_threefry",
+    "sampling/_random_words",
+    "tracing/_derivative_rules",
+    "scale/_matrices",
+    "tracing/_signature",
+    "tracing/_mesh_axes",
+    "_describe",
+    "_checks",
+    "tracing/_user_code",
+    "noise/_quantiles",
+    "noise/_derivative_limit",
+    "noise/_noise",
+    "noise/_foreign",
+    "diagnostics/_check_noise",
+    "sampling/_generators",
+    "sampling/_nets",
+    "sampling/_sampling",
+    "estimator/_surrogate",
+    "estimator/_default_rule",
+    "execution/_evaluation",
+    "estimator/_estimator",
+    "diagnostics/_spread",
     "_perturb",
-    "_estimate",
+    "diagnostics/_standard_errors",
     "solvers",
-    "_perturbation",
-    "_argmax",
-    "_fenchel_young",
-    "_implicit_mle",
+    "optimizers/_perturbed_scores",
+    "optimizers/_argmax",
+    "optimizers/_fenchel_young",
+    "optimizers/_implicit_mle",
     "_straight_through",
-    "_distribution",
-    "_patch",
+    "optimizers/_distribution",
+    "_optax",
     "__init__",
     "__main__",
 ]
@@ -51,12 +51,16 @@ LAYERS = [
 # Useful without the rest: these import nothing of the package.
 INDEPENDENT = {"solvers"}
 
-FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+ALL_FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+# What a room has in front of its files is one sentence about it.
+DOORS = [file for file in ALL_FILES if file.name == "__init__.py" and file.parent.parts]
+DOORS = [file for file in DOORS if str(file.parent) not in LAYERS]
+FILES = [file for file in ALL_FILES if file not in DOORS]
 
 
 def layer(file):
     """The entry of LAYERS that a path inside the package, such as `solvers/_grid.py`, is under."""
-    return file.parts[0].removesuffix(".py")
+    return file.parts[0] if file.parts[0] in LAYERS else file.with_suffix("").as_posix()
 
 
 def imported_layers(file, text):
@@ -74,8 +78,9 @@ def imported_layers(file, text):
             continue
         for module in modules:
             if module[0] == "perturbax":
-                named = module[1] if module[1:] and module[1] in known_names() else "__init__"
-                yield node.lineno, named
+                paths = ("/".join(module[1:end]) for end in (3, 2))
+                known = [path for path in paths if path in known_names()]
+                yield node.lineno, (known or ["__init__"])[0]
 
 
 def known_names():
@@ -90,6 +95,13 @@ def test_file_has_its_place(file):
 def test_every_place_is_taken():
     """One that no file has would hide a misspelt name. (There was one.)"""
     assert sorted(LAYERS) == sorted({layer(file) for file in FILES})
+
+
+@pytest.mark.parametrize("file", DOORS, ids=str)
+def test_a_room_is_told_in_a_sentence(file):
+    body = ast.parse((PACKAGE / file).read_text()).body
+    assert len(body) == 1
+    assert isinstance(body[0], ast.Expr), f"{file} should hold a docstring alone"
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -107,21 +119,22 @@ def test_imports_run_one_way(file):
 @pytest.mark.parametrize(
     ("file", "text", "expected"),
     [
-        ("_noise.py", "import jax\nfrom jax import lax", []),
-        ("_noise.py", "from ._estimator import estimate", [(1, "_estimator")]),
+        ("noise/_noise.py", "import jax\nfrom jax import lax", []),
+        ("noise/_noise.py", "from ..estimator._estimator import V", [(1, "estimator/_estimator")]),
         (
-            "_noise.py",
-            "from . import _estimator, __version__",
-            [(1, "_estimator"), (1, "__init__")],
+            "noise/_noise.py",
+            "from .. import _checks, __version__",
+            [(1, "_checks"), (1, "__init__")],
         ),
-        ("_noise.py", "import perturbax", [(1, "__init__")]),
-        ("_noise.py", "import perturbax._argmax as argmax", [(1, "_argmax")]),
-        ("_noise.py", "from perturbax import Gumbel", [(1, "__init__")]),
-        ("_noise.py", "from perturbax._argmax import argmax", [(1, "_argmax")]),
-        ("_noise.py", "def f():\n    from ._argmax import argmax", [(2, "_argmax")]),
+        ("noise/_noise.py", "from ..estimator import _surrogate", [(1, "estimator/_surrogate")]),
+        ("_checks.py", "import perturbax", [(1, "__init__")]),
+        ("_checks.py", "import perturbax.optimizers._argmax as a", [(1, "optimizers/_argmax")]),
+        ("_checks.py", "from perturbax import Gumbel", [(1, "__init__")]),
+        ("_checks.py", "from perturbax.optimizers._argmax import a", [(1, "optimizers/_argmax")]),
+        ("_checks.py", "def f():\n    from ._perturb import a", [(2, "_perturb")]),
         ("solvers/_grid.py", "from ._path import path", [(1, "solvers")]),
-        ("solvers/_grid.py", "from .._noise import Gumbel", [(1, "_noise")]),
-        ("solvers/_grid.py", "from .. import _noise", [(1, "_noise")]),
+        ("solvers/_grid.py", "from ..noise._noise import Gumbel", [(1, "noise/_noise")]),
+        ("solvers/_grid.py", "from ..noise import _noise", [(1, "noise/_noise")]),
     ],
 )
 def test_every_form_of_import_is_seen(file, text, expected):

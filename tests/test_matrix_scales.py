@@ -9,7 +9,7 @@ import scipy.special
 import closed_forms as cf
 import perturbax as px
 from helpers import assert_biased, assert_trees_close, assert_unbiased
-from perturbax import _blocks
+from perturbax.scale import _matrices
 
 KEY = jax.random.key(0, impl="threefry2x32")
 X = jnp.array([0.2, -0.1])
@@ -145,7 +145,7 @@ def test_inverses(seed):
     matrix = np.random.default_rng(seed).normal(size=(9, 9)).astype(np.float32)
     matrix[np.arange(9), np.arange(9)] = 0.0
     units = 10.0 ** np.arange(-12, 15, 3)
-    inverse = jax.jit(_blocks.invert)((matrix * units[:, None]).astype(np.float32))
+    inverse = jax.jit(_matrices.invert)((matrix * units[:, None]).astype(np.float32))
     exact = np.linalg.inv(matrix.astype(np.float64))
     np.testing.assert_allclose(inverse * units[None], exact, atol=1e-4 * np.abs(exact).max())
 
@@ -163,7 +163,7 @@ def test_the_unit_and_its_determinant():
     def log_det(matrix):
         return jnp.log(jnp.abs(matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0]))
 
-    ours = third(_blocks._inverse_of_unit, _blocks._log_det)
+    ours = third(_matrices._inverse_of_unit, _matrices._log_det)
     assert_trees_close(ours, third(jnp.linalg.inv, log_det), rtol=1e-4)
 
 
@@ -330,7 +330,7 @@ def test_the_protocol_finds_what_is_wrong():
 @pytest.mark.parametrize("part", ["log_det", "times"])
 def test_a_part_of_the_library_left_out_is_found(part, monkeypatch):
     """With Gumbel noise: for Normal noise s z' is symmetric, and a transpose changes nothing."""
-    blocks = _blocks.Blocks
+    blocks = _matrices.Blocks
     if part == "log_det":
         monkeypatch.setattr(blocks, "log_det", lambda self: jnp.zeros(()))
     else:

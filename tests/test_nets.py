@@ -12,7 +12,7 @@ import scipy
 from scipy.stats import qmc
 
 import perturbax as px
-from perturbax import _generators, _nets
+from perturbax.sampling import _generators, _nets
 
 KINDS = [_nets.scrambled_sobol, _nets.scrambled_array]
 

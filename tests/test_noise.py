@@ -15,9 +15,9 @@ import scipy.stats
 import closed_forms as cf
 import perturbax as px
 from helpers import assert_distributed_as, assert_unbiased
-from perturbax import _tracing
-from perturbax._interop import as_noise
-from perturbax._noise import from_normal, from_words
+from perturbax.noise._foreign import as_noise
+from perturbax.noise._noise import from_normal, from_words
+from perturbax.tracing import _user_code
 
 LAWS = {
     "Normal": (px.Normal(), cf.normal),
@@ -646,7 +646,7 @@ def test_own_noise_is_left_alone():
 def test_adapted_noise_traces_to_the_same_program(law):
     """So that an eager call compiles once."""
     traces = [
-        _tracing.trace_noise(as_noise(law()), KEY, 3, np.dtype("float32"))[0] for _ in range(2)
+        _user_code.trace_noise(as_noise(law()), KEY, 3, np.dtype("float32"))[0] for _ in range(2)
     ]
     assert traces[0] == traces[1]
     assert hash(traces[0]) == hash(traces[1])

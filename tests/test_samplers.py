@@ -12,8 +12,9 @@ import scipy
 import closed_forms as cf
 import perturbax as px
 from helpers import assert_distributed_as, assert_unbiased
-from perturbax import _bits, _sampling, _surrogate
-from perturbax._defaults import choose
+from perturbax.estimator import _surrogate
+from perturbax.estimator._default_rule import choose
+from perturbax.sampling import _sampling, _threefry
 
 SAMPLERS = {
     "independent": px.Independent(),
@@ -159,7 +160,7 @@ def test_a_fit_does_not_depend_on_the_unit_of_the_function(degree):
 def test_the_root_of_a_key_is_what_jax_draws():
     for impl in ("threefry2x32", "rbg"):
         key = jax.random.key(7, impl=impl)
-        np.testing.assert_array_equal(_bits.root(key), jax.random.bits(key, (2,), jnp.uint32))
+        np.testing.assert_array_equal(_threefry.root(key), jax.random.bits(key, (2,), jnp.uint32))
 
 
 @pytest.mark.parametrize("degree", [0, 1, 2])

@@ -14,7 +14,7 @@ from jax import lax
 
 import perturbax as px
 from helpers import EvaluationCounter, assert_trees_close
-from perturbax._trace import trace
+from perturbax.tracing._signature import trace
 
 KEY = jax.random.key(0, impl="threefry2x32")
 X = jnp.array([0.5, -1.0, 2.0])

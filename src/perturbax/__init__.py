@@ -3,19 +3,12 @@
 from importlib.metadata import version as _version
 
 from . import solvers as solvers
-from ._argmax import (
-    make_perturbed_argmax as make_perturbed_argmax,
-    make_perturbed_max as make_perturbed_max,
-)
-from ._check_noise import NoiseReport as NoiseReport, check_noise as check_noise
-from ._distribution import (
-    EmpiricalDistribution as EmpiricalDistribution,
-    make_perturbed_distribution as make_perturbed_distribution,
-)
-from ._estimate import Estimate as Estimate, estimate as estimate
-from ._fenchel_young import make_fenchel_young_loss as make_fenchel_young_loss
-from ._implicit_mle import SumOfGamma as SumOfGamma, make_implicit_mle as make_implicit_mle
-from ._noise import (
+from ._optax import patch_optax as patch_optax, unpatch_optax as unpatch_optax
+from ._perturb import make_perturbed_fun as make_perturbed_fun
+from ._straight_through import make_straight_through_fun as make_straight_through_fun
+from .diagnostics._check_noise import NoiseReport as NoiseReport, check_noise as check_noise
+from .diagnostics._standard_errors import Estimate as Estimate, estimate as estimate
+from .noise._noise import (
     Cauchy as Cauchy,
     Gumbel as Gumbel,
     Laplace as Laplace,
@@ -26,9 +19,20 @@ from ._noise import (
     Triangular as Triangular,
     Uniform as Uniform,
 )
-from ._patch import patch_optax as patch_optax, unpatch_optax as unpatch_optax
-from ._perturb import make_perturbed_fun as make_perturbed_fun
-from ._sampling import (
+from .optimizers._argmax import (
+    make_perturbed_argmax as make_perturbed_argmax,
+    make_perturbed_max as make_perturbed_max,
+)
+from .optimizers._distribution import (
+    EmpiricalDistribution as EmpiricalDistribution,
+    make_perturbed_distribution as make_perturbed_distribution,
+)
+from .optimizers._fenchel_young import make_fenchel_young_loss as make_fenchel_young_loss
+from .optimizers._implicit_mle import (
+    SumOfGamma as SumOfGamma,
+    make_implicit_mle as make_implicit_mle,
+)
+from .sampling._sampling import (
     Antithetic as Antithetic,
     Independent as Independent,
     Orthogonal as Orthogonal,
@@ -36,6 +40,5 @@ from ._sampling import (
     Sampler as Sampler,
     Sobol as Sobol,
 )
-from ._straight_through import make_straight_through_fun as make_straight_through_fun
 
 __version__ = _version("perturbax")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from . import __version__
-from ._patch import patch_optax
+from ._optax import patch_optax
 
 _USAGE = """\
 usage: python -m perturbax SCRIPT [ARG ...]

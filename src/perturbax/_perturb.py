@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from . import _arguments, _defaults, _estimator, _tracing
-from ._calls import describe, leading
-from ._evaluation import Plan
-from ._interop import AdaptedNoise, as_noise
-from ._noise import Gumbel, NoiseDistribution
-from ._sampling import Sampler
-from ._sharding import share_axes
+from . import _checks
+from ._describe import describe, leading
+from .estimator import _default_rule, _estimator
+from .execution._evaluation import Plan
+from .noise._foreign import AdaptedNoise, as_noise
+from .noise._noise import Gumbel, NoiseDistribution
+from .sampling._sampling import Sampler
+from .tracing import _user_code
+from .tracing._mesh_axes import share_axes
 
 # Sums over samples are divided by their number, an int32.
 _MAX_SAMPLES = 2**31 - 1
@@ -126,36 +128,36 @@ def make_perturbed_fun(
       Foerster et al., DiCE: The Infinitely Differentiable Monte Carlo Estimator, 2018,
       arXiv:1802.05098
     """
-    _arguments.check_fun(fun)
-    num_samples = _arguments.check_count(num_samples, "num_samples", _MAX_SAMPLES)
-    sigma = _arguments.check_sigma(sigma)
-    _arguments.check_noise(noise)
+    _checks.check_fun(fun)
+    num_samples = _checks.check_count(num_samples, "num_samples", _MAX_SAMPLES)
+    sigma = _checks.check_sigma(sigma)
+    _checks.check_noise(noise)
     noise = as_noise(noise)
-    use_baseline = _arguments.check_bool(use_baseline, "use_baseline")
+    use_baseline = _checks.check_bool(use_baseline, "use_baseline")
     if batch_size is not None:
-        batch_size = _arguments.check_count(batch_size, "batch_size")
-    has_aux = _arguments.check_bool(has_aux, "has_aux")
-    _arguments.check_sampler(sampler)
-    _arguments.check_degree(degree)
+        batch_size = _checks.check_count(batch_size, "batch_size")
+    has_aux = _checks.check_bool(has_aux, "has_aux")
+    _checks.check_sampler(sampler)
+    _checks.check_degree(degree)
 
     def prepare(key: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        key = _arguments.check_key(key, x)
-        leaves, names, merge = _arguments.perturbed_leaves(x)
-        scales = _arguments.scale_leaves(sigma, x, leaves, names)
+        key = _checks.check_key(key, x)
+        leaves, names, merge = _checks.perturbed_leaves(x)
+        scales = _checks.scale_leaves(sigma, x, leaves, names)
         key, leaves, scales = share_axes(key, leaves, scales)
-        fun_traced, operands, num_outputs, value_tree, aux_tree = _tracing.trace_fun(
+        fun_traced, operands, num_outputs, value_tree, aux_tree = _user_code.trace_fun(
             lambda values: fun(merge(values), *args, **kwargs), leaves, has_aux
         )
-        dtype = _arguments.noise_dtype(leaves)
+        dtype = _checks.noise_dtype(leaves)
         law, law_operands = noise, None
-        dim = _arguments.num_elements(leaves)
+        dim = _checks.num_elements(leaves)
         if sampler is not None:
-            _arguments.check_group_size(sampler, num_samples, dim)
+            _checks.check_group_size(sampler, num_samples, dim)
         # A polynomial of no coordinates is a constant.
         wanted = 0 if dim == 0 else degree
-        chosen = _defaults.choose(sampler, wanted, num_samples, dim, noise)
+        chosen = _default_rule.choose(sampler, wanted, num_samples, dim, noise)
         if isinstance(noise, AdaptedNoise):
-            law, law_operands = _tracing.trace_noise(noise, key, dim, dtype)
+            law, law_operands = _user_code.trace_noise(noise, key, dim, dtype)
         plan = Plan(
             fun=fun_traced,
             noise=law,
@@ -173,10 +175,10 @@ def make_perturbed_fun(
     def perturbed_fun(*args: Any, **kwargs: Any) -> Any:
         key, x, *rest = leading(("key", "x"), args, kwargs)
         call = prepare(key, x, tuple(rest), kwargs)
-        with _tracing.explained_vmap(batch_size):
+        with _user_code.explained_vmap(batch_size):
             value, aux = _estimator.estimate(*call[:5])
-        if _arguments.is_traced(sigma):
-            value = _arguments.nan_unless_valid(value, call.sigma, call.x)
+        if _checks.is_traced(sigma):
+            value = _checks.nan_unless_valid(value, call.sigma, call.x)
         value = jax.tree.unflatten(call.value_tree, value)
         return (value, jax.tree.unflatten(call.aux_tree, aux)) if has_aux else value
 

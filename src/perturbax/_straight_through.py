@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import _arguments, _estimator
-from ._calls import describe, leading
-from ._noise import Gumbel, NoiseDistribution
+from . import _checks
+from ._describe import describe, leading
 from ._perturb import make_perturbed_fun
-from ._rules import live_jvp, with_jvp
-from ._sampling import Sampler
-from ._trace import TracedFunction, trace
+from .estimator import _estimator
+from .noise._noise import Gumbel, NoiseDistribution
+from .sampling._sampling import Sampler
+from .tracing._derivative_rules import live_jvp, with_jvp
+from .tracing._signature import TracedFunction, trace
 
 
 def make_straight_through_fun(
@@ -81,8 +82,8 @@ def make_straight_through_fun(
 
     def straight_through_fun(*args: Any, **kwargs: Any) -> Any:
         key, x, *rest = leading(("key", "x"), args, kwargs)
-        key = _arguments.check_key(key, x)
-        leaves, _, merge = _arguments.perturbed_leaves(x)
+        key = _checks.check_key(key, x)
+        leaves, _, merge = _checks.perturbed_leaves(x)
         soft, operands = trace(lambda *v: perturbed(key, merge(v), *rest, **kwargs), *leaves)
         hard, hard_operands = trace(lambda *v: fun(merge(v), *rest, **kwargs), *leaves)
         operands = (operands, hard_operands)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .._describe import describe, leading
+from ..noise._noise import Gumbel, NoiseDistribution
+from ..sampling._sampling import Sampler
 from ._argmax import make_perturbed_max, objective_value
-from ._calls import describe, leading
-from ._noise import Gumbel, NoiseDistribution
-from ._perturbation import inner_product, same_shapes
-from ._sampling import Sampler
+from ._perturbed_scores import inner_product, same_shapes
 
 
 def make_fenchel_young_loss(

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from ._derivative_limit import Limit, limit_derivatives, visible_limit
 from ._noise import (
     Cauchy,
     Gumbel,
@@ -25,7 +26,6 @@ from ._noise import (
     Triangular,
     Uniform,
 )
-from ._smoothness import Limit, limit_derivatives, visible_limit
 
 _OWN = (Cauchy, Gumbel, Laplace, Logistic, Normal, StudentT, Triangular, Uniform)
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from . import _arguments
-from ._interop import as_noise
-from ._noise import from_normal, from_words, is_invertible
+from .. import _checks
+from ..noise._foreign import as_noise
+from ..noise._noise import from_normal, from_words, is_invertible
 
 # Standard errors beyond which a difference is not chance: 6e-7 for each comparison.
 _LIMIT = 5.0
@@ -113,15 +113,15 @@ def check_noise(
       Petersen et al., Generalizing Stochastic Smoothing for Differentiation and Gradient
       Estimation, 2024, arXiv:2410.08125
     """
-    _arguments.check_noise(noise)
-    num_samples = _arguments.check_count(num_samples, "num_samples")
-    dim = _arguments.check_count(dim, "dim")
+    _checks.check_noise(noise)
+    num_samples = _checks.check_count(num_samples, "num_samples")
+    dim = _checks.check_count(dim, "dim")
     if num_samples < _LEAST_DRAWS * dim:
         raise ValueError(
             f"num_samples must be at least {_LEAST_DRAWS * dim}, which is {_LEAST_DRAWS} draws of "
             f"dim={dim} numbers, got {num_samples}: standard errors of fewer mean little"
         )
-    key = jax.random.key(0) if key is None else _arguments.check_key(key, None)
+    key = jax.random.key(0) if key is None else _checks.check_key(key, None)
     name = repr(noise)
     if len(name) > 60 or " object at " in name:
         name = type(noise).__name__

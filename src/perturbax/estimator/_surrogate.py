@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ._blocks import Blocks, matmul
+from ..scale._matrices import Blocks, matmul
 
 RIDGE = 1e-3
 _REFINEMENTS = 2

@@ -2,8 +2,8 @@
 
 import math
 
-from ._noise import NoiseDistribution, is_invertible
-from ._sampling import (
+from ..noise._noise import NoiseDistribution, is_invertible
+from ..sampling._sampling import (
     Antithetic,
     DigitalNet,
     Independent,

@@ -8,8 +8,8 @@ import importlib
 import sys
 import types
 
-from ._noise import Gumbel, NoiseDistribution, Normal
 from ._perturb import make_perturbed_fun
+from .noise._noise import Gumbel, NoiseDistribution, Normal
 
 _MODULE_NAME = "optax.perturbations"
 _SERVED = {

@@ -13,15 +13,15 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _arguments
-from ._calls import describe, leading
-from ._noise import Gumbel, NoiseDistribution, Shape
-from ._perturb import make_perturbed_fun
-from ._perturbation import same_shapes, score_leaves
-from ._rules import aligned, without_derivatives
-from ._sampling import Sampler
-from ._smoothness import Limit, limit_derivatives
-from ._trace import TracedFunction, trace
+from .. import _checks
+from .._describe import describe, leading
+from .._perturb import make_perturbed_fun
+from ..noise._derivative_limit import Limit, limit_derivatives
+from ..noise._noise import Gumbel, NoiseDistribution, Shape
+from ..sampling._sampling import Sampler
+from ..tracing._derivative_rules import aligned, without_derivatives
+from ..tracing._signature import TracedFunction, trace
+from ._perturbed_scores import same_shapes, score_leaves
 
 
 def make_implicit_mle(
@@ -93,11 +93,11 @@ def make_implicit_mle(
       Minervini, Franceschi and Niepert, Adaptive Perturbation-Based Gradient Estimation for
       Discrete Latent Variable Models, 2022, arXiv:2209.04862 (1 / lambda, and the two-sided form)
     """
-    _arguments.check_fun(argmax_fun, "argmax_fun")
+    _checks.check_fun(argmax_fun, "argmax_fun")
     lam = _check_number(lam, "lam", "positive ", 0)
     alpha = _check_number(alpha, "alpha")
-    two_sided = _arguments.check_bool(two_sided, "two_sided")
-    maximize = _arguments.check_bool(maximize, "maximize")
+    two_sided = _checks.check_bool(two_sided, "two_sided")
+    maximize = _checks.check_bool(maximize, "maximize")
     sign = 1 if maximize else -1
 
     def mean_of(solve: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +110,7 @@ def make_implicit_mle(
 
     def implicit_mle(*args: Any, **kwargs: Any) -> Any:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
-        key = _arguments.check_key(key, theta)
+        key = _checks.check_key(key, theta)
         leaves, _, tree = score_leaves(theta)
 
         def solve(scores: Any) -> Any:
@@ -251,8 +251,8 @@ class SumOfGamma:
 
     def __post_init__(self) -> None:
         """Checks the parameters."""
-        _arguments.check_count(self.k, "k")
-        _arguments.check_count(self.num_terms, "num_terms")
+        _checks.check_count(self.k, "k")
+        _checks.check_count(self.num_terms, "num_terms")
 
     @property
     def mean(self) -> float:

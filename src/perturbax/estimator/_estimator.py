@@ -31,9 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from . import _bits, _surrogate
-from ._blocks import Blocks, departures, matmul
-from ._evaluation import (
+from ..execution._evaluation import (
     MAX_ROWS,
     Plan,
     Point,
@@ -52,8 +50,11 @@ from ._evaluation import (
     shaped,
     vmapped_in_parts,
 )
-from ._rules import any_live, departure, is_live, live_jvp, with_jvp
-from ._sharding import varying, varying_axes
+from ..sampling import _threefry
+from ..scale._matrices import Blocks, departures, matmul
+from ..tracing._derivative_rules import any_live, departure, is_live, live_jvp, with_jvp
+from ..tracing._mesh_axes import varying, varying_axes
+from . import _surrogate
 
 # Values that tell the unit of all. XLA compiles a larger maximum in three parts.
 _SOME = 31
@@ -78,7 +79,7 @@ def estimate(plan: Plan, key: Array, x: list[Array], sigma: list[Array], operand
     # Flat from here on: what is done leaf by leaf is compiled leaf by leaf.
     flat_x = concatenate([v.astype(plan.dtype) for v in x], plan.dtype)
     flat_a, flat_r = standardise(plan, flat_x, sigma)
-    words = _bits.root(key)
+    words = _threefry.root(key)
     has_aux = len(plan.fun.out_avals) > plan.num_outputs
     if has_aux or plan.fun.jaxpr.effects:
         # JAX allows no side effects inside a custom derivative rule.

@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 from jax.typing import ArrayLike
 
-from ._arguments import check_log_prob
+from .._checks import check_log_prob
 
 
 class Limit(NamedTuple):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from . import _bits, _generators
-from ._noise import from_words
-from ._words import MANY, NARROW, column_numbers, grid, materialise
+from ..noise._noise import from_words
+from . import _generators, _threefry
+from ._random_words import MANY, NARROW, column_numbers, grid, materialise
 
 # Of keys (count, 2), levels and dim: the scrambled generators of the binary digits of a point's
 # index (count, levels, dim), lowest digit first, and what is added to all (count, 1, dim).
@@ -138,7 +138,7 @@ def _dealt(keys: Array, row: int, dim: int, count: int) -> Array:
     block = row + lax.iota(jnp.uint32, blocks)[:, None]
     # By the ranks of random words. Sorting them compiles slowly, and a table would have to be read
     # by indices, which arrays split over a mesh do not allow.
-    words = _bits.words32(key, block[None], column_numbers(count)[None])[..., None, :]
+    words = _threefry.words32(key, block[None], column_numbers(count)[None])[..., None, :]
     several = dim if blocks == 1 else count
     rank = jnp.sum(words < jnp.swapaxes(words[..., :several], -1, -2), -1, dtype=jnp.uint32)
     return rank.reshape(len(keys), blocks * several)[:, :dim]
@@ -160,7 +160,7 @@ def _random(keys: Array, rows: int, dim: int) -> Array:
 
     def random() -> Array:
         key = keys[:, 0, None, None], keys[:, 1, None, None]
-        return _bits.words32(
+        return _threefry.words32(
             key, lax.iota(jnp.uint32, rows)[None, :, None], column_numbers(dim)[None]
         )
 
@@ -201,7 +201,7 @@ def _widen(points: Array, keys: Array, dtype: np.dtype) -> Array:
     rows, dim = points.shape[1:]
 
     def fill_of(key: Array) -> Array:
-        low = _bits.child(key, jnp.uint32(0))
+        low = _threefry.child(key, jnp.uint32(0))
         return grid(low, rows, dim, np.dtype(np.float32)).astype(jnp.uint64)
 
     return (points.astype(jnp.uint64) << np.uint64(32)) | jax.vmap(fill_of)(keys)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ._arguments import check_log_prob, dtype_of, kind_of, on_device
-from ._sharding import varying, varying_axes
-from ._trace import TracedFunction, trace
+from .._checks import check_log_prob, dtype_of, kind_of, on_device
+from ._mesh_axes import varying, varying_axes
+from ._signature import TracedFunction, trace
 
 # What JAX raises where a function needs values of what is traced.
 _NEEDS_VALUES = (

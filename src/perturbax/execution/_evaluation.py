@@ -12,11 +12,11 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from ._blocks import scaled
-from ._sampling import draw
-from ._sharding import in_told_mesh, varying, varying_axes
-from ._trace import TracedFunction
-from ._words import materialise
+from ..sampling._random_words import materialise
+from ..sampling._sampling import draw
+from ..scale._matrices import scaled
+from ..tracing._mesh_axes import in_told_mesh, varying, varying_axes
+from ..tracing._signature import TracedFunction
 
 # Numbers in flight at a time: a chunk of noise should stay in the cache of a core, and fill a GPU.
 CHUNK = {"cpu": 2**19}

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from . import _bits, _surrogate
-from ._blocks import matmul
-from ._estimator import (
+from ..estimator import _surrogate
+from ..estimator._estimator import (
     baselines,
     fitted,
     less_baselines,
@@ -19,7 +18,7 @@ from ._estimator import (
     standardise,
     unit_of,
 )
-from ._evaluation import (
+from ..execution._evaluation import (
     Plan,
     chunk_size,
     concatenate,
@@ -32,6 +31,8 @@ from ._evaluation import (
     point_of,
     split_leaves,
 )
+from ..sampling import _threefry
+from ..scale._matrices import matmul
 
 
 class Spread(NamedTuple):
@@ -54,7 +55,7 @@ def spread(
     independent numbers. (They are not quite: surrogates are fitted on common samples. What that
     correlates is a product of two errors of fits.)
     """
-    words, point = _bits.root(key), point_of(plan, x, sigma)
+    words, point = _threefry.root(key), point_of(plan, x, sigma)
     noise = noise_in(plan, operands)
     if derive:
         # Bounds the Jacobians of groups that are held at a time.

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from . import _arguments, _bits, _defaults, _estimator
-from ._calls import describe, leading
-from ._interop import as_noise
-from ._noise import Gumbel, NoiseDistribution
-from ._perturb import make_perturbed_fun
-from ._perturbation import Perturbation, check_multiplicative, scales_of, score_leaves
-from ._sampling import Sampler
+from .. import _checks
+from .._describe import describe, leading
+from .._perturb import make_perturbed_fun
+from ..estimator import _default_rule, _estimator
+from ..noise._foreign import as_noise
+from ..noise._noise import Gumbel, NoiseDistribution
+from ..sampling import _threefry
+from ..sampling._sampling import Sampler
+from ._perturbed_scores import Perturbation, check_multiplicative, scales_of, score_leaves
 
 
 @jax.tree_util.register_dataclass
@@ -119,21 +121,21 @@ def make_perturbed_distribution(
       Dalle et al., Learning with Combinatorial Optimization Layers: a Probabilistic Approach, 2022,
       arXiv:2207.13513
     """
-    _arguments.check_fun(argmax_fun, "argmax_fun")
+    _checks.check_fun(argmax_fun, "argmax_fun")
     options: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler}
     make_perturbed_fun(argmax_fun, num_samples, sigma, noise, use_baseline, **options)
-    sigma = _arguments.check_sigma(sigma)
+    sigma = _checks.check_sigma(sigma)
     law = as_noise(noise)
-    maximize = _arguments.check_bool(maximize, "maximize")
+    maximize = _checks.check_bool(maximize, "maximize")
     multiplicative = check_multiplicative(multiplicative, law)
 
     def perturbed_distribution(*args: Any, **kwargs: Any) -> EmpiricalDistribution:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
-        key = _arguments.check_key(key, theta)
+        key = _checks.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
         scales = scales_of(sigma, theta, leaves, names, multiplicative)
         scores = leaves if maximize else [-v for v in leaves]
-        dtype = _arguments.noise_dtype(leaves)
+        dtype = _checks.noise_dtype(leaves)
         perturbation = Perturbation(scores, scales, multiplicative, dtype)
 
         def solve(v: list[Array]) -> Any:
@@ -148,12 +150,12 @@ def make_perturbed_distribution(
         )
         _, (v, solutions) = draw(key, location)
         density = _log_density(law, v, location, scale)
-        dim = _arguments.num_elements(leaves)
-        chosen, _ = _defaults.choose(sampler, 0, num_samples, dim, law)
+        dim = _checks.num_elements(leaves)
+        chosen, _ = _default_rule.choose(sampler, 0, num_samples, dim, law)
         size = chosen.group_size(num_samples, dim) if use_baseline else num_samples
         distinct, weights = _tabulate(size, solutions, density)
-        if _arguments.is_traced(sigma):
-            [weights] = _arguments.nan_unless_valid([weights], scales)
+        if _checks.is_traced(sigma):
+            [weights] = _checks.nan_unless_valid([weights], scales)
         return EmpiricalDistribution(distinct, weights)
 
     does = f"Estimates the distribution of {{name}}(theta + sigma Z) from {num_samples} solutions."
@@ -207,7 +209,7 @@ def _classes(leaves: list[Any], num: int) -> tuple[Array, Array, Array]:
     columns = lax.iota(jnp.uint32, rows.shape[1])[None]
     hashes = [
         jnp.sum(h, axis=1, dtype=jnp.uint32)
-        for h in _bits.threefry(jnp.asarray(_HASH), rows, columns)
+        for h in _threefry.threefry(jnp.asarray(_HASH), rows, columns)
     ]
     index = lax.iota(jnp.int32, num)
     *_, order = lax.sort((*hashes, index), num_keys=2)

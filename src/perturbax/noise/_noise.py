@@ -12,8 +12,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from . import _quantiles
+from ._derivative_limit import Limit, limit_derivatives
 from ._quantiles import at_least_single, mirror
-from ._smoothness import Limit, limit_derivatives
 
 Shape = tuple[int, ...]
 

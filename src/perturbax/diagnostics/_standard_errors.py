@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import _arguments, _spread, _tracing
-from ._defaults import nets_for
-from ._perturb import Perturbed
-from ._rules import without_derivatives
-from ._sampling import DigitalNet
+from .. import _checks
+from .._perturb import Perturbed
+from ..estimator._default_rule import nets_for
+from ..sampling._sampling import DigitalNet
+from ..tracing import _user_code
+from ..tracing._derivative_rules import without_derivatives
+from . import _spread
 
 # Nets where the choice is ours: eight leave seven degrees of freedom, for intervals hardly wider
 # than with many, and each is still large enough to be a good net.
@@ -71,7 +73,7 @@ class Estimate:
           TypeError: if level is not a number, or traced; if the value is complex.
           ValueError: if level is not between 0 and 1.
         """
-        level = _arguments.check_level(level)
+        level = _checks.check_level(level)
         if any(map(jnp.iscomplexobj, jax.tree.leaves((self.value, self.gradient)))):
             raise TypeError(
                 "intervals are of real numbers, but the value is complex: let the function return "
@@ -176,10 +178,10 @@ def estimate(
             "with smaller groups, such as Independent() or Sobol(num_groups=8)"
         )
     derive = getattr(plan.noise, "derivatives", 1) > 0
-    with _tracing.explained_vmap(perturbed.batch_size):
+    with _user_code.explained_vmap(perturbed.batch_size):
         found, aux = _spread.spread(plan, derive, *call[1:5])
     leaves, tree = jax.tree.flatten(found)
-    found = tree.unflatten(_arguments.nan_unless_valid(leaves, call.sigma, call.x))
+    found = tree.unflatten(_checks.nan_unless_valid(leaves, call.sigma, call.x))
 
     def like_x(parts: list[Array]) -> Any:
         rest = iter(parts)

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from . import _arguments
-from ._blocks import is_matrix
-from ._interop import AdaptedNoise
-from ._noise import Normal
-from ._rules import departure, with_jvp
+from .. import _checks
+from ..noise._foreign import AdaptedNoise
+from ..noise._noise import Normal
+from ..scale._matrices import is_matrix
+from ..tracing._derivative_rules import departure, with_jvp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ _log_departure = with_jvp(jnp.zeros_like, _log_departure_jvp)
 
 def check_multiplicative(multiplicative: Any, noise: Any) -> bool:
     """A bool; raises ValueError if it is true and the noise is not standard Normal."""
-    multiplicative = _arguments.check_bool(multiplicative, "multiplicative")
+    multiplicative = _checks.check_bool(multiplicative, "multiplicative")
     if multiplicative and not _is_standard_normal(noise):
         name = noise.law if isinstance(noise, AdaptedNoise) else repr(noise)
         raise ValueError(
@@ -180,7 +180,7 @@ def scales_of(
     """
     if multiplicative:  # sigma is relative, so that no score is too large for it
         leaves = [jnp.zeros_like(v) for v in leaves]
-    scales = _arguments.scale_leaves(sigma, theta, leaves, names)
+    scales = _checks.scale_leaves(sigma, theta, leaves, names)
     for scale, leaf, name in zip(scales, leaves, names, strict=False):
         if is_matrix(scale, leaf):
             raise ValueError(
@@ -211,7 +211,7 @@ def same_shapes(name: str, value: Any, theta: Any) -> list[Array]:
                 f"{jnp.shape(score)}"
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaf = leaf.astype(_arguments.noise_dtype([jnp.asarray(score)]))
+            leaf = leaf.astype(_checks.noise_dtype([jnp.asarray(score)]))
         leaves.append(leaf)
     return leaves
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from . import _bits
+from . import _threefry
 
 # Of fewer words, a loop of their own costs more than it saves.
 MANY = 2**13
@@ -47,7 +47,7 @@ def numbered(key: Array, rows: Array, dim: int, dtype: Any) -> Array:
     """
 
     def words() -> Array:
-        return _bits.words(key, rows[:, None], column_numbers(dim), dtype)
+        return _threefry.words(key, rows[:, None], column_numbers(dim), dtype)
 
     many = isinstance(dim, int) and rows.shape[0] * dim > MANY
     if not many:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from . import _blocks
+from .scale import _matrices
 
 # Whose frames a warning passes over.
 _NOT_OF_USERS = ("jax", "perturbax")
@@ -334,7 +334,7 @@ def scale_leaves(sigma: Any, x: Any, leaves: list[Array], names: list[str]) -> l
                 _check_positive(np.asarray(jax.device_get(scale)))
         scales = [_with_rank(s, leaf.ndim) for s, leaf in zip(scales, leaves, strict=True)]
     for i, scale in enumerate(scales):
-        if not (leaves and _blocks.is_matrix(scale, leaves[i])):
+        if not (leaves and _matrices.is_matrix(scale, leaves[i])):
             _check_range(scale, noise_dtype(leaves))
     _warn_if_lost(scales, leaves, names)
     return [on_device(s) for s in scales]
@@ -370,7 +370,7 @@ def _check_matrix(scale: Any, leaf: Array, name: str, dtype: np.dtype) -> None:
     size = math.prod(leaf.shape)
     matrix = np.asarray(jax.device_get(scale), np.float64).reshape(size, size)
     _check_range(np.maximum(abs(matrix), np.finfo(dtype).tiny), dtype)
-    lengths = _blocks.row_lengths(matrix)
+    lengths = _matrices.row_lengths(matrix)
     if (lengths < np.finfo(dtype).tiny).any():
         what = f"row {int(np.argmin(lengths))} is zero"
     elif not _is_regular(matrix, lengths, dtype):
@@ -389,7 +389,7 @@ def _is_regular(matrix: np.ndarray, lengths: np.ndarray, dtype: np.dtype) -> boo
         inverse = np.linalg.inv(matrix / lengths[:, None])
     except np.linalg.LinAlgError:
         return False
-    return bool(_blocks.is_accurate(inverse, dtype))
+    return bool(_matrices.is_accurate(inverse, dtype))
 
 
 def _with_rank(scale: Any, rank: int) -> Any:
@@ -414,7 +414,7 @@ def nan_unless_valid(
     if not traced:
         return value
     dims = tuple(
-        leaves[i].size if leaves and _blocks.is_matrix(scales[i], leaves[i]) else None
+        leaves[i].size if leaves and _matrices.is_matrix(scales[i], leaves[i]) else None
         for i in traced
     )
     return _poisoned(dims, value, [scales[i] for i in traced])
@@ -423,7 +423,7 @@ def nan_unless_valid(
 @functools.partial(jax.jit, static_argnums=0)
 def _poisoned(dims: tuple[int | None, ...], value: list[Array], scales: list[Array]) -> list[Array]:
     valid = [
-        jnp.all((s > 0) & jnp.isfinite(s)) if n is None else _blocks.is_regular(s.reshape(n, n))
+        jnp.all((s > 0) & jnp.isfinite(s)) if n is None else _matrices.is_regular(s.reshape(n, n))
         for n, s in zip(dims, scales, strict=True)
     ]
     valid = jnp.stack(valid).all()
@@ -445,8 +445,8 @@ def _warn_if_lost(scales: list[Any], leaves: list[Array], names: list[str]) -> N
         if not leaf.size or not all(map(_is_known, found)):
             continue
         values, scale = map(np.asarray, jax.device_get(found))
-        if _blocks.is_matrix(scale, leaf):
-            scale = _blocks.row_lengths(scale.reshape(leaf.size, leaf.size)).reshape(leaf.shape)
+        if _matrices.is_matrix(scale, leaf):
+            scale = _matrices.row_lengths(scale.reshape(leaf.size, leaf.size)).reshape(leaf.shape)
         with np.errstate(all="ignore"):
             spacing = np.spacing(np.abs(values.astype(leaf.dtype))).astype(np.float64)
         if (scale < np.where(np.isfinite(spacing), spacing, 0) / 2).any():

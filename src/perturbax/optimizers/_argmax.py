@@ -21,12 +21,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _arguments
-from ._calls import describe, leading
-from ._interop import as_noise
-from ._noise import Gumbel, NoiseDistribution
-from ._perturb import make_perturbed_fun
-from ._perturbation import (
+from .. import _checks
+from .._describe import describe, leading
+from .._perturb import make_perturbed_fun
+from ..noise._foreign import as_noise
+from ..noise._noise import Gumbel, NoiseDistribution
+from ..sampling._sampling import Sampler
+from ..tracing._derivative_rules import is_live, live_jvp, with_jvp
+from ..tracing._signature import TracedFunction, trace
+from ._perturbed_scores import (
     Perturbation,
     check_multiplicative,
     inner_product,
@@ -35,9 +38,6 @@ from ._perturbation import (
     score_leaves,
     times,
 )
-from ._rules import is_live, live_jvp, with_jvp
-from ._sampling import Sampler
-from ._trace import TracedFunction, trace
 
 
 def make_perturbed_argmax(
@@ -109,7 +109,7 @@ def make_perturbed_argmax(
       Dalle et al., Learning with Combinatorial Optimization Layers: a Probabilistic Approach, 2022,
       arXiv:2207.13513 (the multiplicative perturbation)
     """
-    symmetrize = _arguments.check_bool(symmetrize, "symmetrize")
+    symmetrize = _checks.check_bool(symmetrize, "symmetrize")
     layer = _Layer(
         argmax_fun,
         num_samples,
@@ -125,7 +125,7 @@ def make_perturbed_argmax(
 
     def perturbed_argmax(*args: Any, **kwargs: Any) -> Any:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
-        key = _arguments.check_key(key, theta)
+        key = _checks.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
         scales = scales_of(layer.sigma, theta, leaves, names, layer.multiplicative)
 
@@ -222,9 +222,9 @@ def make_perturbed_max(
     References:
       Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
     """
-    symmetrize = _arguments.check_bool(symmetrize, "symmetrize")
+    symmetrize = _checks.check_bool(symmetrize, "symmetrize")
     if objective is not None:
-        _arguments.check_fun(objective, "objective")
+        _checks.check_fun(objective, "objective")
     layer = _Layer(
         argmax_fun,
         num_samples,
@@ -240,10 +240,10 @@ def make_perturbed_max(
 
     def perturbed_max(*args: Any, **kwargs: Any) -> Array:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
-        key = _arguments.check_key(key, theta)
+        key = _checks.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
         scales = scales_of(layer.sigma, theta, leaves, names, layer.multiplicative)
-        dtype = _arguments.noise_dtype(leaves)
+        dtype = _checks.noise_dtype(leaves)
 
         def solution(u: list[Array]) -> tuple[list[Array], Array]:
             scores = layer.unsigned(tree, u)
@@ -327,13 +327,13 @@ class _Layer:
         **options: Any,
     ):
         """Checks all that can be checked before a call."""
-        _arguments.check_fun(argmax_fun, "argmax_fun")
+        _checks.check_fun(argmax_fun, "argmax_fun")
         make_perturbed_fun(argmax_fun, num_samples, sigma, noise, **options)
         self.argmax_fun = argmax_fun
         self.num_samples = num_samples
-        self.sigma = _arguments.check_sigma(sigma)
+        self.sigma = _checks.check_sigma(sigma)
         self.noise = as_noise(noise)
-        self.maximize = _arguments.check_bool(maximize, "maximize")
+        self.maximize = _checks.check_bool(maximize, "maximize")
         self.multiplicative = check_multiplicative(multiplicative, self.noise)
         self.options = options
 
@@ -344,12 +344,12 @@ class _Layer:
     @property
     def has_traced_scales(self) -> bool:
         """Whether a scale may be differentiated with respect to."""
-        return _arguments.is_traced(self.sigma)
+        return _checks.is_traced(self.sigma)
 
     def has_traced_noise(self) -> bool:
         """Whether a parameter of the noise may be differentiated with respect to."""
         _, parameters = trace(self.noise.log_prob, jnp.zeros(()))
-        return _arguments.is_traced(parameters)
+        return _checks.is_traced(parameters)
 
     def inputs(self, leaves: list[Array], scales: list[Array]) -> list[Array]:
         """What the estimate is a function of: scores, and scales as far as they are traced."""
@@ -366,7 +366,7 @@ class _Layer:
         self, solve: Callable[..., Any], key: Array, theta: list[Array], scales: list[Array]
     ) -> list[Array]:
         """The leaves of E[solve(u, (perturbation, v))]."""
-        dtype = _arguments.noise_dtype(theta)
+        dtype = _checks.noise_dtype(theta)
         perturbation = Perturbation(theta, scales, self.multiplicative, dtype)
         estimate = make_perturbed_fun(
             lambda v: solve(perturbation.point(v), (perturbation, v)),
@@ -376,7 +376,7 @@ class _Layer:
             **self.options,
         )
         value = jax.tree.leaves(estimate(key, perturbation.location()))
-        return _arguments.nan_unless_valid(value, scales) if self.has_traced_scales else value
+        return _checks.nan_unless_valid(value, scales) if self.has_traced_scales else value
 
 
 # --- Derivatives. `traced` is a function of operands (all that it closes over, the key included)

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from . import _arguments, _bits, _nets, _tracing, _words
-from ._noise import Normal, from_normal, from_words
-from ._sharding import in_told_mesh
+from .. import _checks
+from ..noise._noise import Normal, from_normal, from_words
+from ..tracing import _user_code
+from ..tracing._mesh_axes import in_told_mesh
+from . import _nets, _random_words, _threefry
 
 # A group is drawn as a whole; this bounds the memory that it takes.
 _MAX_GROUP = 2**13
@@ -56,7 +58,7 @@ class Independent:
 
     def __post_init__(self) -> None:
         """Checks block."""
-        object.__setattr__(self, "block", _arguments.check_count(self.block, "block"))
+        object.__setattr__(self, "block", _checks.check_count(self.block, "block"))
 
     def group_size(self, num_samples: int, dim: int) -> int:
         """Samples in a group."""
@@ -70,7 +72,7 @@ class Independent:
         if not hasattr(noise, "from_bits"):
             one = lambda k: noise.sample(k, (dim,), dtype)  # noqa: E731
             return jax.vmap(one)(jax.random.split(key, group_size)).astype(dtype)
-        return noise.from_bits(_words.grid(jax.random.key_data(key), group_size, dim, dtype))
+        return noise.from_bits(_random_words.grid(jax.random.key_data(key), group_size, dim, dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Antithetic:
         self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
-        bits = _words.grid(jax.random.key_data(key), 1, dim, dtype)
+        bits = _random_words.grid(jax.random.key_data(key), 1, dim, dtype)
         return from_words(noise, jnp.concatenate([bits, ~bits])[:group_size])
 
 
@@ -118,8 +120,8 @@ class Orthogonal:
     def __post_init__(self) -> None:
         """Checks block and antithetic."""
         if self.block is not None:
-            object.__setattr__(self, "block", _arguments.check_count(self.block, "block"))
-        pairs = _arguments.check_bool(self.antithetic, "antithetic")
+            object.__setattr__(self, "block", _checks.check_count(self.block, "block"))
+        pairs = _checks.check_bool(self.antithetic, "antithetic")
         object.__setattr__(self, "antithetic", pairs)
 
     def group_size(self, num_samples: int, dim: int) -> int:
@@ -132,7 +134,7 @@ class Orthogonal:
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
         rows = -(-group_size // 2) if self.antithetic else group_size
-        gauss = Normal().from_bits(_words.grid(jax.random.key_data(key), rows, dim, dtype))
+        gauss = Normal().from_bits(_random_words.grid(jax.random.key_data(key), rows, dim, dtype))
         # Orthogonalisation sees the directions of the rows only, so their lengths are independent
         # of its result, and serve as the lengths that it takes away.
         q, triangle = jnp.linalg.qr(gauss.T)
@@ -153,7 +155,7 @@ class DigitalNet:
 
     def __post_init__(self) -> None:
         """Checks num_groups."""
-        count = _arguments.check_count(self.num_groups, "num_groups")
+        count = _checks.check_count(self.num_groups, "num_groups")
         object.__setattr__(self, "num_groups", count)
 
     def group_size(self, num_samples: int, dim: int) -> int:
@@ -260,7 +262,7 @@ def _sample_group(sampler: Any, *args: Any) -> Array:
     """One group, checked if the sampler is a user's."""
     if type(sampler) in (Independent, Antithetic, Orthogonal, Sobol, OrthogonalArray, Merged):
         return sampler.sample_group(*args)
-    return _tracing.sample_group(sampler, *args)
+    return _user_code.sample_group(sampler, *args)
 
 
 def draw(
@@ -281,7 +283,7 @@ def draw(
     Args:
       noise: the distribution.
       sampler: how samples of a group depend on each other.
-      key: two uint32 words (see `_bits.root`).
+      key: two uint32 words (see `_threefry.root`).
       first: number of the first group, uint32 scalar.
       count: number of groups, static.
       group_size: samples in a group, static.
@@ -307,7 +309,7 @@ def _draw(
     dtype: np.dtype,
 ) -> Array:
     block = partial(_draw_block, noise, sampler, key, first, count, group_size, dim, dtype)
-    return _words.materialise(block, (count * group_size, dim), dtype, key)
+    return _random_words.materialise(block, (count * group_size, dim), dtype, key)
 
 
 _draw_traced_once = jax.jit(_draw, static_argnums=(0, 1, 4, 5, 6, 7))
@@ -328,19 +330,21 @@ def _draw_block(
     if isinstance(sampler, Independent) and hasattr(noise, "from_bits"):
         rows = count * group_size
         # XLA makes no vector instructions of a number of elements that four do not divide.
-        more = -rows % 4 if isinstance(dim, int) and 0 < dim < _words.NARROW else 0
+        more = -rows % 4 if isinstance(dim, int) and 0 < dim < _random_words.NARROW else 0
         samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, rows + more)
-        block = lambda: noise.from_bits(_words.numbered(key, samples, dim, dtype))  # noqa: E731
-        return _words.materialise(block, (rows + more, dim), dtype, key)[:rows] if more else block()
+        block = lambda: noise.from_bits(_random_words.numbered(key, samples, dim, dtype))  # noqa: E731
+        if not more:
+            return block()
+        return _random_words.materialise(block, (rows + more, dim), dtype, key)[:rows]
 
     if isinstance(sampler, DigitalNet):
         # All at once, for vmap takes as long to trace as the net itself.
-        keys = jax.vmap(partial(_bits.child, key))(groups)
+        keys = jax.vmap(partial(_threefry.child, key))(groups)
         z = sampler.sample_groups(keys, noise, group_size, dim, dtype)
         return z.reshape(count * group_size, dim)
 
     def one(group: Array) -> Array:
-        typed = jax.random.wrap_key_data(_bits.child(key, group), impl="threefry2x32")
+        typed = jax.random.wrap_key_data(_threefry.child(key, group), impl="threefry2x32")
         if group_size == 1 and isinstance(sampler, Independent):
             return noise.sample(typed, (dim,), dtype)[None].astype(dtype)
         return _sample_group(sampler, typed, noise, group_size, dim, dtype)

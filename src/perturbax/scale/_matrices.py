@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ._rules import with_jvp
+from ..tracing._derivative_rules import with_jvp
 
 _PRECISION = lax.Precision.HIGHEST
 

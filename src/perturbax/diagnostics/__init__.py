@@ -1,0 +1,1 @@
+"""What an estimate and a noise are worth."""

@@ -1,0 +1,1 @@
+"""What is evaluated, where and when: plans, chunks, and the one door to the function."""

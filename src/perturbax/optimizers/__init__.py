@@ -1,0 +1,1 @@
+"""Perturbed optimizers: layers and losses made of a solver."""

@@ -1,0 +1,1 @@
+"""Samplers: how the noise of a group of samples is drawn together."""

@@ -1,0 +1,1 @@
+"""The scale of the noise, sigma: numbers, arrays and matrices."""
