@@ -418,13 +418,11 @@ def test_eager_calls_compile_once():
         jax.block_until_ready(jax.jacrev(argmax(), argnums=1)(KEY, X))
 
     gradients()
-    sizes = [
-        f._cache_size() for f in (px.optimizers._argmax._symmetrized, px.optimizers._argmax._with_envelope_derivatives)
-    ]
+    rules = px.optimizers._argmax
+    compiled = rules._symmetrized, rules._with_envelope_derivatives
+    sizes = [f._cache_size() for f in compiled]
     gradients()
-    assert sizes == [
-        f._cache_size() for f in (px.optimizers._argmax._symmetrized, px.optimizers._argmax._with_envelope_derivatives)
-    ]
+    assert sizes == [f._cache_size() for f in compiled]
 
 
 # --- Solvers
