@@ -1,4 +1,10 @@
 import importlib.metadata
+import sys
+from pathlib import Path
+
+from docutils import nodes
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "perturbax"
 author = "The perturbax developers"
@@ -7,8 +13,8 @@ release = importlib.metadata.version(project)
 
 extensions = [
     "myst_parser",
+    "native_math",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
@@ -25,5 +31,22 @@ autodoc_typehints = "none"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
+html_math_renderer = "mathml"
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_title = f"perturbax {release}"
+
+
+def without_last_line(app, doctree):
+    """Takes off the empty line that examples end in for the sake of doctest."""
+    for block in doctree.findall(nodes.literal_block):
+        text = block.astext().rstrip("\n")
+        if block.rawsource == block.astext():
+            block.rawsource, block.children = text, []
+            block += nodes.Text(text)
+
+
+def setup(app):
+    """Sphinx calls it."""
+    app.connect("doctree-read", without_last_line)

@@ -50,7 +50,7 @@ def top_k_mask(scores: ArrayLike, k: int) -> Array:
     r"""Marks the k largest scores, along the last axis.
 
     .. math:: y^*(\theta) = \arg\max \{\langle \theta, y \rangle : y \in \{0, 1\}^n,
-        \textstyle\sum_i y_i = k\}
+        \sum_i y_i = k\}
 
     Maximises. Among equal scores the first ones are taken.
 

@@ -1,0 +1,94 @@
+"""The built documentation in a real browser: what a reader sees is there, and nothing is fetched.
+
+Needs what `make docs` installs and a Chromium; skipped where either is missing. `.ci/run` has both.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sphinx")
+pytest.importorskip("furo")
+pytest.importorskip("myst_parser")
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+OPTIONS = """
+    --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
+    --disable-background-networking --disable-component-update --allow-file-access-from-files
+    --window-size=1300,1000 --dump-dom
+""".split()
+
+# Added to a copy of a page: what the browser made of it.
+LOOK = """<script>addEventListener("load", () => {
+  const box = (node) => node.getBoundingClientRect();
+  const all = (query) => [...document.querySelectorAll(query)];
+  const found = {
+    formulas: all("math").map((node) => [box(node).width, box(node).height]),
+    fractions: all("mfrac").map(({children: [top, bottom]}) => box(bottom).top - box(top).top),
+    figures: all(".content img, article img").map((node) => [node.naturalWidth, box(node).width]),
+    clipped: all("div.highlight pre").filter((node) => node.scrollWidth > node.clientWidth + 1)
+      .map((node) => node.textContent.slice(0, 80)),
+    dollars: document.querySelector("article").innerText.match(/[$]{2}|\\\\\\\\(frac|sum|sigma)/g),
+  };
+  const told = document.createElement("pre");
+  told.id = "found";
+  told.textContent = JSON.stringify(found);
+  document.body.append(told);
+})</script>"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    if BROWSER is None:
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
+    folder = tmp_path_factory.mktemp("pages")
+    command = [sys.executable, "-m", "sphinx", "--quiet", str(ROOT / "docs"), str(folder)]
+    subprocess.run(command, check=True, timeout=300)
+    return folder
+
+
+def seen(pages, name):
+    """What the browser shows of a page, by `LOOK`."""
+    page = pages / f"{name}.html"
+    copy = page.with_name(f"{name}-looked-at.html")
+    copy.write_text(page.read_text().replace("</body>", LOOK + "</body>"))
+    command = [BROWSER, *OPTIONS, f"--user-data-dir={pages / 'browser'}", copy.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    [found] = re.findall(r'<pre id="found">(.*?)</pre>', shown)
+    return json.loads(found.replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))
+
+
+def test_formulas_are_drawn(pages):
+    found = seen(pages, "theory")
+    assert len(found["formulas"]) > 100
+    assert all(width > 2 and height > 5 for width, height in found["formulas"])
+    # A numerator stands above its denominator: the browser laid the formula out.
+    assert len(found["fractions"]) > 10
+    assert min(found["fractions"]) > 5
+    assert not found["dollars"]
+
+
+def test_the_first_page_shows_a_figure(pages):
+    found = seen(pages, "index")
+    assert found["figures"]
+    assert all(own > 300 and shown > 300 for own, shown in found["figures"])
+
+
+@pytest.mark.parametrize("name", ["index", "samplers", "black-boxes"])
+def test_lines_of_code_are_not_clipped(pages, name):
+    assert seen(pages, name)["clipped"] == []
+
+
+def test_nothing_is_fetched_from_elsewhere(pages):
+    for page in pages.glob("*.html"):
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]+src="([^"]+)"', page.read_text())
+        loaded += re.findall(r'<link[^>]+stylesheet[^>]+href="([^"]+)"', page.read_text())
+        assert loaded
+        assert not [address for address in loaded if re.match(r"https?:|//", address)], page.name
