@@ -15,8 +15,8 @@ import numpy as np
 from timing import alternate, keys, spread, table, write
 
 import perturbax as px
-from perturbax.sampling import _threefry
-from perturbax.sampling._sampling import draw
+from perturbax.sampling import _random_bits
+from perturbax.sampling._draw_groups import draw
 
 MOST = 200
 CASES = [
@@ -42,7 +42,9 @@ def drawing(sampler, num_samples, dim, key):
     size = sampler.group_size(num_samples, dim)
     groups = -(-num_samples // size)
     dtype = np.dtype(np.float32)
-    return draw(px.Gumbel(), sampler, _threefry.root(key), jnp.uint32(0), groups, size, dim, dtype)
+    return draw(
+        px.Gumbel(), sampler, _random_bits.root(key), jnp.uint32(0), groups, size, dim, dtype
+    )
 
 
 def measure(num_samples, dim, seconds):

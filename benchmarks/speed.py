@@ -18,8 +18,8 @@ from jax import lax
 from timing import alternate, keys, spread, table, write
 
 import perturbax as px
-from perturbax.sampling import _threefry
-from perturbax.sampling._sampling import Independent
+from perturbax.sampling import _random_bits
+from perturbax.sampling._independent import Independent
 
 SIGMA = 0.1
 MOST = 200
@@ -40,8 +40,8 @@ def relu_sum(x):
 
 def draw_and_evaluate(num_samples, dim):
     def total(key, x):
-        words = _threefry.words(
-            _threefry.root(key),
+        words = _random_bits.words(
+            _random_bits.root(key),
             lax.iota(jnp.uint32, num_samples)[:, None],
             lax.iota(jnp.uint32, dim)[None, :],
             np.dtype(np.float32),

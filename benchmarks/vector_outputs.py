@@ -14,7 +14,7 @@ import optax.perturbations
 from timing import alternate, keys, spread, table, write
 
 import perturbax as px
-from perturbax.sampling._sampling import Independent
+from perturbax.sampling._independent import Independent
 
 SIGMA = 0.5
 MOST = 100

@@ -418,8 +418,8 @@ def test_eager_calls_compile_once():
         jax.block_until_ready(jax.jacrev(argmax(), argnums=1)(KEY, X))
 
     gradients()
-    rules = px.optimizers._argmax
-    compiled = rules._symmetrized, rules._with_envelope_derivatives
+    rules = px.optimizers._symmetric
+    compiled = rules.symmetrized, rules.with_envelope_derivatives
     sizes = [f._cache_size() for f in compiled]
     gradients()
     assert sizes == [f._cache_size() for f in compiled]

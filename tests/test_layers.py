@@ -12,23 +12,30 @@ PACKAGE = Path(perturbax.__file__).parent
 # A file may import from the files that come before it here. A new file gets its place in this list;
 # a folder alone stands for all the files in it, which may also import one another.
 LAYERS = [
-    "sampling/_threefry",
-    "sampling/_random_words",
-    "tracing/_derivative_rules",
-    "scale/_matrices",
-    "tracing/_signature",
-    "tracing/_mesh_axes",
     "_describe",
     "_checks",
+    "sampling/_random_bits",
+    "tracing/_derivative_rules",
+    "tracing/_signature",
+    "tracing/_mesh_axes",
     "tracing/_user_code",
+    "scale/_matrices",
+    "scale/_scales",
+    "noise/_protocol",
     "noise/_quantiles",
     "noise/_derivative_limit",
-    "noise/_noise",
+    "noise/_moments",
+    "noise/_inverse",
+    "noise/_smooth",
+    "noise/_limited",
     "noise/_foreign",
     "diagnostics/_check_noise",
+    "sampling/_protocol",
+    "sampling/_independent",
+    "sampling/_orthogonal",
     "sampling/_generators",
     "sampling/_nets",
-    "sampling/_sampling",
+    "sampling/_draw_groups",
     "estimator/_surrogate",
     "estimator/_default_rule",
     "execution/_evaluation",
@@ -38,7 +45,10 @@ LAYERS = [
     "diagnostics/_standard_errors",
     "solvers",
     "optimizers/_perturbed_scores",
+    "optimizers/_layer",
+    "optimizers/_symmetric",
     "optimizers/_argmax",
+    "optimizers/_max",
     "optimizers/_fenchel_young",
     "optimizers/_implicit_mle",
     "_straight_through",
@@ -72,7 +82,7 @@ def imported_layers(file, text):
         elif isinstance(node, ast.ImportFrom):
             above = folder[: len(folder) - node.level + 1] if node.level else ()
             module = [*above, *(node.module or "").split(".")] if node.module else [*above]
-            # `from . import _noise` names files, `from ._noise import Gumbel` what is in one.
+            # `from . import _smooth` names files, `from ._smooth import Gumbel` what is in one.
             modules = [[*module, alias.name] for alias in node.names]
         else:
             continue
@@ -119,22 +129,22 @@ def test_imports_run_one_way(file):
 @pytest.mark.parametrize(
     ("file", "text", "expected"),
     [
-        ("noise/_noise.py", "import jax\nfrom jax import lax", []),
-        ("noise/_noise.py", "from ..estimator._estimator import V", [(1, "estimator/_estimator")]),
+        ("noise/_smooth.py", "import jax\nfrom jax import lax", []),
+        ("noise/_smooth.py", "from ..estimator._estimator import V", [(1, "estimator/_estimator")]),
         (
-            "noise/_noise.py",
+            "noise/_smooth.py",
             "from .. import _checks, __version__",
             [(1, "_checks"), (1, "__init__")],
         ),
-        ("noise/_noise.py", "from ..estimator import _surrogate", [(1, "estimator/_surrogate")]),
+        ("noise/_smooth.py", "from ..estimator import _surrogate", [(1, "estimator/_surrogate")]),
         ("_checks.py", "import perturbax", [(1, "__init__")]),
         ("_checks.py", "import perturbax.optimizers._argmax as a", [(1, "optimizers/_argmax")]),
         ("_checks.py", "from perturbax import Gumbel", [(1, "__init__")]),
         ("_checks.py", "from perturbax.optimizers._argmax import a", [(1, "optimizers/_argmax")]),
         ("_checks.py", "def f():\n    from ._perturb import a", [(2, "_perturb")]),
         ("solvers/_grid.py", "from ._path import path", [(1, "solvers")]),
-        ("solvers/_grid.py", "from ..noise._noise import Gumbel", [(1, "noise/_noise")]),
-        ("solvers/_grid.py", "from ..noise import _noise", [(1, "noise/_noise")]),
+        ("solvers/_grid.py", "from ..noise._smooth import Gumbel", [(1, "noise/_smooth")]),
+        ("solvers/_grid.py", "from ..noise import _smooth", [(1, "noise/_smooth")]),
     ],
 )
 def test_every_form_of_import_is_seen(file, text, expected):

@@ -16,7 +16,7 @@ import closed_forms as cf
 import perturbax as px
 from helpers import assert_distributed_as, assert_unbiased
 from perturbax.noise._foreign import as_noise
-from perturbax.noise._noise import from_normal, from_words
+from perturbax.noise._inverse import from_normal, from_words
 from perturbax.tracing import _user_code
 
 LAWS = {

@@ -14,7 +14,7 @@ import perturbax as px
 from helpers import assert_distributed_as, assert_unbiased
 from perturbax.estimator import _surrogate
 from perturbax.estimator._default_rule import choose
-from perturbax.sampling import _sampling, _threefry
+from perturbax.sampling import _draw_groups, _random_bits
 
 SAMPLERS = {
     "independent": px.Independent(),
@@ -35,7 +35,7 @@ def smooth(fun, x, sigma, noise, num_samples=64, **options):
 @pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel()], ids=["normal", "gumbel"])
 @pytest.mark.parametrize("name", [*SAMPLERS, "merged pairs"])
 def test_each_sample_has_the_law_of_the_noise(name, noise):
-    sampler = {**SAMPLERS, "merged pairs": _sampling.Merged(px.Antithetic(), 3)}[name]
+    sampler = {**SAMPLERS, "merged pairs": _draw_groups.Merged(px.Antithetic(), 3)}[name]
     law = {px.Normal: "norm", px.Gumbel: "gumbel_r"}[type(noise)]
     size = min(sampler.group_size(64, 3), 12)
 
@@ -78,7 +78,7 @@ def test_rows_of_a_block_are_orthogonal():
 def test_rows_of_any_number_are_those_of_a_larger_one(num_samples):
     """XLA is given a few more where that is faster; they must not be seen."""
     drawn = [
-        _sampling.draw(
+        _draw_groups.draw(
             px.Gumbel(), px.Independent(), jnp.array([1, 2], jnp.uint32), jnp.uint32(0),
             count, 1, 3, np.dtype(np.float32),
         )
@@ -160,7 +160,9 @@ def test_a_fit_does_not_depend_on_the_unit_of_the_function(degree):
 def test_the_root_of_a_key_is_what_jax_draws():
     for impl in ("threefry2x32", "rbg"):
         key = jax.random.key(7, impl=impl)
-        np.testing.assert_array_equal(_threefry.root(key), jax.random.bits(key, (2,), jnp.uint32))
+        np.testing.assert_array_equal(
+            _random_bits.root(key), jax.random.bits(key, (2,), jnp.uint32)
+        )
 
 
 @pytest.mark.parametrize("degree", [0, 1, 2])

@@ -8,21 +8,16 @@ from ._perturb import make_perturbed_fun as make_perturbed_fun
 from ._straight_through import make_straight_through_fun as make_straight_through_fun
 from .diagnostics._check_noise import NoiseReport as NoiseReport, check_noise as check_noise
 from .diagnostics._standard_errors import Estimate as Estimate, estimate as estimate
-from .noise._noise import (
+from .noise._limited import Laplace as Laplace, Triangular as Triangular, Uniform as Uniform
+from .noise._protocol import NoiseDistribution as NoiseDistribution
+from .noise._smooth import (
     Cauchy as Cauchy,
     Gumbel as Gumbel,
-    Laplace as Laplace,
     Logistic as Logistic,
-    NoiseDistribution as NoiseDistribution,
     Normal as Normal,
     StudentT as StudentT,
-    Triangular as Triangular,
-    Uniform as Uniform,
 )
-from .optimizers._argmax import (
-    make_perturbed_argmax as make_perturbed_argmax,
-    make_perturbed_max as make_perturbed_max,
-)
+from .optimizers._argmax import make_perturbed_argmax as make_perturbed_argmax
 from .optimizers._distribution import (
     EmpiricalDistribution as EmpiricalDistribution,
     make_perturbed_distribution as make_perturbed_distribution,
@@ -32,13 +27,10 @@ from .optimizers._implicit_mle import (
     SumOfGamma as SumOfGamma,
     make_implicit_mle as make_implicit_mle,
 )
-from .sampling._sampling import (
-    Antithetic as Antithetic,
-    Independent as Independent,
-    Orthogonal as Orthogonal,
-    OrthogonalArray as OrthogonalArray,
-    Sampler as Sampler,
-    Sobol as Sobol,
-)
+from .optimizers._max import make_perturbed_max as make_perturbed_max
+from .sampling._independent import Antithetic as Antithetic, Independent as Independent
+from .sampling._nets import OrthogonalArray as OrthogonalArray, Sobol as Sobol
+from .sampling._orthogonal import Orthogonal as Orthogonal
+from .sampling._protocol import Sampler as Sampler
 
 __version__ = _version("perturbax")

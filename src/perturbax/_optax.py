@@ -9,7 +9,8 @@ import sys
 import types
 
 from ._perturb import make_perturbed_fun
-from .noise._noise import Gumbel, NoiseDistribution, Normal
+from .noise._protocol import NoiseDistribution
+from .noise._smooth import Gumbel, Normal
 
 _MODULE_NAME = "optax.perturbations"
 _SERVED = {

@@ -11,8 +11,10 @@ from ._describe import describe, leading
 from .estimator import _default_rule, _estimator
 from .execution._evaluation import Plan
 from .noise._foreign import AdaptedNoise, as_noise
-from .noise._noise import Gumbel, NoiseDistribution
-from .sampling._sampling import Sampler
+from .noise._protocol import NoiseDistribution
+from .noise._smooth import Gumbel
+from .sampling._protocol import Sampler
+from .scale import _scales
 from .tracing import _user_code
 from .tracing._mesh_axes import share_axes
 
@@ -130,7 +132,7 @@ def make_perturbed_fun(
     """
     _checks.check_fun(fun)
     num_samples = _checks.check_count(num_samples, "num_samples", _MAX_SAMPLES)
-    sigma = _checks.check_sigma(sigma)
+    sigma = _scales.check_sigma(sigma)
     _checks.check_noise(noise)
     noise = as_noise(noise)
     use_baseline = _checks.check_bool(use_baseline, "use_baseline")
@@ -143,7 +145,7 @@ def make_perturbed_fun(
     def prepare(key: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         key = _checks.check_key(key, x)
         leaves, names, merge = _checks.perturbed_leaves(x)
-        scales = _checks.scale_leaves(sigma, x, leaves, names)
+        scales = _scales.scale_leaves(sigma, x, leaves, names)
         key, leaves, scales = share_axes(key, leaves, scales)
         fun_traced, operands, num_outputs, value_tree, aux_tree = _user_code.trace_fun(
             lambda values: fun(merge(values), *args, **kwargs), leaves, has_aux
@@ -178,7 +180,7 @@ def make_perturbed_fun(
         with _user_code.explained_vmap(batch_size):
             value, aux = _estimator.estimate(*call[:5])
         if _checks.is_traced(sigma):
-            value = _checks.nan_unless_valid(value, call.sigma, call.x)
+            value = _scales.nan_unless_valid(value, call.sigma, call.x)
         value = jax.tree.unflatten(call.value_tree, value)
         return (value, jax.tree.unflatten(call.aux_tree, aux)) if has_aux else value
 

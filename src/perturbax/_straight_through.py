@@ -11,8 +11,9 @@ from . import _checks
 from ._describe import describe, leading
 from ._perturb import make_perturbed_fun
 from .estimator import _estimator
-from .noise._noise import Gumbel, NoiseDistribution
-from .sampling._sampling import Sampler
+from .noise._protocol import NoiseDistribution
+from .noise._smooth import Gumbel
+from .sampling._protocol import Sampler
 from .tracing._derivative_rules import live_jvp, with_jvp
 from .tracing._signature import TracedFunction, trace
 

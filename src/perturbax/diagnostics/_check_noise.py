@@ -14,7 +14,7 @@ from jax import Array
 
 from .. import _checks
 from ..noise._foreign import as_noise
-from ..noise._noise import from_normal, from_words, is_invertible
+from ..noise._inverse import from_normal, from_words, is_invertible
 
 # Standard errors beyond which a difference is not chance: 6e-7 for each comparison.
 _LIMIT = 5.0

@@ -31,7 +31,7 @@ from ..execution._evaluation import (
     point_of,
     split_leaves,
 )
-from ..sampling import _threefry
+from ..sampling import _random_bits
 from ..scale._matrices import matmul
 
 
@@ -55,7 +55,7 @@ def spread(
     independent numbers. (They are not quite: surrogates are fitted on common samples. What that
     correlates is a product of two errors of fits.)
     """
-    words, point = _threefry.root(key), point_of(plan, x, sigma)
+    words, point = _random_bits.root(key), point_of(plan, x, sigma)
     noise = noise_in(plan, operands)
     if derive:
         # Bounds the Jacobians of groups that are held at a time.

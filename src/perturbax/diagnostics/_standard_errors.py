@@ -12,7 +12,8 @@ from jax import Array
 from .. import _checks
 from .._perturb import Perturbed
 from ..estimator._default_rule import nets_for
-from ..sampling._sampling import DigitalNet
+from ..sampling._nets import DigitalNet
+from ..scale import _scales
 from ..tracing import _user_code
 from ..tracing._derivative_rules import without_derivatives
 from . import _spread
@@ -181,7 +182,7 @@ def estimate(
     with _user_code.explained_vmap(perturbed.batch_size):
         found, aux = _spread.spread(plan, derive, *call[1:5])
     leaves, tree = jax.tree.flatten(found)
-    found = tree.unflatten(_checks.nan_unless_valid(leaves, call.sigma, call.x))
+    found = tree.unflatten(_scales.nan_unless_valid(leaves, call.sigma, call.x))
 
     def like_x(parts: list[Array]) -> Any:
         rest = iter(parts)

@@ -2,17 +2,13 @@
 
 import math
 
-from ..noise._noise import NoiseDistribution, is_invertible
-from ..sampling._sampling import (
-    Antithetic,
-    DigitalNet,
-    Independent,
-    Merged,
-    Orthogonal,
-    OrthogonalArray,
-    Sampler,
-    Sobol,
-)
+from ..noise._inverse import is_invertible
+from ..noise._protocol import NoiseDistribution
+from ..sampling._draw_groups import Merged
+from ..sampling._independent import Antithetic, Independent
+from ..sampling._nets import DigitalNet, OrthogonalArray, Sobol
+from ..sampling._orthogonal import Orthogonal
+from ..sampling._protocol import Sampler
 from ._surrogate import num_features
 
 # Degree, most coordinates, and samples for each coefficient. A fit pays if there are enough of

@@ -50,7 +50,7 @@ from ..execution._evaluation import (
     shaped,
     vmapped_in_parts,
 )
-from ..sampling import _threefry
+from ..sampling import _random_bits
 from ..scale._matrices import Blocks, departures, matmul
 from ..tracing._derivative_rules import any_live, departure, is_live, live_jvp, with_jvp
 from ..tracing._mesh_axes import varying, varying_axes
@@ -79,7 +79,7 @@ def estimate(plan: Plan, key: Array, x: list[Array], sigma: list[Array], operand
     # Flat from here on: what is done leaf by leaf is compiled leaf by leaf.
     flat_x = concatenate([v.astype(plan.dtype) for v in x], plan.dtype)
     flat_a, flat_r = standardise(plan, flat_x, sigma)
-    words = _threefry.root(key)
+    words = _random_bits.root(key)
     has_aux = len(plan.fun.out_avals) > plan.num_outputs
     if has_aux or plan.fun.jaxpr.effects:
         # JAX allows no side effects inside a custom derivative rule.

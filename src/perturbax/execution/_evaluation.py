@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from ..sampling._random_words import materialise
-from ..sampling._sampling import draw
+from ..sampling._draw_groups import draw
+from ..sampling._random_bits import materialise
 from ..scale._matrices import scaled
 from ..tracing._mesh_axes import in_told_mesh, varying, varying_axes
 from ..tracing._signature import TracedFunction

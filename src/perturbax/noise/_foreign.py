@@ -15,17 +15,9 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ._derivative_limit import Limit, limit_derivatives, visible_limit
-from ._noise import (
-    Cauchy,
-    Gumbel,
-    Laplace,
-    Logistic,
-    Normal,
-    Shape,
-    StudentT,
-    Triangular,
-    Uniform,
-)
+from ._limited import Laplace, Triangular, Uniform
+from ._protocol import Shape
+from ._smooth import Cauchy, Gumbel, Logistic, Normal, StudentT
 
 _OWN = (Cauchy, Gumbel, Laplace, Logistic, Normal, StudentT, Triangular, Uniform)
 

@@ -7,6 +7,7 @@ two halves of a symmetric law are mirror images to the last bit.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,13 @@ def at_least_single(value: ArrayLike) -> Array:
 def mirror(magnitude: Array, upper: Array) -> Array:
     """The magnitude with the sign of its half of a symmetric law."""
     return jnp.where(upper, magnitude, -magnitude)
+
+
+def two_sided(lower_tail: Callable[[Array], Array], z: ArrayLike) -> Array:
+    """The distribution function of a symmetric law, from that at -|z|."""
+    z = at_least_single(z)
+    tail = lower_tail(-jnp.abs(z))
+    return jnp.where(z > 0, 1 - tail, tail)
 
 
 def _polynomial(coefficients: tuple[float, ...], v: Array) -> Array:

@@ -15,9 +15,11 @@ from .._describe import describe, leading
 from .._perturb import make_perturbed_fun
 from ..estimator import _default_rule, _estimator
 from ..noise._foreign import as_noise
-from ..noise._noise import Gumbel, NoiseDistribution
-from ..sampling import _threefry
-from ..sampling._sampling import Sampler
+from ..noise._protocol import NoiseDistribution
+from ..noise._smooth import Gumbel
+from ..sampling import _random_bits
+from ..sampling._protocol import Sampler
+from ..scale import _scales
 from ._perturbed_scores import Perturbation, check_multiplicative, scales_of, score_leaves
 
 
@@ -124,7 +126,7 @@ def make_perturbed_distribution(
     _checks.check_fun(argmax_fun, "argmax_fun")
     options: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler}
     make_perturbed_fun(argmax_fun, num_samples, sigma, noise, use_baseline, **options)
-    sigma = _checks.check_sigma(sigma)
+    sigma = _scales.check_sigma(sigma)
     law = as_noise(noise)
     maximize = _checks.check_bool(maximize, "maximize")
     multiplicative = check_multiplicative(multiplicative, law)
@@ -155,7 +157,7 @@ def make_perturbed_distribution(
         size = chosen.group_size(num_samples, dim) if use_baseline else num_samples
         distinct, weights = _tabulate(size, solutions, density)
         if _checks.is_traced(sigma):
-            [weights] = _checks.nan_unless_valid([weights], scales)
+            [weights] = _scales.nan_unless_valid([weights], scales)
         return EmpiricalDistribution(distinct, weights)
 
     does = f"Estimates the distribution of {{name}}(theta + sigma Z) from {num_samples} solutions."
@@ -209,7 +211,7 @@ def _classes(leaves: list[Any], num: int) -> tuple[Array, Array, Array]:
     columns = lax.iota(jnp.uint32, rows.shape[1])[None]
     hashes = [
         jnp.sum(h, axis=1, dtype=jnp.uint32)
-        for h in _threefry.threefry(jnp.asarray(_HASH), rows, columns)
+        for h in _random_bits.threefry(jnp.asarray(_HASH), rows, columns)
     ]
     index = lax.iota(jnp.int32, num)
     *_, order = lax.sort((*hashes, index), num_keys=2)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from .._describe import describe, leading
-from ..noise._noise import Gumbel, NoiseDistribution
-from ..sampling._sampling import Sampler
-from ._argmax import make_perturbed_max, objective_value
+from ..noise._protocol import NoiseDistribution
+from ..noise._smooth import Gumbel
+from ..sampling._protocol import Sampler
+from ._max import make_perturbed_max, objective_value
 from ._perturbed_scores import inner_product, same_shapes
 
 

@@ -17,8 +17,9 @@ from .. import _checks
 from .._describe import describe, leading
 from .._perturb import make_perturbed_fun
 from ..noise._derivative_limit import Limit, limit_derivatives
-from ..noise._noise import Gumbel, NoiseDistribution, Shape
-from ..sampling._sampling import Sampler
+from ..noise._protocol import NoiseDistribution, Shape
+from ..noise._smooth import Gumbel
+from ..sampling._protocol import Sampler
 from ..tracing._derivative_rules import aligned, without_derivatives
 from ..tracing._signature import TracedFunction, trace
 from ._perturbed_scores import same_shapes, score_leaves

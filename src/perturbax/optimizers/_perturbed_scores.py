@@ -24,7 +24,8 @@ from jax import Array, lax
 
 from .. import _checks
 from ..noise._foreign import AdaptedNoise
-from ..noise._noise import Normal
+from ..noise._smooth import Normal
+from ..scale import _scales
 from ..scale._matrices import is_matrix
 from ..tracing._derivative_rules import departure, with_jvp
 
@@ -180,7 +181,7 @@ def scales_of(
     """
     if multiplicative:  # sigma is relative, so that no score is too large for it
         leaves = [jnp.zeros_like(v) for v in leaves]
-    scales = _checks.scale_leaves(sigma, theta, leaves, names)
+    scales = _scales.scale_leaves(sigma, theta, leaves, names)
     for scale, leaf, name in zip(scales, leaves, names, strict=False):
         if is_matrix(scale, leaf):
             raise ValueError(

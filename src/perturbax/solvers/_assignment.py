@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._arguments import accumulator, as_solution, constant_scores
+from ._scores import accumulator, as_solution, constant_scores
 
 
 def assignment(scores: ArrayLike) -> Array:

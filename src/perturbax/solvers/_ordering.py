@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._arguments import at_least_float32, constant_scores, solution_dtype, static_bool
+from ._scores import at_least_float32, constant_scores, solution_dtype, static_bool
 
 # Up to this length counting smaller entries is faster than sorting, on CPU by up to 20 times.
 _LARGEST_COUNTED = 64

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from ._arguments import (
+from ._scores import (
     accumulator,
     as_solution,
     constant_scores,

@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._arguments import (
+from ._scores import (
     at_least_float32,
     constant_scores,
     is_static,

@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from ._arguments import as_solution, constant_scores, edge_list, solution_dtype
+from ._scores import as_solution, constant_scores, edge_list, solution_dtype
 
 
 def minimum_spanning_tree(costs: ArrayLike, edges: ArrayLike) -> Array:

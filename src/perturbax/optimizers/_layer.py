@@ -1,0 +1,98 @@
+r"""Perturbed optimizers: E[y*(theta + sigma Z)], and the expected maximum that it is a gradient of.
+
+    y*(u) = argmax_y <u, y>,   F(theta, sigma) = E max_y <u, y>,   u = theta + sigma Z
+
+F is a perturbed function like any other, but its first derivatives need no score (Danskin):
+
+    dF/dtheta = E[y*(u) du/dtheta],   dF/dsigma = <E[y*(u) du/dsigma]>
+
+Both are perturbed functions again, so their own derivatives are those of make_perturbed_fun. The
+Jacobian of the first is a Hessian, hence symmetric: the mean of an estimate and its transpose is
+unbiased too, and has less variance.
+
+All this is written for maximisers. A minimiser of costs is a maximiser of the scores -theta.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .. import _checks
+from .._perturb import make_perturbed_fun
+from ..noise._foreign import as_noise
+from ..scale import _scales
+from ..tracing._signature import trace
+from ._perturbed_scores import (
+    Perturbation,
+    check_multiplicative,
+)
+
+
+class Layer:
+    """What perturbed optimizers have in common: the solver, the noise, and how it is applied."""
+
+    def __init__(
+        self,
+        argmax_fun: Callable[..., Any],
+        num_samples: int,
+        sigma: Any,
+        noise: Any,
+        *,
+        maximize: Any,
+        multiplicative: Any,
+        **options: Any,
+    ):
+        """Checks all that can be checked before a call."""
+        _checks.check_fun(argmax_fun, "argmax_fun")
+        make_perturbed_fun(argmax_fun, num_samples, sigma, noise, **options)
+        self.argmax_fun = argmax_fun
+        self.num_samples = num_samples
+        self.sigma = _scales.check_sigma(sigma)
+        self.noise = as_noise(noise)
+        self.maximize = _checks.check_bool(maximize, "maximize")
+        self.multiplicative = check_multiplicative(multiplicative, self.noise)
+        self.options = options
+
+    def unsigned(self, tree: Any, u: list[Array]) -> Any:
+        """What the solver sees of perturbed scores u: themselves, or costs."""
+        return jax.tree.unflatten(tree, u if self.maximize else [-v for v in u])
+
+    @property
+    def has_traced_scales(self) -> bool:
+        """Whether a scale may be differentiated with respect to."""
+        return _checks.is_traced(self.sigma)
+
+    def has_traced_noise(self) -> bool:
+        """Whether a parameter of the noise may be differentiated with respect to."""
+        _, parameters = trace(self.noise.log_prob, jnp.zeros(()))
+        return _checks.is_traced(parameters)
+
+    def inputs(self, leaves: list[Array], scales: list[Array]) -> list[Array]:
+        """What the estimate is a function of: scores, and scales as far as they are traced."""
+        leaves = leaves if self.maximize else [-v for v in leaves]
+        return [*leaves, *(scales if self.has_traced_scales else [])]
+
+    def split(self, parts: Any, scales: list[Array]) -> tuple[list[Array], list[Array]]:
+        """`inputs` undone: scores and scales."""
+        if not self.has_traced_scales:
+            return list(parts), scales
+        return list(parts[: len(parts) - len(scales)]), list(parts[len(parts) - len(scales) :])
+
+    def expectation(
+        self, solve: Callable[..., Any], key: Array, theta: list[Array], scales: list[Array]
+    ) -> list[Array]:
+        """The leaves of E[solve(u, (perturbation, v))]."""
+        dtype = _checks.noise_dtype(theta)
+        perturbation = Perturbation(theta, scales, self.multiplicative, dtype)
+        estimate = make_perturbed_fun(
+            lambda v: solve(perturbation.point(v), (perturbation, v)),
+            self.num_samples,
+            perturbation.scale(),
+            self.noise,
+            **self.options,
+        )
+        value = jax.tree.leaves(estimate(key, perturbation.location()))
+        return _scales.nan_unless_valid(value, scales) if self.has_traced_scales else value

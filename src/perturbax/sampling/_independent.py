@@ -1,0 +1,66 @@
+"""Independent samples, and pairs of opposite ones."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .. import _checks
+from ..noise._inverse import from_words
+from . import _random_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Independent:
+    """Independent samples.
+
+    Attributes:
+      block: samples in a group. More than one makes no difference to the samples, only to what is
+        left out when a surrogate is fitted.
+    """
+
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks block."""
+        object.__setattr__(self, "block", _checks.check_count(self.block, "block"))
+
+    def group_size(self, num_samples: int, dim: int) -> int:
+        """Samples in a group."""
+        del dim
+        return min(self.block, num_samples)
+
+    def sample_group(
+        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+    ) -> Array:
+        """Noise of one group, shape (group_size, dim)."""
+        if not hasattr(noise, "from_bits"):
+            one = lambda k: noise.sample(k, (dim,), dtype)  # noqa: E731
+            return jax.vmap(one)(jax.random.split(key, group_size)).astype(dtype)
+        return noise.from_bits(_random_bits.grid(jax.random.key_data(key), group_size, dim, dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Antithetic:
+    """Pairs of opposite samples: z and -z for a symmetric law, opposite quantiles for any other.
+
+    For symmetric noise, what is odd about x cancels from the value and what is even from the
+    gradient; what remains has twice the variance of independent samples. So it is good for values
+    of nearly linear functions and, with `degree=1`, which takes the linear part out, for gradients
+    of smooth ones; of degree 0 it is worse than `Independent()` for gradients of the former.
+    """
+
+    def group_size(self, num_samples: int, dim: int) -> int:
+        """Samples in a group: two."""
+        del dim
+        return min(2, num_samples)
+
+    def sample_group(
+        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+    ) -> Array:
+        """Noise of one group, shape (group_size, dim)."""
+        bits = _random_bits.grid(jax.random.key_data(key), 1, dim, dtype)
+        return from_words(noise, jnp.concatenate([bits, ~bits])[:group_size])

@@ -1,0 +1,34 @@
+"""What a sampler is: how the noise of a group of samples is drawn together.
+
+Inside a group samples may depend on each other in any way; each has exactly the law of the noise;
+groups are independent of each other. That is all the estimator relies on.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jax import Array
+
+# A group is drawn as a whole; this bounds the memory that it takes.
+MAX_GROUP = 2**13
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What an object must offer to draw noise in groups.
+
+    It must be hashable, for it is a static part of the compiled program.
+    """
+
+    def group_size(self, num_samples: int, dim: int) -> int:
+        """Samples in a group, when `num_samples` of `dim` coordinates are wanted in all."""
+        ...
+
+    def sample_group(
+        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+    ) -> Array:
+        """Noise of one group, shape (group_size, dim), each row with the law of `noise`.
+
+        `key` is a Threefry key of the group's own; `dtype` is float32 or float64.
+        """
+        ...
