@@ -12,7 +12,6 @@ import scipy.special
 import closed_forms as cf
 import perturbax as px
 from helpers import assert_biased, assert_trees_close, assert_unbiased
-from perturbax.estimator import _default_rule
 from perturbax.optimizers import _distribution
 from test_argmax import KEY, SAMPLERS, SCORES, SIGMA, HostSolver, X, one_hot, two_way
 
@@ -207,7 +206,8 @@ def test_gradient_is_that_of_the_baseline_of_other_samples():
 )
 def test_the_default_sampler_is_that_of_degree_0(num_samples, chosen, other):
     """As `make_perturbed_fun` chooses, in draws and in the groups of the baseline."""
-    assert _default_rule.choose(None, 0, num_samples, 3, px.Normal()) == (chosen, 0)
+    choice = px.choose_sampler(num_samples, 3, px.Normal(), degree=0)
+    assert choice.sampler == chosen
 
     def results(sampler):
         def cost(x):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ import closed_forms as cf
 import perturbax as px
 from helpers import assert_distributed_as, assert_unbiased
 from perturbax.estimator import _surrogate
-from perturbax.estimator._default_rule import choose
 from perturbax.sampling import _draw_groups, _random_bits
 
 SAMPLERS = {
@@ -26,6 +26,14 @@ SAMPLERS = {
     "four arrays": px.OrthogonalArray(num_groups=4),
 }
 PROMISES = {"value": 0.01, "gradient": 0.02, "dsigma": 0.05, "hessian": 0.05}
+
+
+class Draws:
+    def sample(self, key, sample_shape=(), dtype=float):
+        return jax.random.normal(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -(inputs**2) / 2
 
 
 def smooth(fun, x, sigma, noise, num_samples=64, **options):
@@ -414,21 +422,74 @@ def test_more_coordinates_than_samples_determine_stay_finite():
     ],
 )
 def test_the_default_is_that_of_the_documentation(num_samples, dim, noise, chosen):
-    assert choose(None, None, num_samples, dim, noise) == chosen
+    choice = px.choose_sampler(num_samples, dim, noise)
+    assert (choice.sampler, choice.degree) == chosen
 
 
 def test_the_default_leaves_noise_without_an_inverse_alone():
-    assert choose(None, None, 1000, 3, Draws()) == (px.Independent(), 0)
+    choice = px.choose_sampler(1000, 3, Draws())
+    assert (choice.sampler, choice.degree) == (px.Independent(), 0)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "dim", "options", "told"),
+    [
+        (200, 3, {}, "Sobol nets, because .* Degree 2, because 200 samples are enough"),
+        (100, 10, {}, "Orthogonal arrays, because .* miss some functions of 10 .* Degree 1"),
+        (46, 3, {}, "because .* Sobol nets of 3 coordinates need 24 points"),
+        (100, 50, {}, "pay from 4 samples .* 100 for 50. Degree 0, because .* needs 306 samples"),
+        (4000, 2000, {}, "nets of more than 1000 .* degree 1 in more than 100 .* costs too much"),
+        (200, 3, {"noise": px.Cauchy()}, "Degree 0, because the noise has too few moments"),
+        (200, 3, {"noise": Draws()}, "Independent samples, because Draws has no inverse"),
+        (200, 3, {"sampler": px.Sobol(1)}, "Degree 0, because a single group .* for: sampler"),
+        (200, 3, {"degree": 1, "sampler": px.Antithetic()}, "Asked for: sampler and degree"),
+        (200, 3, {"num_nets": 8}, "8 groups of 25 samples, degree 2"),
+        (9, 0, {}, "9 groups of 1 sample, degree 0. .* because there are no coordinates"),
+    ],
+)
+def test_a_choice_says_why(num_samples, dim, options, told):
+    assert re.search(told, str(px.choose_sampler(num_samples, dim, **options)))
+
+
+@pytest.mark.parametrize(("num_samples", "dim"), [(90, 3), (12, 10)])
+def test_a_choice_is_what_happens(num_samples, dim):
+    """Asked for by name, it gives the same numbers."""
+    choice = px.choose_sampler(num_samples, dim, px.Normal())
+
+    def gradient(**options):
+        fun = px.make_perturbed_fun(jnp.max, num_samples, 0.5, px.Normal(), **options)
+        return jax.grad(fun, argnums=1)(jax.random.key(2), jnp.arange(dim) / dim)
+
+    asked = gradient(sampler=choice.sampler, degree=choice.degree)
+    np.testing.assert_array_equal(gradient(), asked)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "told"),
+    [
+        ((0, 3), {}, ValueError, "num_samples must be >= 1, got 0"),
+        ((10, -3), {}, ValueError, "dim must be >= 1, got -3"),
+        ((10, 3), {"degree": 3}, ValueError, "degree must be None, 0, 1 or 2, got 3"),
+        ((10, 3), {"num_nets": 0}, ValueError, "num_nets must be >= 1, got 0"),
+        ((10, 3), {"noise": 1.0}, TypeError, "noise must define sample and log_prob"),
+        ((10, 3), {"sampler": px.Sobol}, TypeError, "sampler must be an instance"),
+        ((10, 3, Draws()), {"sampler": px.Sobol()}, TypeError, "needs noise with an inverse"),
+        ((10, 3, px.Cauchy()), {"degree": 1}, ValueError, "needs noise with a finite mean"),
+    ],
+)
+def test_a_choice_among_what_cannot_be_is_refused(args, options, error, told):
+    with pytest.raises(error, match=told):
+        px.choose_sampler(*args, **options)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("num_samples", [10, 90, 1000])
 def test_the_number_of_fits_is_bounded(name, num_samples):
     """Each takes memory and time; with one for each of 500 pairs, 140 coordinates took 20 GiB."""
-    sampler, degree = choose(SAMPLERS[name], 1, num_samples, 20, px.Normal())
-    groups = -(-num_samples // sampler.group_size(num_samples, 20))
-    assert groups <= 16
-    assert (degree, groups > 1) in ((1, True), (0, False))
+    choice = px.choose_sampler(num_samples, 20, px.Normal(), sampler=SAMPLERS[name], degree=1)
+    assert choice.group_size == choice.sampler.group_size(num_samples, 20)
+    assert choice.num_groups == -(-num_samples // choice.group_size) <= 16
+    assert (choice.degree, choice.num_groups > 1) in ((1, True), (0, False))
 
 
 def test_a_surrogate_reaches_nothing_of_its_own_group():
@@ -477,14 +538,6 @@ def test_no_coordinates(name):
     fun = smooth(lambda y: jnp.sum(y) + 2, None, 0.5, px.Normal(), sampler=SAMPLERS[name])
     value, gradient = jax.value_and_grad(fun, argnums=1)(jax.random.key(1), jnp.zeros(0))
     assert (value, gradient.shape) == (2, (0,))
-
-
-class Draws:
-    def sample(self, key, sample_shape=(), dtype=float):
-        return jax.random.normal(key, sample_shape, dtype)
-
-    def log_prob(self, inputs):
-        return -(inputs**2) / 2
 
 
 def test_errors_name_the_remedy():

@@ -142,7 +142,13 @@ def make_perturbed_fun(
     _checks.check_sampler(sampler)
     _checks.check_degree(degree)
 
-    def prepare(key: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def prepare(
+        key: Array,
+        x: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        num_nets: int = _default_rule.RULE.nets,
+    ) -> Call:
         key = _checks.check_key(key, x)
         leaves, names, merge = _checks.perturbed_leaves(x)
         scales = _scales.scale_leaves(sigma, x, leaves, names)
@@ -153,20 +159,16 @@ def make_perturbed_fun(
         dtype = _checks.noise_dtype(leaves)
         law, law_operands = noise, None
         dim = _checks.num_elements(leaves)
-        if sampler is not None:
-            _checks.check_group_size(sampler, num_samples, dim)
-        # A polynomial of no coordinates is a constant.
-        wanted = 0 if dim == 0 else degree
-        chosen = _default_rule.choose(sampler, wanted, num_samples, dim, noise)
+        choice = _default_rule.choose(num_samples, dim, noise, sampler, degree, num_nets)
         if isinstance(noise, AdaptedNoise):
             law, law_operands = _user_code.trace_noise(noise, key, dim, dtype)
         plan = Plan(
             fun=fun_traced,
             noise=law,
-            sampler=chosen[0],
+            sampler=choice.sampler,
             num_samples=num_samples,
             batch_size=batch_size,
-            degree=chosen[1] if use_baseline else None,
+            degree=choice.degree if use_baseline else None,
             num_outputs=num_outputs,
             shapes=tuple(v.shape for v in leaves),
             dtypes=tuple(v.dtype for v in leaves),

@@ -11,16 +11,11 @@ from jax import Array
 
 from .. import _checks
 from .._perturb import Perturbed
-from ..estimator._default_rule import nets_for
-from ..sampling._nets import DigitalNet
+from ..estimator._default_rule import RULE
 from ..scale import _scales
 from ..tracing import _user_code
 from ..tracing._derivative_rules import without_derivatives
 from . import _spread
-
-# Nets where the choice is ours: eight leave seven degrees of freedom, for intervals hardly wider
-# than with many, and each is still large enough to be a good net.
-_NUM_GROUPS = 8
 
 
 class Intervals(NamedTuple):
@@ -162,15 +157,12 @@ def estimate(
             "as those of jit, vmap and grad do; pass the perturbed function itself, and apply jit "
             "and vmap to estimate"
         )
-    call = perturbed.prepare(key, x, args, kwargs)
+    call = perturbed.prepare(key, x, args, kwargs, RULE.nets_for_errors)
     call = call._replace(
         x=_without_derivatives("x", call.x),
         sigma=_without_derivatives("sigma", call.sigma),
         operands=_without_derivatives("what the function and its noise depend on", call.operands),
     )
-    if perturbed.sampler is None and isinstance(call.plan.sampler, DigitalNet):
-        sampler = nets_for(call.plan.num_samples, call.plan.dim, _NUM_GROUPS)
-        call = call._replace(plan=dataclasses.replace(call.plan, sampler=sampler))
     plan = call.plan
     if plan.num_groups < 2:
         raise ValueError(

@@ -1,112 +1,272 @@
 """The rule that chooses a sampler and a surrogate's degree where the user leaves them open."""
 
+import dataclasses
 import math
+from typing import Any
 
+from .. import _checks
+from ..noise._foreign import as_noise
 from ..noise._inverse import is_invertible
 from ..noise._protocol import NoiseDistribution
+from ..noise._smooth import Gumbel
 from ..sampling._draw_groups import Merged
-from ..sampling._independent import Antithetic, Independent
-from ..sampling._nets import DigitalNet, OrthogonalArray, Sobol
-from ..sampling._orthogonal import Orthogonal
+from ..sampling._independent import Independent
+from ..sampling._nets import OrthogonalArray, Sobol
 from ..sampling._protocol import Sampler
 from ._surrogate import num_features
 
-# Degree, most coordinates, and samples for each coefficient. A fit pays if there are enough of
-# them, and its equations, num_features**2 operations a sample, are not dearer than drawing it.
-_RULE = ((2, 6, 10), (1, 100, 3))
-# Fewer samples, in few coordinates, tell too little of what a fit is worth.
-_FEWEST = 20
-# Most coordinates of a net: beyond, nothing was measured.
-_NETS = 1000
-# Points that a Sobol net must have in 1, 2, ... coordinates to be chosen. With fewer, derivatives
-# of products of some signs may have more variance than with independent samples; in more
-# coordinates, even with thousands of points, many times as much.
-_SOBOL = (1, 1, 24, 96, 96)
-# Independent samples are cut into this many groups where a surrogate is fitted.
-_BLOCKS = 8
-# Most groups of other samplers that get a surrogate each: all others' equations are summed for it.
-_MOST_FITS = 16
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Every threshold of the choice; `docs/samplers.md` has what follows from them.
+
+    Attributes:
+      degrees: degree, most coordinates, and samples for each coefficient. A fit pays if there are
+        enough of them, and its equations, num_features**2 operations a sample, are not dearer than
+        drawing it.
+      fewest: samples that a fit takes at least; fewer, in few coordinates, tell too little of what
+        it is worth.
+      per_coordinate: samples for each coordinate from which nets pay.
+      most_coordinates: of a net; beyond, nothing was measured.
+      sobol_points: points that a Sobol net must have in 1, 2, ... coordinates to be chosen. With
+        fewer, derivatives of products of some signs may have more variance than with independent
+        samples; in more coordinates, even with thousands of points, many times as much.
+      nets: how many are taken, each of which is fitted on the other.
+      nets_for_errors: how many `estimate` takes. Two tell almost nothing about their spread; eight
+        leave seven degrees of freedom, for intervals hardly wider than with many, and each is still
+        large enough to be a good net.
+      free_groups: groups with a fit each of samples that may be grouped at will.
+      most_groups: groups with a fit each of other samples: all others' equations are summed for it.
+    """
+
+    degrees: tuple[tuple[int, int, int], ...] = ((2, 6, 10), (1, 100, 3))
+    fewest: int = 20
+    per_coordinate: int = 4
+    most_coordinates: int = 1000
+    sobol_points: tuple[int, ...] = (1, 1, 24, 96, 96)
+    nets: int = 2
+    nets_for_errors: int = 8
+    free_groups: int = 8
+    most_groups: int = 16
+
+
+RULE = Rule()
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How a perturbed function draws its samples, and what it subtracts from their values.
+
+    Prints as a few sentences.
+
+    Attributes:
+      sampler: draws the samples.
+      degree: of the polynomial surrogate that is fitted to each group's others.
+      num_groups: how many independent groups the samples make.
+      group_size: samples in a group; the last may have fewer.
+      reason: why, in words.
+    """
+
+    sampler: Sampler
+    degree: int
+    num_groups: int
+    group_size: int
+    reason: str
+
+    def __str__(self) -> str:
+        groups = "1 group" if self.num_groups == 1 else f"{self.num_groups} groups"
+        of = f"{self.group_size} sample{'s' if self.group_size > 1 else ''}"
+        return f"{self.sampler}, {groups} of {of}, degree {self.degree}. {self.reason}"
+
+
+def choose_sampler(
+    num_samples: int,
+    dim: int,
+    noise: NoiseDistribution = Gumbel(),
+    *,
+    sampler: Sampler | None = None,
+    degree: int | None = None,
+    num_nets: int = RULE.nets,
+) -> Choice:
+    """Tells which sampler and degree `make_perturbed_fun` chooses, and why.
+
+    Nets pay from four evaluations for each coordinate, polynomials while there are several for each
+    coefficient (the guide to samplers has the table); beyond that nothing beats independent
+    samples, each against the mean of the others.
+
+    Args:
+      num_samples: as in `make_perturbed_fun`.
+      dim: how many perturbed coordinates there are: elements of the floating leaves of x.
+      noise: as in `make_perturbed_fun`.
+      sampler: as in `make_perturbed_fun`; None leaves it open.
+      degree: as in `make_perturbed_fun`; None leaves it open.
+      num_nets: how many nets to take where nets are chosen; for standard errors `estimate` takes 8.
+
+    Returns:
+      A `Choice`: sampler, degree, how many groups of which size, and the reason. A surrogate is
+      fitted on the samples of all other groups, and standard errors come from the groups' spread.
+
+    Raises:
+      TypeError: where an argument is not of the kind described; where the sampler needs an inverse
+        distribution function that the noise lacks.
+      ValueError: where a number is too small; where the degree needs moments that the noise lacks.
+
+    Example:
+      >>> import perturbax as px
+      >>> choice = px.choose_sampler(1000, dim=3, noise=px.Normal())
+      >>> choice.sampler, choice.degree, choice.num_groups
+      (Sobol(num_groups=2), 2, 2)
+      >>> print(px.choose_sampler(100, dim=50))
+      Independent(block=1), 100 groups of 1 sample, degree 0. Independent samples, because ...
+    """
+    num_samples = _checks.check_count(num_samples, "num_samples")
+    if dim != 0:  # an empty x is allowed
+        dim = _checks.check_count(dim, "dim")
+    _checks.check_noise(noise)
+    _checks.check_sampler(sampler)
+    _checks.check_degree(degree)
+    num_nets = _checks.check_count(num_nets, "num_nets")
+    return choose(num_samples, dim, as_noise(noise), sampler, degree, num_nets)
 
 
 def choose(
-    sampler: Sampler | None,
-    degree: int | None,
     num_samples: int,
     dim: int,
-    noise: NoiseDistribution,
-) -> tuple[Sampler, int]:
-    """Sampler and degree for `num_samples` evaluations of a function of `dim` coordinates.
+    noise: Any,
+    sampler: Sampler | None,
+    degree: int | None,
+    num_nets: int = RULE.nets,
+) -> Choice:
+    """`choose_sampler` of checked arguments; `dim` may be symbolic."""
+    given = {"sampler": sampler, "degree": degree}
+    if dim == 0:
+        degree = 0  # a polynomial of no coordinates is a constant
+    if sampler is not None:
+        _checks.check_group_size(sampler, num_samples, dim)
+    _check_needs(sampler, degree, dim, noise)
+    polynomial, why_degree = degree, ""
+    if polynomial is None:
+        polynomial, why_degree = _degree(num_samples, dim, noise)
+        if sampler is None and not is_invertible(noise):
+            polynomial, why_degree = 0, ""
+    why_sampler = ""
+    if sampler is None:
+        sampler, why_sampler = _sampler(num_samples, dim, noise, num_nets)
+    if polynomial:
+        if sampler.group_size(num_samples, dim) >= num_samples:
+            polynomial, why_degree = 0, "Degree 0, because a single group leaves nothing to fit on."
+        else:
+            sampler = _for_fits(sampler, num_samples, dim)
+    asked = " and ".join(name for name, value in given.items() if value is not None)
+    sentences = why_sampler, why_degree, f"Asked for: {asked}." if asked else ""
+    reason = " ".join(filter(None, sentences))
+    size = sampler.group_size(num_samples, dim)
+    return Choice(sampler, polynomial, -(-num_samples // size), size, reason)
 
-    Nets pay from four evaluations for each coordinate, polynomials while there are several for each
-    coefficient (`docs/samplers.md` has the table); beyond that nothing beats independent samples,
-    each against the mean of the others.
 
-    Raises:
-      TypeError: if the sampler needs an inverse distribution function that the noise lacks.
-      ValueError: if a surrogate needs moments that the noise lacks.
-    """
-    name = getattr(noise, "law", repr(noise))
-    invertible = is_invertible(noise)
-    polynomial = _has_moments(noise) and isinstance(dim, int)
-    if isinstance(sampler, Antithetic | Orthogonal | DigitalNet) and not invertible:
+def _check_needs(sampler: Sampler | None, degree: int | None, dim: int, noise: Any) -> None:
+    """Raises where what was asked for needs more than there is."""
+    kind = f"{type(sampler).__name__}()"
+    if getattr(sampler, "needs_inverse", False) and not is_invertible(noise):
         raise TypeError(
-            f"{type(sampler).__name__}() needs noise with an inverse distribution function, which "
-            f"{name} lacks: define noise.icdf(u), or use Independent()"
+            f"{kind} needs noise with an inverse distribution function, which {_name(noise)} "
+            "lacks: define noise.icdf(u), or use Independent()"
         )
-    if not isinstance(dim, int) and (degree or isinstance(sampler, Orthogonal | DigitalNet)):
-        asked = f"degree={degree}" if degree else f"{type(sampler).__name__}()"
+    if not isinstance(dim, int) and (degree or getattr(sampler, "needs_dim", False)):
+        asked = f"degree={degree}" if degree else kind
         raise ValueError(
             f"{asked} needs to know how many coordinates x has, but its shape is symbolic, {dim}: "
             "use Independent() and degree=0"
         )
-    if degree and not polynomial:
+    if degree and not _has_moments(noise):
         raise ValueError(
             f"degree={degree} needs noise with a finite mean and variance, given as noise.mean and "
-            f"noise.variance; {name} has none: use degree=0"
+            f"noise.variance; {_name(noise)} has none: use degree=0"
         )
-    if degree is None:
-        degree = min(_degree(num_samples, dim), _most_degree(noise)) if polynomial else 0
-        if sampler is None and not invertible:
-            degree = 0
-    if sampler is None:
-        pay = invertible and isinstance(dim, int) and 0 < dim <= min(_NETS, num_samples // 4)
-        sampler = nets_for(num_samples, dim) if pay else Independent()
-    if not degree:
-        return sampler, degree
-    groups = -(-num_samples // sampler.group_size(num_samples, dim))
-    if groups == 1:
-        degree = 0  # a single group leaves nothing to fit on
-    elif groups > _BLOCKS and isinstance(sampler, Independent) and sampler.block == 1:
-        sampler = Independent(block=-(-num_samples // _BLOCKS))
-    elif groups > _MOST_FITS:
-        sampler = Merged(sampler, -(-groups // _MOST_FITS))
-    return sampler, degree
 
 
-def nets_for(num_samples: int, dim: int, num_groups: int = 2) -> DigitalNet:
+def _sampler(num_samples: int, dim: int, noise: Any, num_nets: int) -> tuple[Sampler, str]:
+    """The sampler for `dim` coordinates, and why."""
+    if not is_invertible(noise):
+        why = f"{_name(noise)} has no inverse distribution function, which all others need"
+    elif not isinstance(dim, int):
+        why = f"the number of coordinates is symbolic, {dim}"
+    elif dim == 0:
+        why = "there are no coordinates"
+    elif dim > RULE.most_coordinates:
+        why = f"nets of more than {RULE.most_coordinates} coordinates were not measured"
+    elif dim > num_samples // RULE.per_coordinate:
+        why = (
+            f"nets pay from {RULE.per_coordinate} samples for each coordinate and there are "
+            f"{num_samples} for {dim}"
+        )
+    else:
+        return _nets(num_samples, dim, num_nets)
+    return Independent(), f"Independent samples, because {why}."
+
+
+def _nets(num_samples: int, dim: int, num_nets: int) -> tuple[Sampler, str]:
     """Sobol nets if theirs are large enough for `dim` coordinates, else orthogonal arrays."""
-    sobol = Sobol(num_groups)
-    enough = dim <= len(_SOBOL) and sobol.group_size(num_samples, dim) >= _SOBOL[dim - 1]
-    return sobol if enough else OrthogonalArray(num_groups)
+    sobol = Sobol(num_nets)
+    size = sobol.group_size(num_samples, dim)
+    many = f"there are at least {RULE.per_coordinate} samples for each coordinate"
+    if dim > len(RULE.sobol_points):
+        why = f"Sobol nets would miss some functions of {dim} coordinates"
+    elif size < RULE.sobol_points[dim - 1]:
+        why = f"Sobol nets of {dim} coordinates need {RULE.sobol_points[dim - 1]} points each"
+    else:
+        return sobol, f"Sobol nets, because {many}, and so few coordinates."
+    return OrthogonalArray(num_nets), f"Orthogonal arrays, because {many}, and {why}."
 
 
-def _degree(num_samples: int, dim: int) -> int:
-    """The degree whose coefficients half of the samples determine well, at little cost."""
-    for degree, most_dim, per_coefficient in _RULE:
-        enough = num_samples >= max(_FEWEST, 2 * per_coefficient * num_features(dim, degree))
-        if 0 < dim <= most_dim and enough:
-            return degree
-    return 0
+def _degree(num_samples: int, dim: int, noise: Any) -> tuple[int, str]:
+    """The degree whose coefficients half of the samples determine well, at little cost; and why."""
+    most = _most_degree(noise)
+    if not most:
+        return 0, "Degree 0, because the noise has too few moments for a polynomial."
+    if not isinstance(dim, int) or dim == 0:
+        return 0, ""
+    why = ""
+    for degree, most_dim, per_coefficient in RULE.degrees:
+        least = max(RULE.fewest, 2 * per_coefficient * num_features(dim, degree))
+        if dim > most_dim:
+            why = f"a fit of degree {degree} in more than {most_dim} coordinates costs too much"
+        elif num_samples < least:
+            why = f"a fit of degree {degree} needs {least} samples"
+        else:
+            degree = min(degree, most)
+            return degree, f"Degree {degree}, because {least} samples are enough for its fit."
+    return 0, f"Degree 0, because {why}."
 
 
-def _most_degree(noise: NoiseDistribution) -> int:
+def _most_degree(noise: Any) -> int:
     """The degree that the tails leave useful: features of degree d need moments of order d + 2."""
+    if not _has_moments(noise):
+        return 0
     moment = getattr(noise, "moment", None)
     if moment is None:
         return 1  # of other noise, mean and variance are all that is known
     return 2 if math.isfinite(moment(4)) else int(math.isfinite(moment(3)))
 
 
-def _has_moments(noise: NoiseDistribution) -> bool:
+def _for_fits(sampler: Sampler, num_samples: int, dim: int) -> Sampler:
+    """The sampler, in so few groups that one fit for each is not too much."""
+
+    def num_groups(sampler: Sampler) -> int:
+        return -(-num_samples // sampler.group_size(num_samples, dim))
+
+    in_groups = getattr(sampler, "in_groups", None)
+    if in_groups is not None and num_groups(sampler) > RULE.free_groups:
+        sampler = in_groups(num_samples, RULE.free_groups)
+    if num_groups(sampler) > RULE.most_groups:
+        sampler = Merged(sampler, -(-num_groups(sampler) // RULE.most_groups))
+    return sampler
+
+
+def _has_moments(noise: Any) -> bool:
     moments = (getattr(noise, name, math.nan) for name in ("mean", "variance"))
     return all(isinstance(m, int | float) and math.isfinite(m) for m in moments)
+
+
+def _name(noise: Any) -> str:
+    return getattr(noise, "law", repr(noise))

@@ -153,8 +153,8 @@ def make_perturbed_distribution(
         _, (v, solutions) = draw(key, location)
         density = _log_density(law, v, location, scale)
         dim = _checks.num_elements(leaves)
-        chosen, _ = _default_rule.choose(sampler, 0, num_samples, dim, law)
-        size = chosen.group_size(num_samples, dim) if use_baseline else num_samples
+        choice = _default_rule.choose(num_samples, dim, law, sampler, 0)
+        size = choice.group_size if use_baseline else num_samples
         distinct, weights = _tabulate(size, solutions, density)
         if _checks.is_traced(sigma):
             [weights] = _scales.nan_unless_valid([weights], scales)

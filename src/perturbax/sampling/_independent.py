@@ -1,7 +1,7 @@
 """Independent samples, and pairs of opposite ones."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,10 @@ class Independent:
         del dim
         return min(self.block, num_samples)
 
+    def in_groups(self, num_samples: int, count: int) -> "Independent":
+        """The same samples in so many groups, unless `block` says how many make one."""
+        return self if self.block > 1 else Independent(-(-num_samples // count))
+
     def sample_group(
         self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
@@ -52,6 +56,8 @@ class Antithetic:
     of nearly linear functions and, with `degree=1`, which takes the linear part out, for gradients
     of smooth ones; of degree 0 it is worse than `Independent()` for gradients of the former.
     """
+
+    needs_inverse: ClassVar[bool] = True
 
     def group_size(self, num_samples: int, dim: int) -> int:
         """Samples in a group: two."""

@@ -214,7 +214,9 @@ class DigitalNet:
 
     num_groups: int = 2
 
-    _scrambled: ClassVar["Scrambled"]
+    needs_inverse: ClassVar[bool] = True
+    needs_dim: ClassVar[bool] = True
+    _scrambled: ClassVar[Scrambled]
 
     def __post_init__(self) -> None:
         """Checks num_groups."""

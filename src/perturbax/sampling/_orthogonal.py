@@ -1,7 +1,7 @@
 """Orthogonal directions."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,9 @@ class Orthogonal:
 
     block: int | None = None
     antithetic: bool = False
+
+    needs_inverse: ClassVar[bool] = True
+    needs_dim: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks block and antithetic."""

@@ -18,6 +18,15 @@ class Sampler(Protocol):
     """What an object must offer to draw noise in groups.
 
     It must be hashable, for it is a static part of the compiled program.
+
+    More is used where it is there:
+
+    - `needs_inverse = True`, if it draws through the noise's inverse distribution function, and
+      `needs_dim = True`, if it cannot do with a symbolic number of coordinates: then what cannot
+      work raises an error that says so.
+    - `in_groups(num_samples, count)`, for a sampler that may group its samples at will: a sampler
+      with the same samples in so many groups, where each group gets a surrogate. Of other samplers,
+      several groups are taken as one.
     """
 
     def group_size(self, num_samples: int, dim: int) -> int:
