@@ -17,7 +17,7 @@ import perturbax as px
 from helpers import assert_distributed_as, assert_unbiased
 from perturbax.noise._foreign import as_noise
 from perturbax.noise._inverse import from_normal, from_words
-from perturbax.tracing import _user_code
+from perturbax.noise._traced import trace_noise
 
 LAWS = {
     "Normal": (px.Normal(), cf.normal),
@@ -240,6 +240,23 @@ def test_a_noise_with_nothing_but_an_icdf_is_mapped_through_it():
         from_normal(Inverse(), z)[:2], from_normal(px.Logistic(), z)[:2], rtol=1e-5
     )
     assert np.isfinite(from_normal(Inverse(), z)).all()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_noise_with_nothing_but_from_bits_is_mapped_through_it(wide):
+    """Orthogonal directions asked it for an icdf."""
+
+    class FromBits:
+        from_bits = px.Logistic().from_bits
+
+    with jax.enable_x64(wide):
+        z = jnp.array([-30, -5, -3, -1e-7, 0, 1e-7, 0.5, 5, 30], jnp.float64 if wide else "f4")
+        found = np.asarray(from_normal(FromBits(), z))
+        exact = np.asarray(from_normal(px.Logistic(), z))
+    assert (np.diff(found) >= 0).all()
+    np.testing.assert_allclose(found[2:-2], exact[2:-2], rtol=1e-5, atol=1e-6)
+    assert np.isfinite(found).all()
+    assert found.dtype == exact.dtype
 
 
 # --- Moments
@@ -645,9 +662,7 @@ def test_own_noise_is_left_alone():
 @pytest.mark.parametrize("law", [*CONVENTIONS, TwoSided])
 def test_adapted_noise_traces_to_the_same_program(law):
     """So that an eager call compiles once."""
-    traces = [
-        _user_code.trace_noise(as_noise(law()), KEY, 3, np.dtype("float32"))[0] for _ in range(2)
-    ]
+    traces = [trace_noise(as_noise(law()), KEY, 3, np.dtype("float32"))[0] for _ in range(2)]
     assert traces[0] == traces[1]
     assert hash(traces[0]) == hash(traces[1])
 
@@ -1009,9 +1024,14 @@ class StaleVariance(Wide):
     variance = 1.0
 
 
-class WrongFromNormal(Wide):
-    def from_normal(self, z):
-        return 1 + 1.9 * z
+class WrongOfTwoInverses(Wide):
+    """Nets draw by the first, orthogonal directions by the second."""
+
+    def from_bits(self, bits):
+        return 1 + 2 * px.Normal().from_bits(bits)
+
+    def icdf(self, u):
+        return 1 + 1.9 * px.Normal().icdf(u)
 
 
 class Moving:
@@ -1041,8 +1061,8 @@ class MovingWithVariance(Moving):
         (StaleMean, r"the draws have the mean (0\.99|1\.00)\d .*noise\.mean is 0"),
         (StaleVariance, r"the draws have the variance (3\.9|4\.0)\d+ .*noise\.variance is 1"),
         (
-            WrongFromNormal,
-            r"of draws by from_normal, .* E\[z score\] is 0\.(89|90|91)\d*.* must be 1",
+            WrongOfTwoInverses,
+            r"of draws by icdf, .* E\[z score\] is 0\.(89|90|91)\d*.* must be 1",
         ),
         (MovingWithVariance, "depend on each other, but what the noise declares"),
     ],

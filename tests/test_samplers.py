@@ -15,6 +15,7 @@ import perturbax as px
 from helpers import assert_distributed_as, assert_unbiased
 from perturbax.estimator import _surrogate
 from perturbax.sampling import _draw_groups, _random_bits
+from perturbax.sampling._merged import Merged
 
 SAMPLERS = {
     "independent": px.Independent(),
@@ -43,7 +44,7 @@ def smooth(fun, x, sigma, noise, num_samples=64, **options):
 @pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel()], ids=["normal", "gumbel"])
 @pytest.mark.parametrize("name", [*SAMPLERS, "merged pairs"])
 def test_each_sample_has_the_law_of_the_noise(name, noise):
-    sampler = {**SAMPLERS, "merged pairs": _draw_groups.Merged(px.Antithetic(), 3)}[name]
+    sampler = {**SAMPLERS, "merged pairs": Merged(px.Antithetic(), 3)}[name]
     law = {px.Normal: "norm", px.Gumbel: "gumbel_r"}[type(noise)]
     size = min(sampler.group_size(64, 3), 12)
 

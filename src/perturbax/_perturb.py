@@ -13,6 +13,7 @@ from .execution._evaluation import Plan
 from .noise._foreign import AdaptedNoise, as_noise
 from .noise._protocol import NoiseDistribution
 from .noise._smooth import Gumbel
+from .noise._traced import trace_noise
 from .sampling._protocol import Sampler
 from .scale import _scales
 from .tracing import _user_code
@@ -161,7 +162,7 @@ def make_perturbed_fun(
         dim = _checks.num_elements(leaves)
         choice = _default_rule.choose(num_samples, dim, noise, sampler, degree, num_nets)
         if isinstance(noise, AdaptedNoise):
-            law, law_operands = _user_code.trace_noise(noise, key, dim, dtype)
+            law, law_operands = trace_noise(noise, key, dim, dtype)
         plan = Plan(
             fun=fun_traced,
             noise=law,

@@ -1,7 +1,6 @@
 """check_noise: whether an object is what noise should be, by measurement."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -13,8 +12,9 @@ import numpy as np
 from jax import Array
 
 from .. import _checks
+from ..noise import _quantiles
 from ..noise._foreign import as_noise
-from ..noise._inverse import from_normal, from_words, is_invertible
+from ..noise._inverse import by_icdf, is_invertible
 
 # Standard errors beyond which a difference is not chance: 6e-7 for each comparison.
 _LIMIT = 5.0
@@ -75,7 +75,7 @@ def check_noise(
     the whole line, with the score s = -d log p / dz: E[s] = 0, E[z s] = 1, E[s h(z)] = E[h'(z)] for
     any smooth bounded h and, for second derivatives, E[(s^2 - s') h(z)] = E[h''(z)]. All are
     measured over many draws, for the noise as `make_perturbed_fun` would use it: drawn by `sample`
-    and, where it has them, by `icdf`, `from_bits` and `from_normal`. Measured, too, are whether
+    and, where it has them, by `icdf` and `from_bits`. Measured, too, are whether
     draws have the shape and the dtype that were asked for, depend on the key, are independent from
     coordinate to coordinate (unless `log_prob` is of all together) and from key to key, take
     enough different values, and have the `mean` and `variance` that the noise declares.
@@ -367,17 +367,16 @@ def _is_finite(value: Any) -> bool:
 
 def _inverses(law: Any, key: Array, count: int, dim: int) -> Iterator[str]:
     """What other samplers draw, through inverse distribution functions, has the same law."""
-    if not is_invertible(law):
-        return
     bits = jax.random.bits(key, (count, dim), np.uint32)
-    normal = jax.random.normal(key, (count, dim), np.float32)
-    by_words = "from_bits" if hasattr(law, "from_bits") else "icdf"
-    ways: dict[str, Any] = {by_words: (from_words, bits)}
-    if hasattr(law, "from_normal"):
-        ways["from_normal"] = from_normal, normal
-    for name, (draw, uniform) in ways.items():
+    ways: dict[str, Any] = {
+        "from_bits": lambda bits: law.from_bits(bits),
+        "icdf": lambda bits: by_icdf(law, *_quantiles.from_bits(bits)),
+    }
+    for name, draw in ways.items():
+        if not hasattr(law, name):
+            continue
         try:
-            z = np.asarray(jax.jit(functools.partial(draw, law))(uniform), np.float64)
+            z = np.asarray(jax.jit(draw)(bits), np.float64)
             _check_finite(z)
             scores = _scores(law, z)
             found = list(_identities(z, scores, _mean(scores), _mean(z * scores)))

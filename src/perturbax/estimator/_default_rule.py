@@ -9,8 +9,8 @@ from ..noise._foreign import as_noise
 from ..noise._inverse import is_invertible
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
-from ..sampling._draw_groups import Merged
 from ..sampling._independent import Independent
+from ..sampling._merged import Merged
 from ..sampling._nets import OrthogonalArray, Sobol
 from ..sampling._protocol import Sampler
 from ._surrogate import num_features

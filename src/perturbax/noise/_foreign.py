@@ -15,11 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ._derivative_limit import Limit, limit_derivatives, visible_limit
-from ._limited import Laplace, Triangular, Uniform
 from ._protocol import Shape
-from ._smooth import Cauchy, Gumbel, Logistic, Normal, StudentT
-
-_OWN = (Cauchy, Gumbel, Laplace, Logistic, Normal, StudentT, Triangular, Uniform)
 
 _JUMP = "jumps, for example at an end of its support"
 _KINK = "has a kink"
@@ -40,7 +36,7 @@ _DISCRETE = (
     "Geometric", "NegativeBinomial", "Poisson", "QuantizedDistribution", "Rademacher", "Skellam",
     "Zipf",
 )  # fmt: skip
-_OPTIONAL = ("derivatives", "from_bits", "from_normal", "icdf", "mean", "variance")
+_OPTIONAL = ("derivatives", "from_bits", "icdf", "mean", "variance")
 
 
 def as_noise(noise: Any) -> Any:
@@ -53,7 +49,7 @@ def as_noise(noise: Any) -> Any:
       ValueError: if the law is discrete, of vectors, or a batch of laws.
       TypeError: if `derivatives` is not a number.
     """
-    if isinstance(noise, AdaptedNoise) or type(noise) in _OWN:
+    if _root(noise) == __name__.split(".")[0]:
         return noise
     law = _name(noise)
     _check_shapes(noise, law)
@@ -146,8 +142,13 @@ def _name(noise: Any) -> str:
     return f"{library}.{type(noise).__name__}" if library else type(noise).__name__
 
 
+def _root(noise: Any) -> str:
+    """The package that the class is from."""
+    return type(noise).__module__.split(".")[0]
+
+
 def _library(noise: Any) -> str | None:
-    root = type(noise).__module__.split(".")[0]
+    root = _root(noise)
     return root if root in ("numpyro", "distrax", "tensorflow_probability") else None
 
 
@@ -203,8 +204,6 @@ def _is_discrete(noise: Any) -> bool:
 def _limit(noise: Any, law: str) -> Limit | None:
     """What is known of the smoothness of the density: by its own word, or by name."""
     declared = getattr(noise, "derivatives", None)
-    if isinstance(getattr(noise, "limit", None), Limit):
-        return noise.limit
     if declared is not None:
         if isinstance(declared, bool) or not isinstance(declared, int | float | np.number):
             raise TypeError(

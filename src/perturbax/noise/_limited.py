@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _quantiles
+from . import _inverse
 from ._derivative_limit import Limit, limit_derivatives
-from ._inverse import draw, icdf
 from ._moments import even_moment
 from ._protocol import Shape
 from ._quantiles import at_least_single, mirror, two_sided
@@ -35,9 +34,9 @@ class Laplace:
     mean: ClassVar[float] = 0.0
     variance: ClassVar[float] = 2.0
 
-    def sample(self, key: Array, sample_shape: Shape = (), dtype: DTypeLike = float) -> Array:
-        """Independent draws, an array of shape `sample_shape`; consumes `key`."""
-        return draw(self, key, sample_shape, dtype)
+    sample = _inverse.sample
+    icdf = _inverse.icdf
+    from_bits = _inverse.from_bits
 
     def log_prob(self, inputs: ArrayLike) -> Array:
         """Log-density `-|z| - log 2`, element by element."""
@@ -51,23 +50,12 @@ class Laplace:
         """Distribution function, element by element."""
         return two_sided(lambda z: jnp.exp(z) / 2, inputs)
 
-    def icdf(self, u: ArrayLike) -> Array:
-        """Inverse of the distribution function, element by element."""
-        return icdf(self._quantile, u)
-
-    def from_bits(self, bits: Array) -> Array:
-        """The draw that uniform words (uint32 or uint64) stand for, increasing in the words."""
-        return self._quantile(*_quantiles.from_bits(bits))
-
-    def from_normal(self, z: ArrayLike) -> Array:
-        """The draw that standard normal numbers stand for, increasing in them."""
-        return self._quantile(*_quantiles.from_normal(z))
-
     def moment(self, order: int) -> float:
         """E[z^order]: order! for even orders."""
         return even_moment(order, math.factorial)
 
-    def _quantile(self, tail: Array, upper: Array) -> Array:
+    def from_tail(self, tail: Array, upper: Array) -> Array:
+        """The draw whose probability is `tail` from 0 or, where `upper`, from 1."""
         return mirror(-jnp.log(2 * tail), upper)
 
 
@@ -92,13 +80,17 @@ class Triangular:
     derivatives: ClassVar[float] = 1
     mean: ClassVar[float] = 0.0
     variance: ClassVar[float] = 1 / 6
+    support: ClassVar[tuple[float, float]] = (-1.0, 1.0)
 
     def sample(self, key: Array, sample_shape: Shape = (), dtype: DTypeLike = float) -> Array:
         """Independent draws, an array of shape `sample_shape`; consumes `key`."""
-        z = draw(self, key, sample_shape, dtype)
+        z = _inverse.sample(self, key, sample_shape, dtype)
         # Rounding to half precision must not reach the ends, where the score is infinite.
         most = (1 - jnp.finfo(z.dtype).epsneg).astype(z.dtype)
         return jnp.clip(z, -most, most)
+
+    icdf = _inverse.icdf
+    from_bits = _inverse.from_bits
 
     def log_prob(self, inputs: ArrayLike) -> Array:
         """Log-density `log(1 - |z|)`, element by element; minus infinity outside (-1, 1)."""
@@ -118,23 +110,12 @@ class Triangular:
         """Distribution function, element by element."""
         return two_sided(lambda z: jnp.maximum(1 + z, 0) ** 2 / 2, inputs)
 
-    def icdf(self, u: ArrayLike) -> Array:
-        """Inverse of the distribution function, element by element."""
-        return icdf(self._quantile, u, -1, 1)
-
-    def from_bits(self, bits: Array) -> Array:
-        """The draw that uniform words (uint32 or uint64) stand for, increasing in the words."""
-        return self._quantile(*_quantiles.from_bits(bits))
-
-    def from_normal(self, z: ArrayLike) -> Array:
-        """The draw that standard normal numbers stand for, increasing in them."""
-        return self._quantile(*_quantiles.from_normal(z))
-
     def moment(self, order: int) -> float:
         """E[z^order]: 2 / ((order + 1) (order + 2)) for even orders."""
         return even_moment(order, lambda k: 2 / ((k + 1) * (k + 2)))
 
-    def _quantile(self, tail: Array, upper: Array) -> Array:
+    def from_tail(self, tail: Array, upper: Array) -> Array:
+        """The draw whose probability is `tail` from 0 or, where `upper`, from 1."""
         most = 1 - jnp.finfo(tail.dtype).epsneg
         return mirror(jnp.minimum(1 - jnp.sqrt(2 * tail), most), upper)
 
@@ -164,10 +145,11 @@ class Uniform:
     derivatives: ClassVar[float] = 0
     mean: ClassVar[float] = 0.0
     variance: ClassVar[float] = 1 / 3
+    support: ClassVar[tuple[float, float]] = (-1.0, 1.0)
 
-    def sample(self, key: Array, sample_shape: Shape = (), dtype: DTypeLike = float) -> Array:
-        """Independent draws, an array of shape `sample_shape`; consumes `key`."""
-        return draw(self, key, sample_shape, dtype)
+    sample = _inverse.sample
+    icdf = _inverse.icdf
+    from_bits = _inverse.from_bits
 
     def log_prob(self, inputs: ArrayLike) -> Array:
         """Log-density -log 2, element by element; minus infinity outside [-1, 1]."""
@@ -184,21 +166,10 @@ class Uniform:
         """Distribution function, element by element."""
         return jnp.clip((1 + at_least_single(inputs)) / 2, 0, 1)
 
-    def icdf(self, u: ArrayLike) -> Array:
-        """Inverse of the distribution function, 2 u - 1, element by element."""
-        return icdf(self._quantile, u, -1, 1)
-
-    def from_bits(self, bits: Array) -> Array:
-        """The draw that uniform words (uint32 or uint64) stand for, increasing in the words."""
-        return self._quantile(*_quantiles.from_bits(bits))
-
-    def from_normal(self, z: ArrayLike) -> Array:
-        """The draw that standard normal numbers stand for, increasing in them."""
-        return self._quantile(*_quantiles.from_normal(z))
-
     def moment(self, order: int) -> float:
         """E[z^order]: 1 / (order + 1) for even orders."""
         return even_moment(order, lambda k: 1 / (k + 1))
 
-    def _quantile(self, tail: Array, upper: Array) -> Array:
+    def from_tail(self, tail: Array, upper: Array) -> Array:
+        """The draw whose probability is `tail` from 0 or, where `upper`, from 1."""
         return mirror(1 - 2 * tail, upper)

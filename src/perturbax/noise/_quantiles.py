@@ -32,6 +32,15 @@ def from_bits(bits: Array) -> tuple[Array, Array]:
     return (folded + np.float32(0.5)) * np.float32(2**-32), upper
 
 
+def to_bits(tail: Array, upper: Array) -> Array:
+    """The uint32 or uint64 word whose cell holds what has this tail and end: `from_bits` undone."""
+    wide = tail.dtype.itemsize == 8
+    # To the middle one at most: there the tail, 1/2, is rounded up.
+    scale, most = (2.0**64, 2**63 - 2**11) if wide else (2.0**32, 2**31 - 2**7)
+    word = jnp.minimum(tail * scale, most).astype(jnp.uint64 if wide else jnp.uint32)
+    return jnp.where(upper, ~word, word)
+
+
 def from_probability(u: ArrayLike) -> tuple[Array, Array]:
     """Tail and end of probabilities in [0, 1]."""
     u = at_least_single(u)

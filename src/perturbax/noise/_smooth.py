@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from . import _quantiles
-from ._inverse import draw, icdf
+from . import _inverse, _quantiles
 from ._moments import check_order, even_moment, zeta
-from ._protocol import Shape
 from ._quantiles import at_least_single, mirror, two_sided
 
 
@@ -33,9 +31,9 @@ class Gumbel:
     mean: ClassVar[float] = float(np.euler_gamma)
     variance: ClassVar[float] = math.pi**2 / 6
 
-    def sample(self, key: Array, sample_shape: Shape = (), dtype: DTypeLike = float) -> Array:
-        """Independent draws, an array of shape `sample_shape`; consumes `key`."""
-        return draw(self, key, sample_shape, dtype)
+    sample = _inverse.sample
+    icdf = _inverse.icdf
+    from_bits = _inverse.from_bits
 
     def log_prob(self, inputs: ArrayLike) -> Array:
         """Log-density -z - exp(-z), element by element."""
@@ -50,18 +48,6 @@ class Gumbel:
         """Distribution function exp(-exp(-z)), element by element."""
         return jnp.exp(-jnp.exp(-at_least_single(inputs)))
 
-    def icdf(self, u: ArrayLike) -> Array:
-        """Inverse of the distribution function, -log(-log u), element by element."""
-        return icdf(_quantiles.gumbel, u)
-
-    def from_bits(self, bits: Array) -> Array:
-        """The draw that uniform words (uint32 or uint64) stand for, increasing in the words."""
-        return _quantiles.gumbel(*_quantiles.from_bits(bits))
-
-    def from_normal(self, z: ArrayLike) -> Array:
-        """The draw that standard normal numbers stand for, increasing in them."""
-        return _quantiles.gumbel(*_quantiles.from_normal(z))
-
     def moment(self, order: int) -> float:
         """E[z^order], from the cumulants: Euler's constant, then (k - 1)! zeta(k)."""
         check_order(order)
@@ -73,6 +59,10 @@ class Gumbel:
             )
             moments.append(math.fsum(terms))
         return moments[order]
+
+    def from_tail(self, tail: Array, upper: Array) -> Array:
+        """The draw whose probability is `tail` from 0 or, where `upper`, from 1."""
+        return _quantiles.gumbel(tail, upper)
 
 
 def _gumbel_cumulant(k: int) -> float:
@@ -93,9 +83,9 @@ class Normal:
     mean: ClassVar[float] = 0.0
     variance: ClassVar[float] = 1.0
 
-    def sample(self, key: Array, sample_shape: Shape = (), dtype: DTypeLike = float) -> Array:
-        """Independent draws, an array of shape `sample_shape`; consumes `key`."""
-        return draw(self, key, sample_shape, dtype)
+    sample = _inverse.sample
+    icdf = _inverse.icdf
+    from_bits = _inverse.from_bits
 
     def log_prob(self, inputs: ArrayLike) -> Array:
         """Log-density -z^2 / 2 up to its constant, element by element."""
@@ -110,14 +100,6 @@ class Normal:
         """Distribution function Phi(z), element by element."""
         return jax.scipy.special.ndtr(at_least_single(inputs))
 
-    def icdf(self, u: ArrayLike) -> Array:
-        """Inverse of the distribution function, element by element."""
-        return icdf(self._quantile, u)
-
-    def from_bits(self, bits: Array) -> Array:
-        """The draw that uniform words (uint32 or uint64) stand for, increasing in the words."""
-        return self._quantile(*_quantiles.from_bits(bits))
-
     def from_normal(self, z: ArrayLike) -> Array:
         """The draw that standard normal numbers stand for: themselves."""
         return at_least_single(z)
@@ -126,7 +108,8 @@ class Normal:
         """E[z^order]: 1 * 3 * ... * (order - 1) for even orders."""
         return even_moment(order, lambda k: math.prod(range(1, k, 2)))
 
-    def _quantile(self, tail: Array, upper: Array) -> Array:
+    def from_tail(self, tail: Array, upper: Array) -> Array:
+        """The draw whose probability is `tail` from 0 or, where `upper`, from 1."""
         return mirror(_quantiles.normal(tail), upper)
 
 
@@ -146,9 +129,9 @@ class Logistic:
     mean: ClassVar[float] = 0.0
     variance: ClassVar[float] = math.pi**2 / 3
 
-    def sample(self, key: Array, sample_shape: Shape = (), dtype: DTypeLike = float) -> Array:
-        """Independent draws, an array of shape `sample_shape`; consumes `key`."""
-        return draw(self, key, sample_shape, dtype)
+    sample = _inverse.sample
+    icdf = _inverse.icdf
+    from_bits = _inverse.from_bits
 
     def log_prob(self, inputs: ArrayLike) -> Array:
         """Log-density -z - 2 log(1 + exp(-z)), element by element."""
@@ -163,18 +146,6 @@ class Logistic:
         """Distribution function 1 / (1 + exp(-z)), element by element."""
         return jax.nn.sigmoid(at_least_single(inputs))
 
-    def icdf(self, u: ArrayLike) -> Array:
-        """Inverse of the distribution function, log(u / (1 - u)), element by element."""
-        return icdf(self._quantile, u)
-
-    def from_bits(self, bits: Array) -> Array:
-        """The draw that uniform words (uint32 or uint64) stand for, increasing in the words."""
-        return self._quantile(*_quantiles.from_bits(bits))
-
-    def from_normal(self, z: ArrayLike) -> Array:
-        """The draw that standard normal numbers stand for, increasing in them."""
-        return self._quantile(*_quantiles.from_normal(z))
-
     def moment(self, order: int) -> float:
         """E[z^order]: 2 order! (1 - 2^(1 - order)) zeta(order) for even orders, from 2 on."""
         check_order(order)
@@ -182,7 +153,8 @@ class Logistic:
             return 1.0
         return even_moment(order, lambda k: 2 * math.factorial(k) * (1 - 2.0 ** (1 - k)) * zeta(k))
 
-    def _quantile(self, tail: Array, upper: Array) -> Array:
+    def from_tail(self, tail: Array, upper: Array) -> Array:
+        """The draw whose probability is `tail` from 0 or, where `upper`, from 1."""
         return mirror(jnp.log((1 - tail) / tail), upper)
 
 
@@ -202,9 +174,9 @@ class Cauchy:
     mean: ClassVar[float] = math.nan
     variance: ClassVar[float] = math.nan
 
-    def sample(self, key: Array, sample_shape: Shape = (), dtype: DTypeLike = float) -> Array:
-        """Independent draws, an array of shape `sample_shape`; consumes `key`."""
-        return draw(self, key, sample_shape, dtype)
+    sample = _inverse.sample
+    icdf = _inverse.icdf
+    from_bits = _inverse.from_bits
 
     def log_prob(self, inputs: ArrayLike) -> Array:
         """Log-density -log(1 + z^2) - log pi, element by element."""
@@ -221,24 +193,13 @@ class Cauchy:
         inputs = at_least_single(inputs)
         return jnp.arctan2(jnp.ones_like(inputs), -inputs) / math.pi
 
-    def icdf(self, u: ArrayLike) -> Array:
-        """Inverse of the distribution function, -cot(pi u), element by element."""
-        return icdf(self._quantile, u)
-
-    def from_bits(self, bits: Array) -> Array:
-        """The draw that uniform words (uint32 or uint64) stand for, increasing in the words."""
-        return self._quantile(*_quantiles.from_bits(bits))
-
-    def from_normal(self, z: ArrayLike) -> Array:
-        """The draw that standard normal numbers stand for, increasing in them."""
-        return self._quantile(*_quantiles.from_normal(z))
-
     def moment(self, order: int) -> float:
         """E[z^order]: infinite for even orders from 2 on, NaN for odd ones."""
         check_order(order)
         return 1.0 if order == 0 else (math.nan if order % 2 else math.inf)
 
-    def _quantile(self, tail: Array, upper: Array) -> Array:
+    def from_tail(self, tail: Array, upper: Array) -> Array:
+        """The draw whose probability is `tail` from 0 or, where `upper`, from 1."""
         return mirror(_quantiles.cauchy(tail), upper)
 
 
@@ -287,9 +248,9 @@ class StudentT:
         """df / (df - 2) where df > 2; NaN where df is 1, else infinite."""
         return self.df / (self.df - 2) if self.df > 2 else math.inf - abs(self.mean)
 
-    def sample(self, key: Array, sample_shape: Shape = (), dtype: DTypeLike = float) -> Array:
-        """Independent draws, an array of shape `sample_shape`; consumes `key`."""
-        return draw(self, key, sample_shape, dtype)
+    sample = _inverse.sample
+    icdf = _inverse.icdf
+    from_bits = _inverse.from_bits
 
     def log_prob(self, inputs: ArrayLike) -> Array:
         """Log-density -(df + 1) / 2 log(1 + z^2 / df) up to its constant, element by element."""
@@ -311,18 +272,6 @@ class StudentT:
 
         return two_sided(lower_tail, inputs)
 
-    def icdf(self, u: ArrayLike) -> Array:
-        """Inverse of the distribution function, element by element."""
-        return icdf(self._quantile, u)
-
-    def from_bits(self, bits: Array) -> Array:
-        """The draw that uniform words (uint32 or uint64) stand for, increasing in the words."""
-        return self._quantile(*_quantiles.from_bits(bits))
-
-    def from_normal(self, z: ArrayLike) -> Array:
-        """The draw that standard normal numbers stand for, increasing in them."""
-        return self._quantile(*_quantiles.from_normal(z))
-
     def moment(self, order: int) -> float:
         """E[z^order]: where order >= df, infinite for even orders and NaN for odd ones."""
         check_order(order)
@@ -334,5 +283,6 @@ class StudentT:
         factors = ((k - 1) * self.df / (self.df - k) for k in range(2, order + 1, 2))
         return 0.0 if order % 2 else math.prod(factors)
 
-    def _quantile(self, tail: Array, upper: Array) -> Array:
+    def from_tail(self, tail: Array, upper: Array) -> Array:
+        """The draw whose probability is `tail` from 0 or, where `upper`, from 1."""
         return mirror(_quantiles.student_t(tail, self.df), upper)

@@ -248,7 +248,6 @@ class SumOfGamma:
     num_terms: int = 10
 
     derivatives: ClassVar[float] = 0
-    limit: ClassVar[Limit] = _SUM_OF_GAMMA
 
     def __post_init__(self) -> None:
         """Checks the parameters."""

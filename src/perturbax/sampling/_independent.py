@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from .. import _checks
 from ..noise._inverse import from_words
@@ -45,6 +45,37 @@ class Independent:
             one = lambda k: noise.sample(k, (dim,), dtype)  # noqa: E731
             return jax.vmap(one)(jax.random.split(key, group_size)).astype(dtype)
         return noise.from_bits(_random_bits.grid(jax.random.key_data(key), group_size, dim, dtype))
+
+    def sample_groups(
+        self,
+        key: Array,
+        first: Array,
+        count: int,
+        noise: Any,
+        group_size: int,
+        dim: int,
+        dtype: np.dtype,
+    ) -> Array:
+        """Noise of several groups, shape (count * group_size, dim)."""
+        rows = count * group_size
+        if not hasattr(noise, "from_bits"):
+
+            def one(key: Array) -> Array:
+                typed = jax.random.wrap_key_data(key, impl="threefry2x32")
+                if group_size == 1:
+                    return noise.sample(typed, (dim,), dtype)[None].astype(dtype)
+                return self.sample_group(typed, noise, group_size, dim, dtype)
+
+            keys = _random_bits.group_keys(key, first, count)
+            return jax.vmap(one)(keys).reshape(rows, dim)
+
+        # XLA makes no vector instructions of a number of elements that four do not divide.
+        more = -rows % 4 if isinstance(dim, int) and 0 < dim < _random_bits.NARROW else 0
+        samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, rows + more)
+        block = lambda: noise.from_bits(_random_bits.numbered(key, samples, dim, dtype))  # noqa: E731
+        if not more:
+            return block()
+        return _random_bits.materialise(block, (rows + more, dim), dtype, key)[:rows]
 
 
 @dataclasses.dataclass(frozen=True)

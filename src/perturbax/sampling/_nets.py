@@ -13,7 +13,16 @@ from .. import _checks
 from ..noise._inverse import from_words
 from . import _generators
 from ._protocol import MAX_GROUP
-from ._random_bits import MANY, NARROW, child, column_numbers, grid, materialise, words32
+from ._random_bits import (
+    MANY,
+    NARROW,
+    child,
+    column_numbers,
+    grid,
+    group_keys,
+    materialise,
+    words32,
+)
 
 # Of keys (count, 2), levels and dim: the scrambled generators of the binary digits of a point's
 # index (count, levels, dim), lowest digit first, and what is added to all (count, 1, dim).
@@ -234,13 +243,25 @@ class DigitalNet:
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
         keys = jax.random.key_data(key)[None]
-        return self.sample_groups(keys, noise, group_size, dim, dtype)[0]
+        return noise_of_nets(self._scrambled, keys, noise, group_size, dim, dtype)[0]
 
     def sample_groups(
-        self, keys: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+        self,
+        key: Array,
+        first: Array,
+        count: int,
+        noise: Any,
+        group_size: int,
+        dim: int,
+        dtype: np.dtype,
     ) -> Array:
-        """Noise of a group for each key of two words, shape (number of keys, group_size, dim)."""
-        return noise_of_nets(self._scrambled, keys, noise, group_size, dim, dtype)
+        """Noise of several groups, shape (count * group_size, dim).
+
+        All at once, for vmap takes as long to trace as the net itself.
+        """
+        keys = group_keys(key, first, count)
+        z = noise_of_nets(self._scrambled, keys, noise, group_size, dim, dtype)
+        return z.reshape(count * group_size, dim)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,4 +62,4 @@ class Orthogonal:
         z = (q * signs[None]).T * jnp.linalg.norm(gauss, axis=1, keepdims=True)
         if self.antithetic:
             z = jnp.concatenate([z, -z])[:group_size]
-        return z if isinstance(noise, Normal) else from_normal(noise, z)
+        return from_normal(noise, z)

@@ -21,6 +21,10 @@ class Sampler(Protocol):
 
     More is used where it is there:
 
+    - `sample_groups(key, first, count, noise, group_size, dim, dtype)`, noise of the groups first,
+      ..., first + count - 1 in one array (count * group_size, dim), where that is faster than one
+      by one. `key` is then two uint32 words for all groups, `first` an uint32 scalar; each group's
+      noise must depend on the group's number, not on which others are drawn.
     - `needs_inverse = True`, if it draws through the noise's inverse distribution function, and
       `needs_dim = True`, if it cannot do with a symbolic number of coordinates: then what cannot
       work raises an error that says so.

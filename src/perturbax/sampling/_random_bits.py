@@ -87,6 +87,11 @@ def child(key: Array, index: Array) -> Array:
     return jnp.stack(threefry(key, jnp.asarray(index, jnp.uint32), jnp.uint32(0xFFFFFFFF)))
 
 
+def group_keys(key: Array, first: Array, count: int) -> Array:
+    """The keys of the groups first, ..., first + count - 1: (count, 2)."""
+    return jax.vmap(lambda group: child(key, group))(first + lax.iota(jnp.uint32, count))
+
+
 def materialise(
     block: Callable[[], Array], shape: tuple[Any, ...], dtype: Any, key: Array
 ) -> Array:
