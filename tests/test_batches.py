@@ -128,8 +128,8 @@ def test_large_batches_are_gone_through_in_turn(options, size, monkeypatch):
 
     whole = estimates(x)
     for chunk in (300 * 40 * 2, 300 * 10):
-        monkeypatch.setitem(px.execution._evaluation.CHUNK, "cpu", chunk)
-        monkeypatch.setattr(px.execution._evaluation, "_BATCH", chunk)
+        monkeypatch.setitem(px.execution._plan.CHUNK, "cpu", chunk)
+        monkeypatch.setattr(px.execution._chunks, "_BATCH", chunk)
         for got, want in zip(
             jax.tree.leaves(estimates(x + 0)), jax.tree.leaves(whole), strict=True
         ):

@@ -9,7 +9,7 @@ from jax import Array
 from . import _checks
 from ._describe import describe, leading
 from .estimator import _default_rule, _estimator
-from .execution._evaluation import Plan
+from .execution._plan import Operands, Plan
 from .noise._foreign import AdaptedNoise, as_noise
 from .noise._protocol import NoiseDistribution
 from .noise._smooth import Gumbel
@@ -30,7 +30,7 @@ class Call(NamedTuple):
     key: Array
     x: list[Array]
     sigma: list[Array]
-    operands: Any
+    operands: Operands
     value_tree: Any
     aux_tree: Any
 
@@ -175,13 +175,15 @@ def make_perturbed_fun(
             dtypes=tuple(v.dtype for v in leaves),
             dtype=dtype,
         )
-        return Call(plan, key, leaves, scales, (operands, law_operands), value_tree, aux_tree)
+        return Call(
+            plan, key, leaves, scales, Operands(operands, law_operands), value_tree, aux_tree
+        )
 
     def perturbed_fun(*args: Any, **kwargs: Any) -> Any:
         key, x, *rest = leading(("key", "x"), args, kwargs)
         call = prepare(key, x, tuple(rest), kwargs)
         with _user_code.explained_vmap(batch_size):
-            value, aux = _estimator.estimate(*call[:5])
+            value, aux = _estimator.estimate(call.plan, call.key, call.x, call.sigma, call.operands)
         if _checks.is_traced(sigma):
             value = _scales.nan_unless_valid(value, call.sigma, call.x)
         value = jax.tree.unflatten(call.value_tree, value)

@@ -10,7 +10,7 @@ from jax import Array
 from . import _checks
 from ._describe import describe, leading
 from ._perturb import make_perturbed_fun
-from .estimator import _estimator
+from .estimator._formula import with_value
 from .noise._protocol import NoiseDistribution
 from .noise._smooth import Gumbel
 from .sampling._protocol import Sampler
@@ -92,7 +92,7 @@ def make_straight_through_fun(
             # Held fixed, for what has side effects may have no derivative either.
             values = _value(soft, hard, *jax.lax.stop_gradient((leaves, operands)))
             means = soft(operands[0], *leaves)
-            out = [_estimator.with_value(v, mean) for v, mean in zip(values, means, strict=True)]
+            out = [with_value(v, mean) for v, mean in zip(values, means, strict=True)]
         else:
             out = _straight_through(soft, hard, leaves, operands)
         return jax.tree.unflatten(soft.out_tree, out)

@@ -7,15 +7,32 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from .. import _checks
 from .._perturb import Perturbed
 from ..estimator._default_rule import RULE
+from ..estimator._derivatives import jacobians_of_groups
+from ..estimator._formula import fitted, unit_of
+from ..execution._chunks import Chunk, drawer, evaluate_at, sizes_of, stacked, summed
+from ..execution._plan import (
+    Operands,
+    Plan,
+    Point,
+    chunk_size,
+    concatenate,
+    flat_scale,
+    group_sizes,
+    in_groups,
+    noise_in,
+    split_leaves,
+    standardised,
+)
+from ..sampling import _random_bits
 from ..scale import _scales
 from ..tracing import _user_code
 from ..tracing._derivative_rules import without_derivatives
-from . import _spread
 
 
 class Intervals(NamedTuple):
@@ -172,7 +189,7 @@ def estimate(
         )
     derive = getattr(plan.noise, "derivatives", 1) > 0
     with _user_code.explained_vmap(perturbed.batch_size):
-        found, aux = _spread.spread(plan, derive, *call[1:5])
+        found, aux = _with_errors(plan, derive, call.key, call.x, call.sigma, call.operands)
     leaves, tree = jax.tree.flatten(found)
     found = tree.unflatten(_scales.nan_unless_valid(leaves, call.sigma, call.x))
 
@@ -194,3 +211,93 @@ def estimate(
         aux=jax.tree.unflatten(call.aux_tree, aux) if perturbed.has_aux else None,
         degrees_of_freedom=plan.num_groups - 1,
     )
+
+
+class _Estimates(NamedTuple):
+    """Estimates and their standard errors: leaves of the value, and for each of them those of x."""
+
+    value: list[Array]
+    value_error: list[Array]
+    jacobian: list[list[Array]]
+    jacobian_error: list[list[Array]]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _with_errors(
+    plan: Plan, derive: bool, key: Array, x: list[Array], sigma: list[Array], operands: Operands
+) -> tuple[_Estimates, list[Array]]:
+    """Value and, if `derive`, Jacobian in x, with their errors as the groups' spread tells them.
+
+    Each group g adds a part to the estimate, C_g, with the surrogate that is fitted on the others.
+    The estimate is their sum; its squared error that of a sum of independent numbers. (They are not
+    quite: surrogates are fitted on common samples. What that correlates is a product of two errors
+    of fits.)
+    """
+    flat_x, scale = concatenate(x, plan.dtype), flat_scale(plan, sigma)
+    words, point = _random_bits.root(key), Point(flat_x, scale)
+    noise = noise_in(plan, operands)
+    if derive:
+        # Bounds the Jacobians of groups that are held at a time.
+        most = max(1, chunk_size() // max(plan.num_rows * plan.dim, 1))
+        if most < plan.groups_at_a_time():
+            plan = dataclasses.replace(plan, batch_size=most * plan.group_size)
+    noise_of = drawer(plan, words, operands)
+    shares = jnp.asarray(group_sizes(plan) / plan.num_samples, plan.value_dtype)
+
+    def evaluate(chunk: Chunk, _: Any) -> tuple[Array, list[Array]]:
+        return evaluate_at(plan, operands, point, noise_of(chunk))
+
+    f, aux = stacked(plan, evaluate)
+    value = jnp.mean(f, axis=0)
+    unit = unit_of(f - value[None])  # lest squares overflow or vanish
+
+    def squares(parts: Array, whole: Array, share: Array, unit: Array) -> Array:
+        """Sums over the groups of |C_g - n_g / N C|^2 in squared units."""
+        deviations = parts - share.reshape(-1, *[1] * whole.ndim) * whole[None]
+        return jnp.sum((jnp.abs(deviations) / unit[None]) ** 2, axis=0)
+
+    def error(squares: Array, unit: Array) -> Array:
+        return unit * jnp.sqrt(squares * (plan.num_groups / max(plan.num_groups - 1, 1)))
+
+    def in_leaves(flat: Array) -> list[Array]:
+        dtypes = plan.output_dtypes
+        if not jnp.iscomplexobj(flat):  # errors are real, also those of complex numbers
+            dtypes = [np.dtype(jnp.finfo(dtype).dtype) for dtype in dtypes]
+        return split_leaves(flat, plan.outputs, dtypes)
+
+    means = jnp.sum(in_groups(plan, f - value[None]), axis=1) / plan.num_samples
+    value_error = error(squares(means, jnp.zeros_like(value), shares, unit), unit)
+    if not derive:
+        return _Estimates(in_leaves(value), in_leaves(value_error), [], []), aux
+
+    _, pull = jax.vjp(lambda v: standardised(plan, v, scale)[0], flat_x)
+    surrogates = fitted(plan, operands, point, noise_of, f)
+    parts = surrogates.rest, surrogates.beta
+
+    def jacobians(chunk: Chunk, parts: Any) -> Array:
+        z, wanted = noise_of(chunk), (True, False)
+        [in_a] = jacobians_of_groups(plan, wanted, noise, None, chunk, z, *parts)
+        return jax.vmap(jax.vmap(pull))(in_a)[0].astype(f.dtype)
+
+    jacobian = summed(plan, lambda *args: jnp.sum(jacobians(*args), axis=0), parts)
+
+    def jacobian_squares(chunk: Chunk, parts: Any) -> Array:
+        share = sizes_of(plan, chunk).astype(f.dtype) / plan.num_samples
+        return squares(jacobians(chunk, parts), jacobian, share, unit[:, None])
+
+    jacobian_error = error(summed(plan, jacobian_squares, parts), unit[:, None])
+
+    def by_leaf_of_x(rows: Array) -> list[list[Array]]:
+        columns = [jnp.moveaxis(v, 0, -1) for v in in_leaves(rows.T)]
+        return [
+            split_leaves(v, x, [v.dtype if jnp.iscomplexobj(v) else leaf.dtype for leaf in x])
+            for v in columns
+        ]
+
+    found = _Estimates(
+        in_leaves(value),
+        in_leaves(value_error),
+        by_leaf_of_x(jacobian),
+        by_leaf_of_x(jacobian_error),
+    )
+    return found, aux

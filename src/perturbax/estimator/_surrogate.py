@@ -75,16 +75,17 @@ def expected_features(a: Array, r: Any, degree: int, noise: Any) -> Array:
 
 
 def expected_slopes(beta: Array, dim: int, degree: int, noise: Any) -> tuple[Array, Array]:
-    """Derivatives of `expected_features` times beta (P, M) in a and in r, at a = 0 and r = 1.
+    """Derivatives of `expected_features` times beta (..., P, M) in a and in r, at a = 0 and r = 1.
 
     Returns:
-      Two arrays (M, D), the second for an r of shape (D,).
+      Two arrays (..., M, D), the second for an r of shape (D,).
     """
-    linear = beta[1 : 1 + dim].T
+    linear = jnp.swapaxes(beta[..., 1 : 1 + dim, :], -1, -2)
     in_r = -noise.mean * linear
     if degree == 2:
         j, k = _pairs(dim)
-        in_r -= 2 * noise.variance * beta[1 + dim + np.flatnonzero(j == k)].T
+        squares = beta[..., 1 + dim + np.flatnonzero(j == k), :]
+        in_r -= 2 * noise.variance * jnp.swapaxes(squares, -1, -2)
     return -linear, in_r
 
 

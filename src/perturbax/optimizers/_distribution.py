@@ -13,7 +13,7 @@ from jax import Array, lax
 from .. import _checks
 from .._describe import describe, leading
 from .._perturb import make_perturbed_fun
-from ..estimator import _default_rule, _estimator
+from ..estimator import _default_rule, _formula
 from ..noise._foreign import as_noise
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -174,7 +174,7 @@ def _log_density(noise: Any, v: list[Array], location: list[Array], scale: Any) 
         spread = jnp.broadcast_to(r, m.shape)
         rows.append(((lax.stop_gradient(one) - m[None]) / spread[None]).reshape(len(one), -1))
         log_scale += jnp.sum(jnp.log(spread))
-    return _estimator.log_prob_of(noise, jnp.concatenate(rows, axis=1)) - log_scale
+    return _formula.log_prob_of(noise, jnp.concatenate(rows, axis=1)) - log_scale
 
 
 @partial(jax.jit, static_argnums=0)
@@ -184,7 +184,7 @@ def _tabulate(group_size: int, solutions: Any, density: Array) -> tuple[Any, Arr
     place, counts, first = _classes(jax.tree.leaves(lax.stop_gradient(solutions)), num)
     distinct = jax.tree.map(lambda y: jnp.asarray(y)[first], solutions)
     # Zero, with the derivatives of the samples' weights.
-    weight = _estimator.unit_weight(density)
+    weight = _formula.unit_weight(density)
     change = weight - lax.stop_gradient(weight)
     counts = counts.astype(density.dtype)
     if group_size < num:

@@ -1,0 +1,226 @@
+"""Faster ways to what `_formula` says, for derivatives in x and sigma, and when to take them.
+
+`tests/test_formula.py` compares each with the formula as JAX differentiates it;
+`benchmarks/faster_ways.py` prints what each is worth.
+"""
+
+import functools
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..execution._chunks import (
+    Chunk,
+    draw_noise,
+    drawer,
+    evaluate_at,
+    over_groups,
+    sizes_of,
+    stacked,
+    summed,
+    vmapped_in_parts,
+)
+from ..execution._plan import (
+    MAX_ROWS,
+    Operands,
+    Plan,
+    Point,
+    cut,
+    in_groups,
+    noise_in,
+)
+from ..scale._matrices import Blocks, matmul
+from ..tracing._derivative_rules import any_live, is_live, live_jvp, with_jvp
+from ..tracing._mesh_axes import varying, varying_axes
+from . import _surrogate
+from ._formula import at_x, centre_of, fitted, formula, residual, share_of_one, slope_of
+
+# Which of a and r derivatives are asked for in.
+Wanted = tuple[bool, bool]
+
+
+def _value(
+    plan: Plan, key: Array, point: Point, a: Array, r: Any, operands: Operands
+) -> list[Array]:
+    """The value of V alone, a part for each leaf, with derivatives by the fastest way there is."""
+    del a, r
+
+    def mean(key: Array, point: Point, operands: Operands) -> Array:
+        def evaluate(chunk: Chunk, _: Any) -> Array:
+            z = draw_noise(plan, key, operands, chunk)
+            return jnp.sum(evaluate_at(plan, operands, point, z)[0], axis=0)
+
+        return summed(plan, evaluate) / plan.num_samples
+
+    return cut(vmapped_in_parts(plan, mean, key, point, operands), plan.outputs)
+
+
+def _value_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
+    *_, a_dot, r_dot, operands_dot = tangents
+    real = not jnp.issubdtype(plan.value_dtype, jnp.complexfloating)
+    few = isinstance(plan.num_rows, int) and 0 < plan.num_rows <= MAX_ROWS
+    matrix_dot = r_dot if isinstance(r_dot, Blocks) else None
+    if not few or not real or any_live((operands_dot, matrix_dot)):
+        return live_jvp(lambda *args: _formula_value(plan, *args), primals, tangents)
+    wanted = (is_live(a_dot), matrix_dot is None and is_live(r_dot))
+    value, *jacobians = _jacobian(plan, wanted, *primals)
+    dots = [
+        jnp.asarray(t, plan.value_dtype)
+        for t, asked in zip((a_dot, r_dot), wanted, strict=True)
+        if asked
+    ]
+    rows = zip(*jacobians, strict=True)
+    steps = [[j @ t if t.ndim else j * t for j, t in zip(r, dots, strict=True)] for r in rows]
+    return value, [functools.reduce(jnp.add, parts) for parts in steps]
+
+
+expectation = with_jvp(_value, _value_jvp, 1, symbolic_zeros=True)
+
+
+def _formula_value(
+    plan: Plan, key: Array, point: Point, a: Array, r: Any, operands: Operands
+) -> list[Array]:
+    return formula(plan, key, point, operands)[0](a, r)
+
+
+def _value_and_jacobians(
+    plan: Plan, wanted: Wanted, key: Array, point: Point, a: Array, r: Any, operands: Operands
+) -> tuple[list[Array], ...]:
+    """The value, and the Jacobians in a (M, D) and r (M,) or (M, D), as far as they are wanted.
+
+    Each in a part for each leaf, lest derivatives of one leaf spoil those of the others.
+    """
+    del a
+    one = _jacobian_of_surrogates if plan.degree else _jacobian_of_baselines
+    value, *jacobians = vmapped_in_parts(plan, partial(one, plan, wanted), key, point, r, operands)
+    if wanted[1] and not r.ndim:
+        jacobians[-1] = jacobians[-1][:, 0]
+    return tuple(cut(v, plan.outputs, axis=0) for v in (value, *jacobians))
+
+
+def _jacobian_jvp(plan: Plan, wanted: Wanted, primals: Any, tangents: Any) -> Any:
+    def jacobian(
+        key: Array, point: Point, a: Array, r: Any, operands: Operands
+    ) -> tuple[list[Array], ...]:
+        value, _ = formula(plan, key, point, operands)
+
+        def rows_of(leaf: int) -> tuple[Array, ...]:
+            out, pullback = jax.vjp(lambda a, r: value(a, r)[leaf], a, r)
+            basis = varying(jnp.eye(out.size, dtype=out.dtype), varying_axes(out))
+            rows = jax.vmap(pullback)(basis)
+            return (out, *(v for v, asked in zip(rows, wanted, strict=True) if asked))
+
+        return tuple(map(list, zip(*map(rows_of, range(plan.num_outputs)), strict=True)))
+
+    return live_jvp(jacobian, primals, tangents)
+
+
+_jacobian = with_jvp(_value_and_jacobians, _jacobian_jvp, 2, symbolic_zeros=True)
+
+
+def _jacobian_of_baselines(
+    plan: Plan, wanted: Wanted, key: Array, point: Point, r: Any, operands: Operands
+) -> list[Array]:
+    """Value and Jacobians for degree 0, or none: in one pass, which stores neither z nor f.
+
+    With 1 / n_g the weight of a value in the baseline of group g, and with c = f0, or the first
+    value if f0 is not used,
+
+        sum_i (f_i - b_i) dl_i = sum_i (f_i - c) (dl_i + B_g / n_g) - S sum_g B_g / n_g,
+
+    where B_g is the sum of dl_i over the group g of sample i, and S that of all f_i - c.
+    """
+    noise = noise_in(plan, operands)
+    start, counted = jnp.zeros((plan.num_rows,), plan.value_dtype), 0
+    if plan.evaluates_at_x:
+        start, counted = at_x(plan, operands, point)
+
+    def accumulate(chunk: Chunk, _: Any, centre: Array) -> tuple[Any, tuple[()], Array]:
+        z = draw_noise(plan, key, operands, chunk)
+        f = evaluate_at(plan, operands, point, z)[0]
+        if plan.degree == 0 and not plan.evaluates_at_x:
+            centre = jnp.where(chunk.first == 0, centre_of(f[0])[0], centre)
+        f = f - centre[None]
+        slopes = [v.astype(f.dtype) for v in slopes_of(wanted, noise, z, r)]
+        if plan.degree is None:
+            return (jnp.sum(f, axis=0), [(matmul(f.T, v), ()) for v in slopes]), (), centre
+        others = plan.num_samples - sizes_of(plan, chunk)
+        share = share_of_one(others + counted).astype(f.dtype)[:, None]
+        if plan.group_size == 1:  # B_g is dl_i
+            columns = jnp.concatenate([f * (1 + share), share], axis=1)
+            products = [matmul(columns.T, v) for v in slopes]
+        else:
+            own = jnp.concatenate([jnp.sum(in_groups(plan, f), axis=1) * share, share], axis=1)
+            columns = jnp.concatenate([f, jnp.zeros_like(f[:, :1])], axis=1)
+            products = [
+                matmul(columns.T, v) + matmul(own.T, jnp.sum(in_groups(plan, v), axis=1))
+                for v in slopes
+            ]
+        return (jnp.sum(f, axis=0), [(v[:-1], v[-1:]) for v in products]), (), centre
+
+    (total, sums), _, centre = over_groups(plan, accumulate, carry=start)
+    if plan.degree == 0:
+        # A matrix product, lest XLA recompute the total for every leaf of the result.
+        jacobians = [product + matmul(-total[:, None], score) for product, score in sums]
+    else:
+        jacobians = [product for product, _ in sums]
+    return [centre + total / plan.num_samples, *(v / plan.num_samples for v in jacobians)]
+
+
+def _jacobian_of_surrogates(
+    plan: Plan, wanted: Wanted, key: Array, point: Point, r: Any, operands: Operands
+) -> list[Array]:
+    """Value and Jacobians for degrees 1 and 2: the sums of what the groups add."""
+    noise, noise_of = noise_in(plan, operands), drawer(plan, key, operands)
+
+    def evaluate(chunk: Chunk, _: Any) -> Array:
+        return evaluate_at(plan, operands, point, noise_of(chunk))[0]
+
+    f = stacked(plan, evaluate)
+    surrogates = fitted(plan, operands, point, noise_of, f)
+
+    def weigh(chunk: Chunk, parts: Any) -> list[Array]:
+        found = jacobians_of_groups(plan, wanted, noise, r, chunk, noise_of(chunk), *parts)
+        return [jnp.sum(v, axis=0) for v in found]
+
+    return [jnp.mean(f, axis=0), *summed(plan, weigh, (surrogates.rest, surrogates.beta))]
+
+
+def jacobians_of_groups(
+    plan: Plan,
+    wanted: Wanted,
+    noise: Any,
+    r: Any,
+    chunk: Chunk,
+    z: Array,
+    rest: Array,
+    beta: Any,
+) -> list[Array]:
+    """What each group of a chunk adds to the Jacobian of V in a and in r, each (count, M, D).
+
+    That is (sum_i (f_i - q_i) dl_i + n_g dE q_g) / N over the n_g samples i of group g.
+    """
+    left = jnp.swapaxes(in_groups(plan, residual(plan, noise, z, rest, beta)), 1, 2)
+    slopes = [in_groups(plan, v.astype(left.dtype)) for v in slopes_of(wanted, noise, z, r)]
+    sums = [matmul(left, v) for v in slopes]
+    if plan.degree:
+        expected = _surrogate.expected_slopes(beta, plan.dim, plan.degree, noise)
+        slopes = [v for v, asked in zip(expected, wanted, strict=True) if asked]
+        if wanted[1] and not r.ndim:
+            slopes[-1] = jnp.sum(slopes[-1], axis=-1, keepdims=True)
+        sizes = sizes_of(plan, chunk).astype(left.dtype)[:, None, None]
+        sums = [v + sizes * e for v, e in zip(sums, slopes, strict=True)]
+    return [v / plan.num_samples for v in sums]
+
+
+def slopes_of(wanted: Wanted, noise: Any, z: Array, r: Any) -> list[Array]:
+    """dl/da (C, D) and dl/dr, (C, 1) or (C, D), of each row of z, as far as they are wanted."""
+    dl_da = slope_of(noise, z)
+    slopes = [dl_da] if wanted[0] else []
+    if wanted[1]:
+        dl_dr = 1 + z * dl_da
+        slopes.append(dl_dr if r.ndim else jnp.sum(dl_dr, axis=1, keepdims=True))
+    return slopes

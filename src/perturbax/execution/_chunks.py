@@ -1,0 +1,203 @@
+"""The evaluation of a plan: noise and values, a chunk of groups at a time, and the door to fun."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+
+from ..sampling._draw_groups import draw
+from ..sampling._random_bits import materialise
+from ..tracing._mesh_axes import in_told_mesh, varying, varying_axes
+from ._plan import Operands, Plan, Point, concatenate, group_sizes, noise_in, perturbed
+
+# Numbers in flight under vmap on a CPU: what all cores share should hold them.
+_BATCH = 2**21
+# Noise that several passes read is kept up to this many numbers: drawing it costs more than memory.
+_KEPT = {"cpu": 2**22}
+_KEPT_ACCELERATOR = 2**27
+
+
+class Chunk(NamedTuple):
+    """Some groups in a row. All are whole, but for the very last group, which may lack samples."""
+
+    first: Array  # number of the first group
+    groups: int  # how many of them
+    rows: int  # how many samples they hold
+
+
+def draw_noise(plan: Plan, key: Array, operands: Operands, chunk: Chunk) -> Array:
+    """Noise of a chunk, (rows, D), which has no derivative."""
+    noise, (first, count, rows) = noise_in(plan, operands), chunk
+    z = draw(noise, plan.sampler, key, first, count, plan.group_size, plan.dim, plan.dtype)
+    return lax.stop_gradient(z)[:rows]
+
+
+def drawer(plan: Plan, key: Array, operands: Operands) -> Callable[[Chunk], Array]:
+    """`draw_noise` for several passes over the groups, which keeps it unless it is too large."""
+    most = _KEPT.get(jax.default_backend(), _KEPT_ACCELERATOR)
+    size = plan.group_size * plan.dim
+    whole = plan.groups_at_a_time() == plan.num_groups
+    if not whole and (not isinstance(size, int) or plan.num_groups * size > most):
+        return partial(draw_noise, plan, key, operands)
+    z = draw_noise(plan, key, operands, everything(plan))
+    if whole:
+        return lambda chunk: z
+
+    def part(chunk: Chunk) -> Array:
+        def block() -> Array:
+            return lax.dynamic_slice_in_dim(z, chunk.first * np.uint32(plan.group_size), chunk.rows)
+
+        # Or XLA would cut again for every reading.
+        return materialise(block, (chunk.rows, plan.dim), z.dtype, key)
+
+    return part
+
+
+def evaluate_at(
+    plan: Plan, operands: Operands, point: Point, z: Array
+) -> tuple[Array, list[Array]]:
+    """Values (C, M) and stacked aux of the function at x + sigma z for the rows z of (C, D).
+
+    The only place that calls fun, which is vmapped over the rows, be there many or one; it is
+    called as it is where batch_size is 1, for it may hold what cannot be vmapped.
+    """
+    with in_told_mesh():
+        return _evaluate_at(plan, operands, point, z)
+
+
+@partial(jax.jit, static_argnums=0)  # traced once for value and derivative
+def _evaluate_at(
+    plan: Plan, operands: Operands, point: Point, z: Array
+) -> tuple[Array, list[Array]]:
+    def one(row: Array) -> tuple[Array, list[Array]]:
+        leaves = perturbed(plan, point, row)
+        out = [jnp.asarray(v) for v in plan.fun(operands.fun, *leaves)]
+        value = concatenate(out[: plan.num_outputs], plan.value_dtype)
+        # What fun sums over a mesh axis varies no more over it, but its weight does.
+        return varying(value, varying_axes(row) | varying_axes(point.x)), out[plan.num_outputs :]
+
+    if plan.batch_size == 1:
+        if z.shape[0] > 1:
+            return lax.map(one, z)
+        return jax.tree.map(lambda v: v[None], one(z[0]))
+    if plan.batch_size is not None and plan.batch_size < z.shape[0]:
+        return lax.map(one, z, batch_size=plan.batch_size)
+    return jax.vmap(one)(z)
+
+
+def everything(plan: Plan) -> Chunk:
+    """All groups in one chunk."""
+    return Chunk(jnp.uint32(0), plan.num_groups, plan.num_samples)
+
+
+def sizes_of(plan: Plan, chunk: Chunk) -> Array:
+    """Samples in each group of a chunk, (count,)."""
+    whole, last = group_sizes(plan)[[0, -1]].astype(np.int32)
+    number = chunk.first + lax.iota(jnp.uint32, chunk.groups)
+    return jnp.where(number == np.uint32(plan.num_groups - 1), last, whole)
+
+
+def summed(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> Any:
+    """The sum over chunks of body(chunk, xs of its samples or groups); see `over_groups`."""
+    return over_groups(plan, lambda chunk, xs: (body(chunk, xs), ()), xs)[0]
+
+
+def stacked(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> Any:
+    """What body(chunk, xs of its samples or groups) has a row a sample, or a group, of, of all."""
+    return over_groups(plan, lambda chunk, xs: ((), body(chunk, xs)), xs)[1]
+
+
+def over_groups(
+    plan: Plan, body: Callable[..., Any], xs: Any = (), carry: Array | None = None
+) -> tuple[Any, ...]:
+    """Sums the first and stacks the second result of body(chunk, xs of its samples or groups).
+
+    `xs` and stacked results have one row a sample or one row a group. If there is a carry, `body`
+    takes it as a further argument and returns it as a further result, from chunk to chunk; so does
+    this function.
+    """
+    size, total, count = plan.group_size, plan.num_groups, plan.groups_at_a_time()
+    carried = () if carry is None else (carry,)
+    if count == total:
+        return body(everything(plan), xs, *carried)
+
+    def of_chunk(count: int, rows: int, first: Array, xs: Any, *carried: Array) -> Any:
+        return body(Chunk(first, count, rows), xs, *carried)
+
+    # Without this, reverse mode would keep the noise of all chunks; it is drawn again instead.
+    if not plan.fun.jaxpr.effects:
+        of_chunk = jax.checkpoint(of_chunk, static_argnums=(0, 1), prevent_cse=False)
+    steps = plan.num_samples // (count * size)
+    rest = plan.num_samples - steps * count * size
+
+    def rows_of(v: Any) -> int:  # in the part that the scan covers
+        return steps * count * (size if v.shape[0] == plan.num_samples else 1)
+
+    def step(state: Any, step_xs: Any) -> tuple[Any, Any]:
+        (index, part), (total_sums, *carried) = step_xs, state
+        first = index * np.uint32(count)
+        sums, rows, *carried = of_chunk(count, count * size, first, part, *carried)
+        return (jax.tree.map(jnp.add, total_sums, sums), *carried), rows
+
+    def chunked(v: Any) -> Array:
+        return v[: rows_of(v)].reshape(steps, rows_of(v) // steps, *v.shape[1:])
+
+    steps_xs = (lax.iota(jnp.uint32, steps), jax.tree.map(chunked, xs))
+    head = jax.tree.map(lambda v: v[0], steps_xs)
+    shapes, _, *after = jax.eval_shape(
+        lambda h: body(Chunk(h[0], count, count * size), h[1], *carried), head
+    )
+    # What is carried on may vary over more mesh axes than at the start.
+    carried = [varying(v, varying_axes(t)) for v, t in zip(carried, after, strict=True)]
+    (sums, *carried), stack = lax.scan(step, (jax.tree.map(_zeros, shapes), *carried), steps_xs)
+    stack = jax.tree.map(lambda v: v.reshape(steps * v.shape[1], *v.shape[2:]), stack)
+    if rest:
+        tail = jax.tree.map(lambda v: v[rows_of(v) :], xs)
+        first = jnp.uint32(steps * count)
+        more, last, *carried = of_chunk(total - steps * count, rest, first, tail, *carried)
+        sums = jax.tree.map(jnp.add, sums, more)
+        stack = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stack, last)
+    return sums, stack, *carried
+
+
+def vmapped_in_parts(plan: Plan, fun: Callable[..., Any], *args: Any) -> Any:
+    """fun(*args); if vmapped on a single CPU, for so few inputs at a time as fit into the cache.
+
+    A chunk is sized for one input. All inputs of a batch at once would each go through memory with
+    every step; XLA itself uses all cores for one input.
+    """
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or not isinstance(plan.width, int):
+        return fun(*args)
+    most = max(1, _BATCH // (plan.groups_at_a_time() * plan.group_size * plan.width))
+    one = custom_vmap(fun)
+
+    @one.def_vmap
+    def batch(axis_size: int, in_batched: Any, *args: Any) -> tuple[Any, Any]:
+        leaves, tree = jax.tree.flatten(args)
+        batched = jax.tree.leaves(in_batched)
+        moving = [v for v, b in zip(leaves, batched, strict=True) if b]
+
+        def at(moving: list[Array], fun: Callable[..., Any]) -> Any:
+            parts = iter(moving)
+            merged = [next(parts) if b else v for v, b in zip(leaves, batched, strict=True)]
+            return fun(*jax.tree.unflatten(tree, merged))
+
+        if axis_size <= most:
+            out = jax.vmap(partial(at, fun=fun))(moving)
+        elif most == 1:
+            out = lax.map(partial(at, fun=one), moving)
+        else:
+            size = next((n for n in range(most, most // 2, -1) if axis_size % n == 0), most)
+            out = lax.map(partial(at, fun=fun), moving, batch_size=size)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return one(*args)
+
+
+def _zeros(aval: Any) -> Array:
+    return varying(jnp.zeros(aval.shape, aval.dtype), varying_axes(aval))
