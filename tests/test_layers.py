@@ -16,6 +16,7 @@ LAYERS = [
     "_checks",
     "sampling/_random_bits",
     "tracing/_derivative_rules",
+    "tracing/_callbacks",
     "tracing/_signature",
     "tracing/_mesh_axes",
     "tracing/_user_code",

@@ -174,6 +174,7 @@ def make_perturbed_fun(
             shapes=tuple(v.shape for v in leaves),
             dtypes=tuple(v.dtype for v in leaves),
             dtype=dtype,
+            own_operands=_user_code.leaves_among(operands, x) if fun_traced.takes_many else (),
         )
         return Call(
             plan, key, leaves, scales, Operands(operands, law_operands), value_tree, aux_tree

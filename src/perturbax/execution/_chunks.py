@@ -12,6 +12,7 @@ from jax.custom_batching import custom_vmap
 
 from ..sampling._draw_groups import draw
 from ..sampling._random_bits import materialise
+from ..tracing._derivative_rules import aligned
 from ..tracing._mesh_axes import in_told_mesh, varying, varying_axes
 from ._plan import Operands, Plan, Point, concatenate, group_sizes, noise_in, perturbed
 
@@ -76,7 +77,10 @@ def _evaluate_at(
 ) -> tuple[Array, list[Array]]:
     def one(row: Array) -> tuple[Array, list[Array]]:
         leaves = perturbed(plan, point, row)
-        out = [jnp.asarray(v) for v in plan.fun(operands.fun, *leaves)]
+        known = list(operands.fun)
+        for i in plan.own_operands:
+            known[i] = aligned(known[i], leaves)
+        out = [jnp.asarray(v) for v in plan.fun(known, *leaves)]
         value = concatenate(out[: plan.num_outputs], plan.value_dtype)
         # What fun sums over a mesh axis varies no more over it, but its weight does.
         return varying(value, varying_axes(row) | varying_axes(point.x)), out[plan.num_outputs :]

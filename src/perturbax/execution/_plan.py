@@ -48,6 +48,8 @@ class Plan:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[np.dtype, ...]
     dtype: np.dtype  # of the noise, the scores and the weights: at least float32
+    # Operands of fun that are leaves of x: callbacks of many points see them at each point.
+    own_operands: tuple[int, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -133,9 +135,9 @@ class Operands(NamedTuple):
     noise: dict[str, tuple[Any, ...]] | None  # None for noise that is static as a whole
 
 
-def noise_in(plan: Plan, operands: Operands) -> NoiseDistribution | BoundNoise:
+def noise_in(plan: Plan, operands: Operands) -> NoiseDistribution | TracedNoise:
     """The noise, with what it closes over."""
-    if isinstance(plan.noise, TracedNoise):
+    if isinstance(plan.noise, TracedNoise) and operands.noise is not None:
         return plan.noise.bind(operands.noise)
     return plan.noise
 

@@ -18,6 +18,8 @@ import numpy as np
 from jax.core import Trace, eval_jaxpr
 from jax.extend import core
 
+from ._callbacks import along_one_axis, takes_many
+
 
 class TracedFunction:
     """A pure function of flat arrays, hashable and comparable by the operations it consists of.
@@ -39,7 +41,16 @@ class TracedFunction:
 
     def __call__(self, operands: Sequence[Any], *leaves: Any) -> list[Any]:
         """Flat results for the constants `operands` and the arguments `leaves`."""
-        return eval_jaxpr(self.jaxpr, operands, *leaves)
+        return eval_jaxpr(self._called, operands, *leaves)
+
+    @functools.cached_property
+    def takes_many(self) -> bool:
+        """Whether it has callbacks of many points."""
+        return takes_many(self.jaxpr)
+
+    @functools.cached_property
+    def _called(self) -> core.Jaxpr:
+        return along_one_axis(self.jaxpr) if self.takes_many else self.jaxpr
 
     def __hash__(self) -> int:
         """A hash of the operations and of the types that go in and out."""

@@ -1,7 +1,7 @@
 """Users' functions: traced, checked, and explained where tracing fails, as other code of theirs."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +82,19 @@ def trace_fun(
         raise
     value_tree, aux_tree = structures
     return traced, tuple(map(on_device, operands)), value_tree.num_leaves, value_tree, aux_tree
+
+
+def leaves_among(operands: Sequence[Any], x: Any) -> tuple[int, ...]:
+    """Which operands are arrays among the leaves of x: the same, or equal where it is numpy's."""
+
+    def is_leaf(operand: Any, leaf: Any) -> bool:
+        if not isinstance(leaf, np.ndarray) or isinstance(operand, core.Tracer):
+            return operand is leaf
+        same = operand.dtype == jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return same and np.array_equal(np.asarray(operand), leaf)
+
+    leaves = jax.tree.leaves(x)
+    return tuple(i for i, v in enumerate(operands) if any(is_leaf(v, leaf) for leaf in leaves))
 
 
 @contextlib.contextmanager

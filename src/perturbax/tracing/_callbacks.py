@@ -1,0 +1,108 @@
+"""Callbacks that take many points see them along one leading axis, whatever vmaps stand outside.
+
+JAX gives a callback with vmap_method "expand_dims" or "broadcast_all" one more axis for each vmap.
+Under a vmap of the user's it would see two, one for the samples and one for the batch, and code
+that works on a batch of points would fail, or do something else. Here those axes are one.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.core import ShapedArray
+from jax.custom_batching import custom_vmap
+from jax.extend import core
+
+_OF_MANY = ("expand_dims", "broadcast_all")
+
+
+def takes_many(jaxpr: core.Jaxpr) -> bool:
+    """Whether there is a callback that takes many points, in these operations or inside them."""
+    return any(
+        _is_of_many(eqn) or any(map(takes_many, _inner(list(eqn.params.values()))))
+        for eqn in jaxpr.eqns
+    )
+
+
+def along_one_axis(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """The same operations, whose callbacks of many points have one leading axis for all vmaps."""
+    eqns = [_callback(e) if _is_of_many(e) else _with_inner(e) for e in jaxpr.eqns]
+    return jaxpr.replace(eqns=eqns)
+
+
+def _is_of_many(eqn: Any) -> bool:
+    return eqn.primitive.name == "pure_callback" and eqn.params["vmap_method"] in _OF_MANY
+
+
+def _inner(value: Any) -> list[core.Jaxpr]:
+    """The operations inside a parameter of an operation: a loop's body, a branch."""
+    if isinstance(value, core.ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, list | tuple):
+        return [jaxpr for v in value for jaxpr in _inner(v)]
+    return [value] if isinstance(value, core.Jaxpr) else []
+
+
+def _with_inner(eqn: Any) -> Any:
+    if not any(map(takes_many, _inner(list(eqn.params.values())))):
+        return eqn
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, core.ClosedJaxpr):
+            return value.replace(jaxpr=along_one_axis(value.jaxpr))
+        if isinstance(value, list | tuple):
+            return type(value)(map(replaced, value))
+        return along_one_axis(value) if isinstance(value, core.Jaxpr) else value
+
+    return eqn.replace(params={k: replaced(v) for k, v in eqn.params.items()})
+
+
+def _callback(eqn: Any) -> Any:
+    """The operation, as one with a rule for vmap of its own."""
+    # Numbers are as much a part of each point as arrays are.
+    literal = [isinstance(v, core.Literal) for v in eqn.invars]
+    spread = [eqn.params["vmap_method"] == "broadcast_all" or v for v in literal]
+
+    def bind(avals: Any, *args: Array) -> list[Array]:
+        return eqn.primitive.bind(*args, **{**eqn.params, "result_avals": tuple(avals)})
+
+    @custom_vmap
+    def one(*args: Array) -> list[Array]:
+        return bind(eqn.params["result_avals"], *args)
+
+    @one.def_vmap
+    def rule_of_one(axis_size: int, in_batched: Any, *args: Array) -> Any:
+        parts = []
+        for v, batched, wide in zip(args, in_batched, spread, strict=True):
+            v = v if batched else jnp.asarray(v)[None]
+            parts.append(jnp.broadcast_to(v, (axis_size, *v.shape[1:])) if wide else v)
+        out = many(axis_size)(*parts)
+        return out, [True] * len(out)
+
+    def many(count: int) -> Any:
+        """`one` for `count` points; what does not depend on the point has a leading axis of 1."""
+
+        @custom_vmap
+        def of_points(*args: Array) -> list[Array]:
+            avals = [ShapedArray((count, *v.shape), v.dtype) for v in eqn.params["result_avals"]]
+            return bind(avals, *args)
+
+        @of_points.def_vmap
+        def rule(axis_size: int, in_batched: Any, *args: Array) -> Any:
+            total, parts = axis_size * count, []
+            for v, batched, wide in zip(args, in_batched, spread, strict=True):
+                if not batched and v.shape[0] == 1 and not wide:
+                    parts.append(v)
+                    continue
+                v = v if batched else jnp.broadcast_to(v[None], (axis_size, *v.shape))
+                v = jnp.broadcast_to(v, (axis_size, count, *v.shape[2:]))
+                parts.append(v.reshape(total, *v.shape[2:]))
+            out = many(total)(*parts)
+            return [v.reshape(axis_size, count, *v.shape[1:]) for v in out], [True] * len(out)
+
+        return of_points
+
+    specs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    [made] = jax.make_jaxpr(one)(*specs).jaxpr.eqns
+    return made.replace(invars=eqn.invars, outvars=eqn.outvars)
