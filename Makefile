@@ -9,11 +9,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench docs clean always
+.PHONY: help demo test test-all check format bench docs clean always
 
 help:
 	@echo "make demo     see it work: a minute, a figure"
 	@echo "make test     run the tests; choose with TESTS='tests/test_patch.py -k runner'"
+	@echo "make test-all run them on whole products of cases, compiled as for users; half an hour"
 	@echo "make check    lint, formatting, types"
 	@echo "make format   put formatting and imports right"
 	@echo "make bench    run the benchmarks"
@@ -24,7 +25,10 @@ demo: $(VENV)/.has-demo
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.has-test
-	@$(BIN)/python -m pytest -n 2 $(TESTS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+test-all: $(VENV)/.has-test
+	@FULL_OPTIMIZATION=1 $(BIN)/python -m pytest -n 2 --dist worksteal --all $(TESTS)
 
 check: $(VENV)/.has-lint $(VENV)/.has-test
 	@$(BIN)/python -m ruff check

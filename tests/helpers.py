@@ -50,6 +50,10 @@ LEAST_PROMISES = {
     "third": 0.15,
 }
 OTHER_PROMISES = 0.05
+# How XLA compiles for users, where `conftest.py` asks for less: for what runs longer than it takes
+# to compile, and for what measures programs.
+AS_FOR_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+LONG = 2**13  # keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,7 @@ def measure(
     scale: Any = None,
     keys_per_batch: int = 1024,
     jit: bool = True,
+    batched: Callable[..., Any] | None = None,
 ) -> list[Measurement]:
     """Runs ``estimator(key, *args)`` at many keys and compares its means with ``exact``.
 
@@ -128,6 +133,7 @@ def measure(
             None where the largest magnitude in ``exact`` shall be taken.
         keys_per_batch: How many keys are evaluated by one call, under ``jax.vmap``.
         jit: Whether that call is compiled.
+        batched: What `over_keys` makes of ``estimator``, if it is there already.
 
     Returns:
         One `Measurement` for every array, in the order of the flattened pytree.
@@ -146,8 +152,7 @@ def measure(
         if target.size and not number > 0:
             raise ValueError(f"the exact array {name} is zero everywhere: it needs a scale")
 
-    batched = jax.vmap(estimator, in_axes=(0,) + (None,) * len(args))
-    batched = jax.jit(batched) if jit else batched
+    batched = batched or over_keys(estimator, num_args=len(args), num_keys=num_keys, jit=jit)
     powers = [[np.zeros(target.shape) for _ in range(3)] for target in targets]
     keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), num_keys)
     for start in range(0, num_keys, keys_per_batch):
@@ -171,6 +176,26 @@ def measure(
         _summarise(name, target, [total / num_keys for total in sums], number, num_keys)
         for name, target, sums, number in zip(names, targets, powers, scales, strict=True)
     ]
+
+
+def over_keys(
+    estimator: Callable[..., Any], *, num_args: int, num_keys: int, jit: bool = True
+) -> Callable[..., Any]:
+    """``estimator`` for a batch of keys, compiled with care where it will run for long.
+
+    Args:
+        estimator: As in `measure`.
+        num_args: The number of its further arguments.
+        num_keys: How many keys it will be given in all.
+        jit: Whether it is compiled.
+
+    Returns:
+        A function of an array of keys and of the further arguments.
+    """
+    batched = jax.vmap(estimator, in_axes=(0,) + (None,) * num_args)
+    if not jit:
+        return batched
+    return jax.jit(batched, compiler_options=AS_FOR_USERS if num_keys >= LONG else None)
 
 
 def _as_leaves(prefix: Any, tree: Any) -> list:
@@ -222,6 +247,13 @@ def find_biased(
         The measurements of stage one, and the names of the arrays with a component that is
         not finite, or beyond the limit on the same side in both stages.
     """
+    batched = over_keys(
+        estimator,
+        num_args=len(settings.get("args", ())),
+        num_keys=num_keys,
+        jit=settings.get("jit", True),
+    )
+    settings["batched"] = batched
     first = measure(estimator, exact, seed=seed, num_keys=num_keys, **settings)
     if not any(np.any(~(np.abs(one.z) <= Z_LIMIT)) for one in first):
         return first, []

@@ -266,6 +266,7 @@ def test_a_traced_scale_that_is_not_positive_gives_nan():
     assert all(np.isnan(v).all() for v in jax.jit(errors)(-1.0))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("name", ["x", "sigma", "what the function and its noise depend on"])
 @pytest.mark.parametrize("derivative", [jax.jacrev, jax.jacfwd])

@@ -26,6 +26,7 @@ def points(kind, keys, size, dim):
     return nets.reshape(len(keys), 2**levels, dim)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("size", [1, 2, 5, 64, 500, 3_000])
 @pytest.mark.parametrize("dim", [1, 3, 7, 8, 10, 31, 32, 40])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

@@ -491,6 +491,7 @@ def test_the_value_is_always_there(noise, order):
     assert jax.eval_shape(lambda x: scalar_estimate(noise, x), X).shape == ()
 
 
+@pytest.mark.covering("order", "how")
 @each_order
 @pytest.mark.parametrize("how", FIRST_DERIVATIVES)
 def test_first_derivatives_or_an_error(noise, order, how):
@@ -506,6 +507,7 @@ def test_first_derivatives_or_an_error(noise, order, how):
             trace()
 
 
+@pytest.mark.covering("order", "how")
 @each_order
 @pytest.mark.parametrize("how", SECOND_DERIVATIVES)
 def test_second_derivatives_or_an_error(noise, order, how):

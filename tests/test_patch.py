@@ -169,6 +169,7 @@ print(json.dumps([
 """
 
 
+@pytest.mark.covering("program")
 @pytest.mark.parametrize("flags", [(), ("-P",)], ids=["plain", "safe path"])
 @pytest.mark.parametrize("program", ["folder/report.py", "-m folder.report"])
 def test_program_sees_what_python_itself_shows_it(tmp_path, program, flags):

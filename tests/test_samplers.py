@@ -41,6 +41,7 @@ def smooth(fun, x, sigma, noise, num_samples=64, **options):
     return px.make_perturbed_fun(fun, num_samples, sigma, noise, **options)
 
 
+@pytest.mark.covering("name")
 @pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel()], ids=["normal", "gumbel"])
 @pytest.mark.parametrize("name", [*SAMPLERS, "merged pairs"])
 def test_each_sample_has_the_law_of_the_noise(name, noise):
@@ -174,6 +175,7 @@ def test_the_root_of_a_key_is_what_jax_draws():
         )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("degree", [0, 1, 2])
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("noise_name", ["normal", "gumbel"])
@@ -328,6 +330,7 @@ POLYNOMIAL = [
 ]  # fmt: skip
 
 
+@pytest.mark.covering("noise")
 @pytest.mark.parametrize("noise", POLYNOMIAL, ids=str)
 @pytest.mark.parametrize("sampler", [px.Independent(), px.Sobol()], ids=str)
 def test_the_gradient_of_a_linear_function_is_exact(sampler, noise):
@@ -337,6 +340,7 @@ def test_the_gradient_of_a_linear_function_is_exact(sampler, noise):
     np.testing.assert_allclose(gradient, slope, atol=1e-5)
 
 
+@pytest.mark.covering("noise")
 @pytest.mark.parametrize("noise", POLYNOMIAL, ids=str)
 @pytest.mark.parametrize("sampler", [px.Independent(), px.Sobol()], ids=str)
 def test_the_hessian_of_a_quadratic_is_exact(sampler, noise):
@@ -507,7 +511,9 @@ def test_a_surrogate_reaches_nothing_of_its_own_group():
     assert_unbiased(estimator, exact, seed=7, num_keys=196_608, promise=0.02)
 
 
-@pytest.mark.parametrize("num_samples", [1, 2, 3, 31, 33, 97])
+@pytest.mark.parametrize(
+    "num_samples", [1, 33, 97, *(pytest.param(n, marks=pytest.mark.full) for n in (2, 3, 31))]
+)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_any_number_of_samples_is_evaluated_exactly(name, num_samples):
     fun = px.make_perturbed_fun(

@@ -364,6 +364,7 @@ def test_export_with_a_symbolic_shape(sampler):
 # --- Modes
 
 
+@pytest.mark.covering("mode")
 @pytest.mark.parametrize("mode", ["jax_debug_nans", "jax_debug_infs"])
 @pytest.mark.parametrize("masked", [False, True], ids=["finite", "masked"])
 def test_debugging_of_nans(mode, masked):
@@ -623,6 +624,7 @@ def test_number_of_evaluations_of_second_derivatives(outputs, settings):
         assert len(seen) == (41 if settings else 40)  # a fit does without fun(x)
 
 
+@pytest.mark.covering("leaves")
 @pytest.mark.parametrize("leaves", [1, 2, 4])
 @pytest.mark.parametrize("settings", [{}, {"degree": 0}], ids=str)
 def test_evaluations_do_not_grow_with_the_number_of_leaves(leaves, settings):
@@ -639,6 +641,7 @@ def test_evaluations_do_not_grow_with_the_number_of_leaves(leaves, settings):
         assert len(seen) == (41 if settings else 40)  # a fit does without fun(x)
 
 
+@pytest.mark.covering("sampler")
 @pytest.mark.parametrize(
     ("sampler", "num_samples", "more"),
     [
@@ -916,6 +919,7 @@ def test_noise_that_closes_over_a_tracer(jit):
     assert_trees_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.covering("options")
 @pytest.mark.parametrize("size", [2, 9])
 @pytest.mark.parametrize(
     "options", [{}, {"degree": 0}, {"use_baseline": False}, {"batch_size": 64}]

@@ -152,6 +152,7 @@ def run_problem(check, make, noise_name, num_samples, use_baseline, names, **opt
     )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("num_samples", [1, 2, 8, 64])
 @with_and_without_baseline
 @both_noises
@@ -253,6 +254,7 @@ def natural_scales(exact, sigma):
     }
 
 
+@pytest.mark.covering("group")
 @both_noises
 @pytest.mark.parametrize(
     ("group", "num_keys"), [("functions of two", 5 * 2**14), ("orders of three", 5 * 2**12)]
@@ -281,6 +283,7 @@ def test_many_functions(noise_name, group, num_keys):
     )
 
 
+@pytest.mark.covering("noise_name")
 @with_and_without_baseline
 @both_noises
 def test_argmax(noise_name, use_baseline):
@@ -466,6 +469,7 @@ MIXTURE_SETTINGS = {
 }
 
 
+@pytest.mark.covering("noise_name")
 @with_and_without_baseline
 @both_noises
 def test_further_arguments(noise_name, use_baseline):
@@ -742,6 +746,7 @@ def test_the_reference_is_unbiased(noise_name):
     )
 
 
+@pytest.mark.covering("mutation")
 @pytest.mark.parametrize(
     ("mutation", "spoilt"),
     [

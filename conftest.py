@@ -1,0 +1,101 @@
+"""How tests and doctests are compiled, quickly and each program once; which of them run by default.
+
+Most of the suite's time would go into compiling small programs. Two settings, made before JAX
+reads them, make that cheaper; neither changes a number beyond rounding:
+
+- XLA leaves out its costly optimisations. What runs for long asks for them again: `measure` of
+  `tests/helpers.py` does. With ``FULL_OPTIMIZATION=1`` in the environment all is compiled as it is
+  for users; `make test-all` sets it.
+- Compiled programs are kept in ``build/jax-cache``, for both workers, for the processes that tests
+  start, and for the next run. JAX finds an entry by the whole program together with the release,
+  the flags and the processor: a change of the library asks for another entry. ``make clean``
+  removes the folder.
+
+A test of a product of cases that is marked ``covering`` runs, by default, at so many of them that
+each pair of values occurs, and one that is marked ``full`` does not run; ``--all`` runs all.
+"""
+
+import importlib.metadata
+import itertools
+import mmap
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+QUICK = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": "false"}
+CACHE = Path(__file__).parent / "build" / "jax-cache"
+LARGEST_CACHE = 2**30  # bytes
+
+
+def is_known(flag: str) -> bool:
+    """Whether this release of XLA has the flag: it ends the process for one that it has not."""
+    for file in importlib.metadata.files("jaxlib") or ():
+        if file.suffix == ".so":
+            with file.locate().open("rb") as library:
+                text = mmap.mmap(library.fileno(), 0, access=mmap.ACCESS_READ)
+                if text.find(flag.encode()) >= 0:
+                    return True
+    return False
+
+
+def prepare() -> None:
+    """Sets what JAX reads; workers and other processes inherit it."""
+    environment = os.environ
+    flags = environment.get("XLA_FLAGS", "")
+    if environment.get("FULL_OPTIMIZATION", "0") in ("", "0"):
+        added = [f"--{k}={v}" for k, v in QUICK.items() if k not in flags and is_known(k)]
+        environment["XLA_FLAGS"] = " ".join([*flags.split(), *added])
+    if "JAX_COMPILATION_CACHE_DIR" not in environment:
+        if CACHE.exists() and sum(f.stat().st_size for f in CACHE.iterdir()) > LARGEST_CACHE:
+            shutil.rmtree(CACHE, ignore_errors=True)
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+prepare()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds ``--all``."""
+    parser.addoption("--all", action="store_true", help="run whole products of cases")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what the markers ``full`` and ``covering`` allow to leave out."""
+    if config.getoption("all"):
+        return
+    products: dict[object, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("covering"):
+            products.setdefault((item.path, item.originalname), []).append(item)
+    left_out = {item for item in items if item.get_closest_marker("full")}
+    for product in products.values():
+        left_out |= set(product) - set(covering(product))
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def covering(product: list[pytest.Function]) -> list[pytest.Function]:
+    """So few of a product's cases that each pair of values of its axes occurs, chosen greedily.
+
+    With names, ``covering("order", "how")``, each pair of values of these parameters, and each
+    value of any axis.
+    """
+    wanted = {}
+    for item in product:
+        # Values are known by identity: they may be arrays, and each stands in a list once.
+        axes = {name: (name, id(value)) for name, value in item.callspec.params.items()}
+        names = item.get_closest_marker("covering").args
+        if names:
+            wanted[item] = {*axes.values(), tuple(axes[name] for name in names)}
+        else:
+            wanted[item] = set(itertools.combinations(axes.values(), 2))
+    chosen, missing = [], set().union(*wanted.values())
+    while missing:
+        best = max(wanted, key=lambda item: len(wanted[item] & missing))
+        chosen.append(best)
+        missing -= wanted.pop(best)
+    return chosen
