@@ -9,6 +9,8 @@ from ._straight_through import make_straight_through_fun as make_straight_throug
 from .diagnostics._check_noise import NoiseReport as NoiseReport, check_noise as check_noise
 from .diagnostics._standard_errors import Estimate as Estimate, estimate as estimate
 from .estimator._default_rule import Choice as Choice, choose_sampler as choose_sampler
+from .execution._executors import ProcessWorkers as ProcessWorkers
+from .execution._host_function import host_function as host_function
 from .noise._limited import Laplace as Laplace, Triangular as Triangular, Uniform as Uniform
 from .noise._protocol import NoiseDistribution as NoiseDistribution
 from .noise._smooth import (

@@ -17,6 +17,7 @@ from .noise._traced import trace_noise
 from .sampling._protocol import Sampler
 from .scale import _scales
 from .tracing import _user_code
+from .tracing._host_call import own_exceptions
 from .tracing._mesh_axes import share_axes
 
 # Sums over samples are divided by their number, an int32.
@@ -183,8 +184,9 @@ def make_perturbed_fun(
     def perturbed_fun(*args: Any, **kwargs: Any) -> Any:
         key, x, *rest = leading(("key", "x"), args, kwargs)
         call = prepare(key, x, tuple(rest), kwargs)
-        with _user_code.explained_vmap(batch_size):
-            value, aux = _estimator.estimate(call.plan, call.key, call.x, call.sigma, call.operands)
+        inputs = call.key, call.x, call.sigma, call.operands
+        with own_exceptions(call.plan.fun.hosts, inputs), _user_code.explained_vmap(batch_size):
+            value, aux = _estimator.estimate(call.plan, *inputs)
         if _checks.is_traced(sigma):
             value = _scales.nan_unless_valid(value, call.sigma, call.x)
         value = jax.tree.unflatten(call.value_tree, value)

@@ -33,6 +33,7 @@ from ..sampling import _random_bits
 from ..scale import _scales
 from ..tracing import _user_code
 from ..tracing._derivative_rules import without_derivatives
+from ..tracing._host_call import own_exceptions
 
 
 class Intervals(NamedTuple):
@@ -188,8 +189,9 @@ def estimate(
             "with smaller groups, such as Independent() or Sobol(num_groups=8)"
         )
     derive = getattr(plan.noise, "derivatives", 1) > 0
-    with _user_code.explained_vmap(perturbed.batch_size):
-        found, aux = _with_errors(plan, derive, call.key, call.x, call.sigma, call.operands)
+    inputs = call.key, call.x, call.sigma, call.operands
+    with own_exceptions(plan.fun.hosts, inputs), _user_code.explained_vmap(perturbed.batch_size):
+        found, aux = _with_errors(plan, derive, *inputs)
     leaves, tree = jax.tree.flatten(found)
     found = tree.unflatten(_scales.nan_unless_valid(leaves, call.sigma, call.x))
 

@@ -116,7 +116,9 @@ class Plan:
             own = max(self.dim, self.num_rows, 1)
             if self.width == own and (self.degree or self.num_rows > MAX_ROWS):
                 budget *= _PASSES
-            most = budget // (self.group_size * self.width)
+            # Evaluations on the host keep its workers busy, whatever the noise takes.
+            points = max((host.points_at_a_time() for host in self.fun.hosts), default=1)
+            most = max(budget // self.width, points) // self.group_size
         else:
             most = self.batch_size // self.group_size
         most = min(max(most, 1), self.num_groups)

@@ -19,6 +19,7 @@ from jax.core import Trace, eval_jaxpr
 from jax.extend import core
 
 from ._callbacks import along_one_axis, takes_many
+from ._host_call import Host, NoResultError, asking, hosts_of
 
 
 class TracedFunction:
@@ -70,6 +71,11 @@ class TracedFunction:
         results = [v.aval for e in self.jaxpr.eqns for v in e.outvars]
         return [getattr(aval, "size", 1) for aval in results]
 
+    @functools.cached_property
+    def hosts(self) -> tuple[Host, ...]:
+        """The host functions that it calls."""
+        return tuple(hosts_of(self.jaxpr))
+
     def depends_on_inputs(self) -> bool:
         """Whether any result can change with the arguments, the constants being fixed."""
         reached = set(self.jaxpr.invars)
@@ -81,7 +87,14 @@ class TracedFunction:
 
 def trace(fun: Callable[..., Any], *leaves: Any) -> tuple[TracedFunction, tuple[Any, ...]]:
     """Traces fun(*leaves), arrays; returns it with the constants that it closed over."""
-    closed, shape = jax.make_jaxpr(fun, return_shape=True)(*leaves)
+    make = jax.make_jaxpr(fun, return_shape=True)
+    try:
+        closed, shape = make(*leaves)
+    except NoResultError:
+        # Of a host function that was not called before. Where values are known, it can be.
+        with asking():
+            fun(*map(jax.lax.stop_gradient, leaves))
+        closed, shape = make(*leaves)
     operands = tuple(np.asarray(c) if isinstance(c, np.ndarray) else c for c in closed.consts)
     jaxpr, numbers = _with_numbers_as_operands(closed.jaxpr)
     return TracedFunction(jaxpr, jax.tree.structure(shape)), (*operands, *numbers)

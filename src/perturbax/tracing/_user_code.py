@@ -30,8 +30,9 @@ def explained_vmap(batch_size: int | None) -> Iterator[None]:
     except (NotImplementedError, ValueError) as error:
         if batch_size != 1 and ("vmap" in str(error) or "atching rule" in str(error)):
             error.add_note(
-                "fun is vmapped over the samples. With batch_size=1, make_perturbed_fun calls it "
-                "sample by sample instead, as it is."
+                "fun is vmapped over the samples. A function outside JAX is best wrapped by "
+                "perturbax.host_function. With batch_size=1, make_perturbed_fun calls fun sample "
+                "by sample instead, as it is."
             )
         raise
 
@@ -76,8 +77,8 @@ def trace_fun(
     except _NEEDS_VALUES as error:
         error.add_note(
             "fun is traced and vmapped over the samples, so it cannot use numpy, float(), `if` or "
-            "an index of bools on its argument. Call such code through jax.pure_callback; what "
-            "cannot be vmapped is evaluated one sample at a time with batch_size=1."
+            "an index of bools on its argument. Make a host function of such code, "
+            "perturbax.host_function(fun): it is called with numpy arrays, one point at a time."
         )
         raise
     value_tree, aux_tree = structures

@@ -1,0 +1,472 @@
+"""host_function: functions outside JAX, evaluated by threads, processes and clusters."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .._checks import check_bool, check_count, check_fun
+from ..tracing._host_call import NoResultError, host_call, is_asking
+from ._executors import check_executor, workers_for
+from ._progress import Bar, check_progress
+from ._scheduling import HostCounts, Schedule, Tally
+
+_KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+
+
+class Like(NamedTuple):
+    """What a function returns for one point: structure, shapes and dtypes."""
+
+    tree: Any
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def host_function(
+    fun: Callable[..., Any],
+    *,
+    executor: Any = None,
+    like: Any = None,
+    batched: bool = False,
+    timeout: float | None = None,
+    retries: int = 0,
+    on_failure: Any = "raise",
+    progress: bool = False,
+) -> "HostFunction":
+    r"""A function outside JAX (a solver, a simulator, a service) as one that JAX can call.
+
+    The result h(x) works eagerly and inside `jit`, `vmap`, `scan`, layers and perturbed functions,
+    through which it gets derivatives: :math:`\nabla E[h(x + \sigma \epsilon)]` from values of
+    `fun` alone. All points of a vmap (the samples of a perturbed function, for one) arrive
+    together, and are evaluated side by side; results are those of a loop, bit by bit.
+
+    Args:
+      fun: from a pytree (and any further arguments) to a pytree of numbers and arrays. It gets
+        numpy arrays, and numpy numbers for arrays without axes, and computes with numpy: JAX inside
+        a callback can wait forever, and is an error where that is seen. Its result has to depend on
+        its arguments alone (and chance), and is cast to the dtypes of `like`.
+      executor: where evaluations run. None: in this thread, one after another. An int: in so many
+        threads, for what waits or computes outside Python. `ProcessWorkers(n)`: in processes, for
+        what computes in Python or may hang or crash. Or any `concurrent.futures.Executor`, of loky
+        too, or a Dask Client.
+      like: what fun returns for one point: a pytree of `jax.ShapeDtypeStruct`, arrays or numbers,
+        of which shapes and dtypes count. None asks fun, once for each kind of argument, where x is
+        not traced.
+      batched: whether fun takes many points at once: all leaves of its arguments, and of its
+        result, have one leading axis then, of the same size, whatever vmaps there are. An executor
+        is given one part a worker.
+      timeout: seconds after which a call of fun is given up; None for never. `ProcessWorkers` end
+        and replace the process; a thread cannot be ended, and is left behind and replaced.
+      retries: how many times a point is evaluated again after an exception or a timeout. (What a
+        dead worker was at is evaluated again anyway.)
+      on_failure: what becomes of a point where all attempts fail: "raise", the exception; a number,
+        or a pytree like the result, which is the result then; or "missing", NaN. See
+        `make_perturbed_fun(..., missing=...)`.
+      progress: whether to draw a bar where evaluations take more than a second (with tqdm).
+
+    Returns:
+      A function `h(x, *args, **kwargs)`, with attributes `counts` (what it has done so far) and
+      `close()` (which ends threads that it has started). Make it once: each one is compiled anew.
+
+    Raises:
+      TypeError: where an argument, or what fun returns, is not of the kind described.
+      ValueError: where an argument is out of range, or fun returns other shapes than `like`.
+      ImportError: where an optional package is missing; the error names the extra.
+      NotImplementedError: for a derivative of h itself.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> import perturbax as px
+      >>> def simulator(settings):  # numpy in, numpy out
+      ...     return np.sum(np.rint(settings))
+      >>> h = px.host_function(simulator, executor=8)
+      >>> smooth = px.make_perturbed_fun(h, num_samples=400, sigma=0.5, noise=px.Normal())
+      >>> print(jax.grad(smooth, argnums=1)(jax.random.key(0), jnp.ones(2)).round(1))
+      [1. 1.]
+    """
+    check_fun(fun)
+    if isinstance(fun, HostFunction):
+        raise TypeError("fun is a host function already")
+    executor = check_executor(executor)
+    batched = check_bool(batched, "batched")
+    if timeout is not None:
+        number = isinstance(timeout, int | float | np.number) and not isinstance(timeout, bool)
+        if not number or not 0 < timeout < math.inf:
+            raise ValueError(f"timeout must be None or a positive number, got {timeout!r}")
+        timeout = float(timeout)
+    if isinstance(retries, bool) or retries != 0:
+        retries = check_count(retries, "retries")
+    if isinstance(on_failure, str) and on_failure not in ("raise", "missing"):
+        raise ValueError(
+            f"on_failure must be 'raise', 'missing', a number or a pytree, got {on_failure!r}"
+        )
+    progress = check_progress(check_bool(progress, "progress"))
+    return HostFunction(
+        fun,
+        executor=executor,
+        like=None if like is None else _described(like, on_failure),
+        batched=batched,
+        timeout=timeout,
+        retries=retries,
+        on_failure=on_failure,
+        progress=progress,
+    )
+
+
+class HostFunction:
+    """A function made by `host_function`, whose documentation says more."""
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        *,
+        executor: Any,
+        like: Like | None,
+        batched: bool,
+        timeout: float | None,
+        retries: int,
+        on_failure: Any,
+        progress: bool,
+    ):
+        """From checked arguments."""
+        name = getattr(fun, "__name__", None)
+        self.__name__ = self.__qualname__ = name if isinstance(name, str) else type(fun).__name__
+        self.__doc__ = inspect.getdoc(fun)
+        self.__wrapped__ = fun
+        self._batched, self._timeout, self._retries = batched, timeout, retries
+        self._on_failure, self._progress = on_failure, progress
+        self._like, self._found = like, dict[Any, Like]()
+        self._tally = Tally()
+        self._workers = workers_for(executor, fun, timeout)
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates the function."""
+        leaves, tree = jax.tree.flatten(((x, *args), kwargs))
+        call = _Call(self, tree, tuple(None if _is_array(v) else v for v in leaves))
+        arrays = [_array(v) for v in leaves if _is_array(v)]
+        call.check_fixed()
+        like = self.like_at(call, arrays)
+        results = None if like is None else tuple(map(_canonical, like.leaves))
+        found = host_call(arrays, call, results)
+        like = like or self.like_at(call, arrays)
+        assert like is not None
+        return jax.tree.unflatten(like.tree, found)
+
+    @property
+    def counts(self) -> HostCounts:
+        """What this function has done so far."""
+        return self._tally.counts
+
+    def close(self) -> None:
+        """Ends threads that were started for this function; a call starts new ones."""
+        self._workers.close()
+
+    def __enter__(self) -> "HostFunction":
+        """Returns the function, which the end of the `with` block closes."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """As `close`."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Says what it was made of."""
+        return f"<host function {self.__name__}>"
+
+    def like_at(self, call: "_Call", arrays: Sequence[Any]) -> Like | None:
+        """What comes back for such arguments, as far as it is known."""
+        return self._like or self._found.get(call.kind(arrays))
+
+    def evaluate(
+        self,
+        call: "_Call",
+        arrays: Sequence[np.ndarray],
+        mapped: tuple[bool, ...],
+        size: int | None,
+        results: tuple[jax.ShapeDtypeStruct, ...] | None,
+    ) -> list[np.ndarray]:
+        """All points of one call back."""
+        count = 1 if size is None or is_asking() else size
+        found: list[list[np.ndarray] | None] = [None] * count
+        points = [
+            jax.ShapeDtypeStruct(v.shape[1:] if m else v.shape, v.dtype)
+            for v, m in zip(arrays, mapped, strict=True)
+        ]
+        kind = call.kind(points)
+        like = self._like or self._found.get(kind)
+
+        def arguments(rows: list[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if self._batched:
+                stacked = [
+                    v[rows] if m else np.broadcast_to(v.copy(), (len(rows), *v.shape))
+                    for v, m in zip(arrays, mapped, strict=True)
+                ]
+                return call.unflatten(stacked)
+            [row] = rows
+            # Copies: the function may keep them, and these arrays end with the call back.
+            own = [np.array(v[row] if m else v)[()] for v, m in zip(arrays, mapped, strict=True)]
+            return call.unflatten(own)
+
+        def accept(rows: list[int], value: Any) -> None:
+            nonlocal like
+            if like is None:
+                like = _like_of(value, self._batched, self._on_failure)
+                self._found[kind] = like
+            for row, leaves in zip(rows, self._leaves(like, value, len(rows)), strict=True):
+                found[row] = leaves
+
+        def show(row: int) -> str:
+            (x, *_), _ = call.unflatten(
+                [v[row] if m else v for v, m in zip(arrays, mapped, strict=True)]
+            )
+            with np.printoptions(threshold=20, edgeitems=4):
+                text = f"x = {x!r}"
+            return text if len(text) <= 600 else f"{text[:600]} ..."
+
+        bar = Bar(self._progress, self.__name__, count)
+        schedule = Schedule(
+            workers=self._workers,
+            arguments=arguments,
+            accept=accept,
+            show=show,
+            timeout=self._timeout,
+            retries=self._retries,
+            raises=isinstance(self._on_failure, str) and self._on_failure == "raise",
+            tally=self._tally,
+            bar=bar,
+        )
+        try:
+            schedule.run(self._parts(count))
+        finally:
+            bar.close()
+        if like is None:
+            if not count:
+                raise call.no_result()
+            error = schedule.failures[0]
+            raise ValueError(
+                f"{self.__name__} failed at the first point, from which perturbax would have "
+                "learnt what it returns. Say so: host_function(..., like=...)"
+            ) from error
+        if schedule.failures:
+            instead = _instead(like, self._on_failure)
+            for row in schedule.failures:
+                found[row] = instead
+        columns = zip(*(leaves for leaves in found if leaves is not None), strict=True)
+        stacked = [np.stack(column) for column in columns]
+        if not count:
+            stacked = [np.zeros((0, *v.shape), v.dtype) for v in like.leaves]
+        wanted = results or tuple(map(_canonical, like.leaves))
+        stacked = [v.astype(w.dtype) for v, w in zip(stacked, wanted, strict=True)]
+        if size is None:
+            return [v[0] for v in stacked]
+        if count < size:  # asked for what comes back alone
+            return [np.repeat(v, size, axis=0) for v in stacked]
+        return stacked
+
+    def points_at_a_time(self) -> int:
+        """Twice what is under way at a time, so that workers seldom wait for the last of many."""
+        return 2 * (self._workers.window() or 1)
+
+    def _parts(self, count: int) -> list[list[int]]:
+        """The points of each call of the function."""
+        if not self._batched:
+            return [[row] for row in range(count)]
+        window = self._workers.window() or 2
+        parts = min(count, max(1, window // 2))
+        return [part.tolist() for part in np.array_split(np.arange(count), parts)] if count else []
+
+    def _leaves(self, like: Like, value: Any, count: int) -> list[list[np.ndarray]]:
+        """For each point, the leaves of what the function returned, checked and cast."""
+        leaves, tree = jax.tree.flatten(value)
+        if tree != like.tree:
+            raise TypeError(
+                f"{self.__name__} returned a pytree of the structure {tree}, but like, or an "
+                f"earlier call, has {like.tree}"
+            )
+        front = (count,) if self._batched else ()
+        cast = [
+            _cast(leaf, spec, front, self.__name__)
+            for leaf, spec in zip(leaves, like.leaves, strict=True)
+        ]
+        if not self._batched:
+            return [cast]
+        return [[v[row] for v in cast] for row in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A host function, called with arguments of some structure: what a program calls back to.
+
+    Attributes:
+      function: the host function.
+      tree: structure of the arguments, positional and by name.
+      fixed: the leaves of the arguments, None where an array is.
+    """
+
+    function: HostFunction
+    tree: Any
+    fixed: tuple[Any, ...]
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def evaluate(self, arrays: Any, mapped: Any, size: Any, results: Any) -> list[np.ndarray]:
+        return self.function.evaluate(self, arrays, mapped, size, results)
+
+    def points_at_a_time(self) -> int:
+        return self.function.points_at_a_time()
+
+    def no_result(self) -> Exception:
+        name = self.__name__
+        return NoResultError(
+            f"{name} is called under a trace (jit, for one), and has not been called outside of "
+            "one with such arguments: what it returns is not known. Say so, as in "
+            "host_function(fun, like=jax.ShapeDtypeStruct((), jnp.float32)) for one number, or "
+            f"call {name}(x) once outside"
+        )
+
+    def check_fixed(self) -> None:
+        for leaf in self.fixed:
+            if not isinstance(leaf, str | bytes | None):
+                raise TypeError(
+                    f"{self.__name__} was called with {leaf!r} ({type(leaf).__name__}), but takes "
+                    "pytrees of arrays, numbers and strings. Give it anything else by "
+                    "functools.partial, before host_function"
+                )
+
+    def kind(self, arrays: Sequence[Any]) -> Any:
+        """What the result's structure may depend on."""
+        return self.tree, self.fixed, tuple((v.shape, np.dtype(v.dtype)) for v in arrays)
+
+    def unflatten(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        rest = iter(arrays)
+        leaves = [next(rest) if fixed is None else fixed for fixed in self.fixed]
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, bool | int | float | complex | np.generic | np.ndarray | Array)
+
+
+def _array(leaf: Any) -> Any:
+    if jnp.issubdtype(getattr(leaf, "dtype", bool), jax.dtypes.prng_key):
+        raise TypeError(
+            "a host function was called with a PRNG key, which numpy does not know; pass "
+            "jax.random.key_data(key), and make a numpy.random.Generator of it"
+        )
+    return jnp.asarray(leaf)
+
+
+def _canonical(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(spec.shape, jax.dtypes.canonicalize_dtype(spec.dtype))
+
+
+def _described(like: Any, on_failure: Any) -> Like:
+    """The argument `like` as shapes and dtypes."""
+    leaves, tree = jax.tree.flatten(like)
+    specs = []
+    for leaf in leaves:
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            if not isinstance(leaf, bool | int | float | complex):
+                raise TypeError(
+                    "like must be a pytree of jax.ShapeDtypeStruct, arrays or numbers, got "
+                    f"{leaf!r} ({type(leaf).__name__})"
+                )
+            leaf = np.asarray(leaf)
+        specs.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return _checked(Like(tree, tuple(specs)), on_failure)
+
+
+def _like_of(value: Any, batched: bool, on_failure: Any) -> Like:
+    """What a function returned for its first points, as shapes and dtypes."""
+    leaves, tree = jax.tree.flatten(value)
+    arrays = [_numbers(leaf, "fun") for leaf in leaves]
+    if batched and not all(v.ndim for v in arrays):
+        raise ValueError("with batched=True all that fun returns must have a leading axis")
+    shapes = [v.shape[1:] if batched else v.shape for v in arrays]
+    specs = [jax.ShapeDtypeStruct(s, v.dtype) for s, v in zip(shapes, arrays, strict=True)]
+    return _checked(Like(tree, tuple(specs)), on_failure)
+
+
+def _checked(like: Like, on_failure: Any) -> Like:
+    """`like`, if what stands for a failure has a place in it."""
+    if not isinstance(on_failure, str) or on_failure != "raise":
+        _instead(like, on_failure)
+    return like
+
+
+def _instead(like: Like, on_failure: Any) -> list[np.ndarray]:
+    """The leaves that stand for the result where it fails."""
+    if isinstance(on_failure, str):  # "missing"
+        for spec in like.leaves:
+            if not jnp.issubdtype(spec.dtype, jnp.inexact):
+                raise TypeError(
+                    "on_failure='missing' marks failures by NaN, which an output of dtype "
+                    f"{spec.dtype} cannot hold; return floating-point numbers, or give a value as "
+                    "on_failure"
+                )
+        return [np.full(v.shape, np.nan, v.dtype) for v in like.leaves]
+    leaves, tree = jax.tree.flatten(on_failure)
+    if len(leaves) == 1 and tree != like.tree:
+        leaves, tree = leaves * len(like.leaves), like.tree
+    if tree != like.tree:
+        raise ValueError(
+            "on_failure must be a number or a pytree like the result, of the structure "
+            f"{like.tree}, got {tree}"
+        )
+    values = []
+    for leaf, spec in zip(leaves, like.leaves, strict=True):
+        try:
+            wide = np.broadcast_to(_numbers(leaf, "on_failure"), spec.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"on_failure has shape {np.shape(leaf)}, expected {spec.shape}"
+            ) from error
+        values.append(_cast(wide, spec, (), "on_failure"))
+    return values
+
+
+def _numbers(leaf: Any, name: str) -> np.ndarray:
+    """A leaf of what a function returned, as an array of numbers."""
+    if isinstance(leaf, Array):
+        raise TypeError(
+            f"{name} returned a jax.Array; a host function computes with numpy, for waiting for "
+            "JAX inside a callback can wait forever (jax#24255)"
+        )
+    array = np.asarray(leaf)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in _KINDS):
+        raise TypeError(
+            f"{name} must return numbers or arrays of numbers, got {leaf!r} "
+            f"({type(leaf).__name__}, dtype {array.dtype})"
+        )
+    return array
+
+
+def _cast(leaf: Any, spec: jax.ShapeDtypeStruct, front: tuple[int, ...], name: str) -> np.ndarray:
+    array = _numbers(leaf, name)
+    if array.shape != (*front, *spec.shape):
+        raise ValueError(
+            f"{name} returned shape {array.shape}, expected {(*front, *spec.shape)}, by like or an "
+            "earlier call" + (", with the leading axis of the points" if front else "")
+        )
+    kind = _kind(spec.dtype)
+    if _kind(array.dtype) > kind:
+        raise TypeError(
+            f"{name} returned dtype {array.dtype}, which does not fit into {spec.dtype}, by like "
+            "or an earlier call; say what it returns: host_function(..., like=...)"
+        )
+    with np.errstate(over="ignore"):  # an infinity, as everywhere in JAX
+        cast = array.astype(spec.dtype)
+    if _KINDS[kind] is jnp.integer and not np.array_equal(cast, array):
+        raise OverflowError(f"{name} returned {array!r}, which does not fit into {spec.dtype}")
+    return cast
+
+
+def _kind(dtype: Any) -> int:
+    return next(i for i, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind))

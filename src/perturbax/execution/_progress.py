@@ -1,0 +1,59 @@
+"""A bar that shows how far the evaluations of a host function are, where they take a while."""
+
+import math
+import time
+from typing import Any
+
+# No bar for what takes less, in seconds.
+_PATIENCE = 1.0
+
+
+def check_progress(progress: bool) -> bool:
+    """The argument; raises ImportError where what draws the bar is missing."""
+    if progress:
+        _tqdm()
+    return progress
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm import auto
+    except ImportError as error:
+        raise ImportError(
+            "progress=True draws its bar with tqdm: pip install 'perturbax[progress]'"
+        ) from error
+    return auto.tqdm
+
+
+class Bar:
+    """The bar of one call back: drawn once it has taken a second.
+
+    Attributes:
+      interval: how often it wants to be updated, in seconds.
+    """
+
+    def __init__(self, shown: bool, name: str, total: int):
+        """A bar for `total` points."""
+        self._shown, self._name, self._total = shown, name, total
+        self._since = time.monotonic()
+        self._bar: Any = None
+        self.interval = 0.2 if shown else math.inf
+
+    def update(self, done: int, counts: Any) -> None:
+        """Draws that so many points are done, and how many attempts failed."""
+        if not self._shown:
+            return
+        if self._bar is None:
+            if time.monotonic() - self._since < _PATIENCE:
+                return
+            self._bar = _tqdm()(
+                total=self._total, desc=self._name, unit="point", leave=False, initial=0
+            )
+            self._bar.start_t -= time.monotonic() - self._since  # for the time that is left
+        self._bar.set_postfix(failures=counts.failures, retries=counts.retries, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,212 @@
+"""What becomes of the evaluations of one call back: order, attempts, time limits, failures."""
+
+import collections
+import dataclasses
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from ._executors import Attempt, Workers
+from ._progress import Bar
+
+# A point that so many workers have died with is taken for the reason.
+_MOST_DEATHS = 5
+# How long evaluations that run may go on, in seconds, when another one has raised.
+_GRACE = 10.0
+
+
+class HostCounts(NamedTuple):
+    """What a host function has done so far.
+
+    Attributes:
+      evaluations: points that were evaluated.
+      recalled: points whose results were taken from the journal instead.
+      failures: points that failed, after all retries.
+      retries: attempts beyond the first.
+      timeouts: attempts that took too long.
+    """
+
+    evaluations: int = 0
+    recalled: int = 0
+    failures: int = 0
+    retries: int = 0
+    timeouts: int = 0
+
+
+class Tally:
+    """`HostCounts` that several threads add to."""
+
+    def __init__(self) -> None:
+        """All zero."""
+        self._lock = threading.Lock()
+        self.counts = HostCounts()
+
+    def add(self, **more: int) -> None:
+        """Adds to the counts of these names."""
+        with self._lock:
+            added = {name: getattr(self.counts, name) + n for name, n in more.items()}
+            self.counts = self.counts._replace(**added)
+
+
+@dataclasses.dataclass
+class _Task:
+    """Points for one call of the function."""
+
+    rows: list[int]
+    failures: int = 0
+    deaths: int = 0
+
+
+@dataclasses.dataclass
+class Schedule:
+    """Evaluates points.
+
+    Attributes:
+      workers: where.
+      arguments: of a call for the points of these numbers.
+      accept: takes what a call for these points has returned; raises what is not for `failures`.
+      show: describes a point, for an exception.
+      timeout: the longest that a call may take, in seconds.
+      retries: how many more attempts there are at a point.
+      raises: whether the exception of a point that fails is raised.
+      tally: counts.
+      bar: shows how far it is.
+      failures: the exceptions of points that have failed.
+    """
+
+    workers: Workers
+    arguments: Callable[[list[int]], tuple[tuple[Any, ...], dict[str, Any]]]
+    accept: Callable[[list[int], Any], None]
+    show: Callable[[int], str]
+    timeout: float | None
+    retries: int
+    raises: bool
+    tally: Tally
+    bar: Bar
+    failures: dict[int, Exception] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Nothing is under way."""
+        self._pending: collections.deque[_Task] = collections.deque()
+        self._running: dict[Attempt, _Task] = {}
+        self._events: queue.SimpleQueue[Attempt] = queue.SimpleQueue()
+        self._finished = self._total = 0
+        self._check = math.inf  # when to look for what has taken too long
+
+    def run(self, parts: Iterable[list[int]]) -> None:
+        """Evaluates all points, those of each part by one call, if it goes well."""
+        self._pending.extend(_Task(list(rows)) for rows in parts)
+        self._total = sum(len(task.rows) for task in self._pending)
+        try:
+            while self._pending or self._running:
+                self._submit()
+                self._wait()
+        except Exception:
+            self._wind_up()
+            raise
+        except BaseException:  # Ctrl-C
+            for attempt in self._running:
+                self.workers.give_up(attempt)
+            raise
+
+    def _submit(self) -> None:
+        window = self.workers.window()
+        while self._pending and (window is None or len(self._running) < window):
+            task = self._pending.popleft()
+            args, kwargs = self.arguments(task.rows)
+            attempt = Attempt(args, kwargs, self._events)
+            self._running[attempt] = task
+            try:
+                self.workers.submit(attempt)
+            except BaseException:
+                del self._running[attempt]
+                raise
+
+    def _wait(self) -> None:
+        """Until an attempt ends, has taken too long, or the bar is to be drawn."""
+        now = time.monotonic()
+        if self.timeout is not None:
+            # Whatever starts from now on has that long.
+            self._check = min(self._check, now + self.timeout)
+        wake = min(self._check, now + self.bar.interval)
+        try:
+            attempt = self._events.get(timeout=None if math.isinf(wake) else max(wake - now, 0))
+        except queue.Empty:
+            pass
+        else:
+            self._handle(attempt)
+        if time.monotonic() >= self._check:
+            self._end_overdue()
+        self.bar.update(self._finished + len(self.failures), self.tally.counts)
+
+    def _end_overdue(self) -> None:
+        self._check, now = math.inf, time.monotonic()
+        assert self.timeout is not None
+        for attempt in list(self._running):
+            deadline = self.workers.deadline(attempt, self.timeout)
+            if deadline is None:
+                continue
+            if deadline > now:
+                self._check = min(self._check, deadline)
+                continue
+            self.workers.give_up(attempt)
+            message = f"an evaluation took more than timeout={self.timeout:g} seconds"
+            attempt.error, attempt.died = TimeoutError(message), False
+            self._handle(attempt)
+
+    def _handle(self, attempt: Attempt) -> None:
+        """Accepts what an attempt has brought, or decides what comes next."""
+        task = self._running.pop(attempt, None)
+        if task is None:  # its end and its deadline fell together
+            return
+        error = attempt.error
+        if error is None:
+            self.accept(task.rows, attempt.value)
+            self._finished += len(task.rows)
+            self.tally.add(evaluations=len(task.rows))
+            return
+        if not isinstance(error, Exception) or attempt.fatal:
+            raise error
+        self.tally.add(timeouts=isinstance(error, TimeoutError))
+        if attempt.died and task.deaths < _MOST_DEATHS:
+            task.deaths += 1
+        elif len(task.rows) > 1:  # to find out which of the points it is
+            half = len(task.rows) // 2
+            self._pending.extendleft([_Task(task.rows[half:]), _Task(task.rows[:half])])
+            return
+        elif task.failures < self.retries:
+            task.failures += 1
+        else:
+            self.tally.add(failures=1)
+            [row] = task.rows
+            self.failures[row] = error
+            if self.raises:
+                error.add_note(
+                    f"Raised by a host function at the point {self.show(row)}\n"
+                    f"({self._finished} of {self._total} points had been evaluated)"
+                )
+                raise error
+            return
+        self.tally.add(retries=1)
+        self._pending.append(task)
+
+    def _wind_up(self) -> None:
+        """Takes in what can still be had without beginning anything more."""
+        for attempt in list(self._running):
+            if self.workers.withdraw(attempt):
+                del self._running[attempt]
+        end = time.monotonic() + _GRACE
+        while self._running:
+            try:
+                attempt = self._events.get(timeout=max(end - time.monotonic(), 0))
+            except queue.Empty:
+                break
+            task = self._running.pop(attempt, None)
+            if task is not None and attempt.error is None:
+                self.accept(task.rows, attempt.value)
+                self.tally.add(evaluations=len(task.rows))
+        for attempt in self._running:
+            self.workers.give_up(attempt)

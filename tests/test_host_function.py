@@ -1,0 +1,503 @@
+"""Functions outside JAX: what they see and return, where they run, what becomes of faults.
+
+Most tests compare with the same function written in JAX, or with a loop over the points.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import perturbax as px
+from helpers import assert_trees_close
+from test_trace import compilations
+
+KEY = jax.random.key(0, impl="threefry2x32")
+X = jnp.array([0.25, -1.0, 2.0])
+ONE = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def steps(x):
+    """A function of numpy arrays alone."""
+    assert isinstance(x, np.ndarray)
+    return np.rint(2 * x).sum() + 0.5 * x[0] * x[1]
+
+
+def steps_in_jax(x):
+    return jnp.rint(2 * x).sum() + 0.5 * x[0] * x[1]
+
+
+def smooth(fun, num_samples=12, **settings):
+    return px.make_perturbed_fun(fun, num_samples, 0.5, px.Normal(), **settings)
+
+
+def counts(h):
+    return h.counts.evaluations
+
+
+# --- What it sees and what comes back
+
+
+def described(x, *args, **kwargs):
+    """Shapes, dtypes and types of all leaves, as the function sees them."""
+    seen.append(
+        jax.tree.map(lambda v: (type(v), np.shape(v), np.asarray(v).dtype.name), (x, args, kwargs))
+    )
+    return {"sum": float(sum(np.sum(v) for v in jax.tree.leaves(x))), "n": 3, "flag": True}
+
+
+seen = []
+
+
+def test_the_function_sees_numpy_and_any_pytree():
+    seen.clear()
+    x = {"w": X, "b": jnp.float16(2.0), "n": np.array([1, 2]), "flags": (True, jnp.array([False]))}
+    h = px.host_function(described)
+    result = h(x, 3, name="a", scale=jnp.ones(2))
+    sees = {
+        "w": (np.ndarray, (3,), "float32"),
+        "b": (np.float16, (), "float16"),
+        "n": (np.ndarray, (2,), "int32"),
+        "flags": ((np.bool_, (), "bool"), (np.ndarray, (1,), "bool")),
+    }
+    scale = (np.ndarray, (2,), "float32")
+    three = (np.int32, (), "int32")
+    assert seen == [(sees, (three,), {"name": (str, (), "str32"), "scale": scale})]
+    assert {k: v.dtype.name for k, v in result.items()} == {
+        "sum": "float32",
+        "n": "int32",
+        "flag": "bool",
+    }
+    jitted = jax.jit(lambda x, s: h(x, 3, name="a", scale=s))
+    assert_trees_close(jitted(x, jnp.ones(2)), result)
+    assert seen[0] == seen[1]
+    assert float(result["sum"]) == 1.25 + 2 + 3 + 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"executor": 3}], ids=["serial", "threads"])
+def test_transformations(settings):
+    """jit, nested vmaps of every kind, and scan, against the same function in JAX."""
+    h = px.host_function(lambda x, y: steps(x) * y, like=ONE, **settings)
+
+    def in_jax(x, y):
+        return steps_in_jax(x) * y
+
+    xs, ys = jax.random.normal(KEY, (2, 5, 3)), jnp.array([1.0, 2.0])
+
+    def nested(f):
+        inner = jax.vmap(f, (0, None))
+        over_both = jax.vmap(inner, (0, 0))
+        outside = jax.vmap(jax.vmap(f, (None, 0)), (0, None))
+        transposed = jax.vmap(jax.vmap(f, (1, None), 0), (2, None), 1)
+        three = jax.vmap(over_both, (None, 0))
+        return lambda xs, ys: (
+            f(xs[0, 0], ys[0]),
+            over_both(xs, ys),
+            outside(xs[0], ys),
+            transposed(jnp.moveaxis(xs, -1, 0), 2.0),
+            three(xs, jnp.stack([ys, ys + 1, ys + 2])),
+            jax.lax.scan(lambda c, x: (c + 1, f(x, c)), 1.0, xs[0])[1],
+            jax.lax.map(lambda x: f(x, 1.0), xs[0], batch_size=2),
+        )
+
+    expected = nested(in_jax)(xs, ys)
+    assert_trees_close(nested(h)(xs, ys), expected, rtol=1e-6)
+    assert_trees_close(jax.jit(nested(h))(xs, ys), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("executor", [None, 3])
+def test_batched_functions_have_one_leading_axis(executor):
+    shapes = []
+
+    def batch(x, scale):
+        shapes.append((x["a"].shape, x["n"].shape, scale.shape))
+        return np.sum(x["a"], axis=-1) * x["n"] * scale
+
+    h = px.host_function(batch, batched=True, executor=executor)
+    x = {"a": jnp.arange(24.0).reshape(2, 4, 3), "n": jnp.arange(4)}
+    f = jax.vmap(jax.vmap(h, ({"a": 0, "n": 0}, None)), ({"a": 0, "n": None}, None))
+    h({"a": X, "n": 1}, 2.0)
+    result = jax.jit(f)(x, 3.0)
+    np.testing.assert_allclose(result, x["a"].sum(-1) * x["n"] * 3.0)
+    assert shapes[0] == ((1, 3), (1,), (1,))
+    sizes = [a[0] for a, *_ in shapes[1:]]
+    assert sum(sizes) == 8
+    assert len(sizes) == (executor or 1)
+    assert all(
+        a == (m, 3) and n == s == (m,) for (a, n, s), m in zip(shapes[1:], sizes, strict=True)
+    )
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_derivatives_are_those_of_the_function_in_jax(batch_size):
+    """And each estimate of a value with all its derivatives evaluates each sample once."""
+    h = px.host_function(steps, executor=4, like=ONE)
+    g, in_jax = (smooth(f, 40, batch_size=batch_size) for f in (h, steps_in_jax))
+    value_and_grad, hessian = (
+        lambda g: jax.jit(jax.value_and_grad(g, 1)),
+        lambda g: jax.jit(jax.hessian(g, 1)),
+    )
+    for transform in (value_and_grad, hessian) if batch_size is None else (value_and_grad,):
+        before = counts(h)
+        found, expected = transform(g)(KEY, X), transform(in_jax)(KEY, X)
+        assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert counts(h) - before == 40
+
+
+def test_all_samples_arrive_together():
+    batches = []
+
+    def batch(x):
+        batches.append(len(x))
+        return x.sum(axis=1)
+
+    h = px.host_function(batch, batched=True, like=ONE)
+    jax.jit(jax.grad(smooth(h, 64), 1))(KEY, X)
+    jax.vmap(lambda x: smooth(h, 64)(KEY, x))(jnp.stack([X, X]))
+    # In more coordinates than fit into a chunk, still enough for all workers.
+    wide = px.host_function(batch, batched=True, like=ONE, executor=8)
+    smooth(wide, 128, use_baseline=False)(KEY, jnp.zeros(40_000))
+    assert batches == [64, 128, *[4] * 32][: len(batches)]
+    assert sum(batches[2:]) == 128
+
+
+def test_layers_take_host_functions():
+    def first(scores):
+        return np.eye(3, dtype=np.float32)[np.argmax(scores)]
+
+    def first_in_jax(scores):
+        return jax.nn.one_hot(jnp.argmax(scores), 3)
+
+    scores = jnp.array([0.3, 0.1, 0.7])
+    argmax, loss = px.make_perturbed_argmax, px.make_fenchel_young_loss
+    for make, args in ((argmax, ()), (loss, (scores,))):
+        host, in_jax = (make(f, num_samples=20) for f in (px.host_function(first), first_in_jax))
+        for layer in (host, lambda *v, f=host: jax.jit(f)(*v)):  # the second one knows the result
+            assert_trees_close(layer(KEY, scores, *args), in_jax(KEY, scores, *args), rtol=1e-5)
+    found, expected = (jax.jit(jax.grad(f, 1))(KEY, scores, scores) for f in (host, in_jax))
+    assert_trees_close(found, expected, rtol=1e-5)
+
+
+def test_eager_calls_compile_once():
+    h = px.host_function(lambda x: steps(x), executor=2)
+
+    def gradient(key):
+        return jax.grad(smooth(h), 1)(key, X)
+
+    gradient(KEY)
+    assert compilations(lambda: gradient(jax.random.key(1, impl="threefry2x32"))) == 0
+
+
+def test_programs_do_not_hang_on_large_arrays():
+    """On one core, jax.pure_callback does, while it makes a JAX array of its argument."""
+    program = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import jax, jax.numpy as jnp, numpy as np, perturbax as px
+h = px.host_function(lambda x: x.sum(), like=np.float32(0))
+f = jax.jit(lambda x: h(jnp.cos(x)) + jax.vmap(h)(jnp.stack([x * 2, jnp.sin(x)])).sum())
+for i in range(5):
+    total = f(jnp.full(1_000_000, 1.0 * i))
+print(float(total))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    expected = 1e6 * (np.cos(4) + np.sin(4) + 8)
+    assert float(run.stdout) == pytest.approx(expected, rel=1e-3)
+
+
+# --- like
+
+
+def test_like_is_asked_for_once_and_under_a_trace_needed():
+    h = px.host_function(lambda x: {"a": x * 2, "b": 1.5})
+    with pytest.raises(ValueError, match=r"called under a trace.*like=jax.ShapeDtypeStruct"):
+        jax.jit(h)(X)
+    assert counts(h) == 0
+    # Under an eager vmap and an eager derivative, one point is asked for.
+    jax.vmap(jax.grad(lambda x: smooth(lambda y: h(y)["b"], 6, degree=0)(KEY, x)))(jnp.ones((4, 3)))
+    assert counts(h) == 1 + 4 * 7
+    assert jax.jit(h)(X)["a"].shape == (3,)
+    with pytest.raises(ValueError, match="called under a trace"):
+        jax.jit(h)(jnp.ones(4))
+
+
+LIKES = {
+    "other shape": (lambda x: x, 0.0, ValueError, [r"shape \(3,\), expected \(\)"]),
+    "other structure": (lambda x: (1.0, 2.0), 0.0, TypeError, ["structure", "like"]),
+    "number for an integer": (lambda x: 1.5, 0, TypeError, ["float64", "int64", "like="]),
+    "integer too large": (lambda x: 300, np.uint8(0), OverflowError, ["300", "uint8"]),
+    "string": (lambda x: "a", 0.0, TypeError, ["must return numbers", "'a'", "str"]),
+    "None": (lambda x: None, 0.0, TypeError, ["structure"]),
+    "object": (lambda x: np.array([None]), 0.0, TypeError, ["must return numbers", "object"]),
+    "jax.Array": (lambda x: X, X, TypeError, ["jax.Array", "numpy", "24255"]),
+}
+
+
+@pytest.mark.parametrize("name", LIKES)
+def test_results_that_do_not_fit(name):
+    fun, like, error, parts = LIKES[name]
+    h = px.host_function(fun, like=like, on_failure=1)
+    with pytest.raises(error) as caught:
+        h(X)
+    for part in parts:
+        caught.match(part)
+
+
+def test_results_are_cast():
+    like = {"a": jax.ShapeDtypeStruct((2,), jnp.bfloat16), "b": np.float32(0), "c": np.int8(0)}
+    h = px.host_function(lambda x: {"a": [1.0, 2.0] @ np.eye(2), "b": True, "c": 7}, like=like)
+    result = jax.jit(h)(X)
+    assert {k: v.dtype.name for k, v in result.items()} == {
+        "a": "bfloat16",
+        "b": "float32",
+        "c": "int8",
+    }
+    np.testing.assert_array_equal([*result["a"], result["b"], result["c"]], [1, 2, 1, 7])
+
+
+# --- Errors
+
+
+def above(x):
+    if x[0] > 0.6:
+        raise KeyError("my own") from OSError("the reason")
+    return x.sum()
+
+
+def raised(run):
+    with pytest.raises(KeyError, match="my own") as caught:
+        run()
+    return caught
+
+
+@pytest.mark.parametrize("executor", [None, 2])
+def test_exceptions_are_the_users_own(executor):
+    h = px.host_function(above, executor=executor)
+    g = smooth(h, 64)
+    for run in (
+        lambda: h(X + 1),
+        lambda: jax.vmap(h)(jnp.stack([X, X + 1, X])),
+        lambda: g(KEY, X),
+        lambda: jax.grad(g, 1)(KEY, X),
+        lambda: jax.vmap(lambda x: jax.grad(g, 1)(KEY, x))(jnp.ones((2, 3))),
+        lambda: px.estimate(smooth(h, 64), KEY, X),
+    ):
+        error = raised(run).value
+        assert isinstance(error.__cause__, OSError)
+        assert any("at the point x = array([" in note for note in error.__notes__)
+        frames = []
+        trace = error.__traceback__
+        while trace is not None:
+            frames.append(trace.tb_frame.f_code.co_name)
+            trace = trace.tb_next
+        assert frames[-1] == "above"
+
+
+def test_an_exception_under_jit_is_told_in_full():
+    h = px.host_function(above, like=ONE)
+    f = jax.jit(lambda xs: jax.lax.scan(lambda c, x: (c, h(x)), 0.0, xs))
+    f(jnp.zeros((3, 3)))
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError)) as caught:
+        jax.block_until_ready(f(jnp.stack([X, X + 1])))
+    for part in ("KeyError: 'my own'", "OSError: the reason", "in above", r"x = array\(\[1.25"):
+        caught.match(part)
+
+
+def test_jax_inside_is_refused():
+    """Before it can hang."""
+    with concurrent.futures.ThreadPoolExecutor(1) as own:
+        for executor in (None, 1, own):
+            h = px.host_function(lambda x: float(jnp.sum(x)), executor=executor, like=ONE)
+            with pytest.raises(TypeError, match=r"a JAX operation.*ProcessWorkers"):
+                h(X)
+            with pytest.raises(TypeError, match=r"a JAX operation"):
+                smooth(h, 6, use_baseline=False)(KEY, X)
+    assert float(jnp.sum(X)) == 1.25  # out here all is as it was
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "parts"),
+    [
+        ({"fun": 3}, TypeError, ["fun must be callable"]),
+        ({"fun": px.host_function(steps)}, TypeError, ["host function already"]),
+        ({"executor": 0}, ValueError, ["executor must be >= 1"]),
+        (
+            {"executor": "loky"},
+            TypeError,
+            ["executor must be", "loky.get_reusable_executor", "perturbax[loky]"],
+        ),
+        ({"executor": True}, TypeError, ["executor must be an int, got bool"]),
+        ({"timeout": 0.0}, ValueError, ["timeout must be None or a positive number"]),
+        ({"retries": -1}, ValueError, ["retries must be >= "]),
+        ({"on_failure": "drop"}, ValueError, ["on_failure", "'missing'", "'drop'"]),
+        ({"on_failure": "missing", "like": 1}, TypeError, ["missing", "NaN", "int64"]),
+        (
+            {"on_failure": (1.0, 2.0), "like": 1.0},
+            ValueError,
+            ["on_failure", "pytree like the result"],
+        ),
+        ({"on_failure": 0.5, "like": 1}, TypeError, ["on_failure", "float64", "int64"]),
+        ({"like": "float"}, TypeError, ["like must be", "'float'"]),
+        ({"batched": 1}, TypeError, ["batched must be a bool"]),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments, error, parts):
+    with pytest.raises(error) as caught:
+        px.host_function(**{"fun": steps, **arguments})
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_bad_calls():
+    h = px.host_function(steps)
+    with pytest.raises(TypeError, match=r"PRNG key.*key_data"):
+        h(KEY)
+    with pytest.raises(TypeError, match="takes pytrees of arrays, numbers and strings"):
+        h(X, object())
+    with pytest.raises(NotImplementedError, match=r"steps is a host function.*make_perturbed_fun"):
+        jax.grad(h)(X)
+    scaled = px.host_function(lambda x, t: steps(x) * t)
+    with pytest.raises(NotImplementedError, match="stop_gradient"):
+        jax.grad(lambda t: smooth(scaled)(KEY, X, t))(2.0)
+    held = jax.grad(lambda x: smooth(scaled)(KEY, x, jax.lax.stop_gradient(2.0)))(X)
+    assert_trees_close(held, jax.grad(lambda x: 2.0 * smooth(steps_in_jax)(KEY, x))(X), rtol=1e-5)
+
+
+def test_forking_executors_are_refused():
+    with concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("fork")
+    ) as executor:
+        with pytest.raises(ValueError, match=r"forks this process.*forkserver"):
+            px.host_function(steps, executor=executor)
+
+
+# --- Faults
+
+
+def test_failures_in_place():
+    """A number, a pytree and NaN instead of an exception; the other points are as they were."""
+    xs = jnp.stack([X, X + 1, X - 1])
+    expected = np.array([above(np.asarray(X)), -7.0, above(np.asarray(X) - 1)], np.float32)
+    for executor in (None, 2):
+        for settings in ({}, {"batched": True}):
+            fun = above if not settings else lambda x: np.array([above(v) for v in x])
+            for value in (-7.0, np.float32(-7.0), "missing"):
+                h = px.host_function(
+                    fun, like=ONE, on_failure=value, retries=1, executor=executor, **settings
+                )
+                wanted = expected.copy()
+                wanted[1] = np.nan if value == "missing" else -7.0
+                np.testing.assert_array_equal(jax.vmap(h)(xs), wanted)
+                assert h.counts.failures == h.counts.retries == 1
+                assert counts(h) == 2
+
+
+def test_flaky_points_are_retried():
+    """So that estimates are those without faults, bit by bit; each point counts once."""
+    rng, lock, attempts = np.random.default_rng(0), threading.Lock(), []
+
+    def flaky(x):
+        with lock:
+            attempts.append(x)
+            fails = rng.random() < 0.2
+        if fails:
+            raise ConnectionError("try again")
+        return steps(x)
+
+    h = px.host_function(flaky, executor=4, retries=20, like=ONE)
+    expected = jax.value_and_grad(smooth(px.host_function(steps, like=ONE), 200), 1)(KEY, X)
+    found = jax.value_and_grad(smooth(h, 200), 1)(KEY, X)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert counts(h) == 200
+    assert h.counts.retries == len(attempts) - 200 > 10
+
+
+def test_hung_threads_are_left_behind_and_replaced():
+    release, before = threading.Event(), threading.active_count()
+
+    def hangs(x):
+        if x[0] > 0.6:
+            release.wait()
+        return x.sum()
+
+    own = concurrent.futures.ThreadPoolExecutor(2)
+    for executor in (2, own):
+        h = px.host_function(hangs, like=ONE, executor=executor, timeout=0.05, on_failure=-1.0)
+        found = jax.vmap(h)(jnp.stack([X + 1] * 5 + [X]))
+        np.testing.assert_array_equal(found, [-1.0] * 5 + [1.25])
+        assert h.counts.timeouts == h.counts.failures == 5
+        h.close()
+    release.set()
+    own.shutdown()
+    wait_for(lambda: threading.active_count() <= before)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_processes_of_our_own(tmp_path):
+    """Killed, hung and failing evaluations; nothing is left over of any of them."""
+    marker = tmp_path / "died"
+    threads, files = threading.active_count(), descriptors()
+
+    def troublesome(x):
+        x = np.asarray(x)
+        if x[0] == 1:
+            raise KeyError("my own")
+        if x[0] == 2:
+            os.system("sleep 1000 & echo $! >> " + str(marker) + ".children")
+            time.sleep(1000)
+        if x[0] == 3 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert "jax" not in sys.modules
+        return float(x.sum())
+
+    xs = jnp.stack([jnp.full(3, v, jnp.float32) for v in (0, 1, 2, 3, 4, 5)])
+    with px.ProcessWorkers(2) as workers:
+        h = px.host_function(troublesome, like=ONE, executor=workers, timeout=1.0, on_failure=-1.0)
+        np.testing.assert_array_equal(jax.vmap(h)(xs), [0, -1, -1, 9, 12, 15])
+        assert h.counts == (4, 0, 2, 1, 1)
+        raising = px.host_function(troublesome, like=ONE, executor=workers)
+        error = raised(lambda: raising(xs[1])).value
+        assert any("in troublesome" in note for note in error.__notes__)
+        same = px.host_function(steps, executor=workers)
+        points = jax.random.normal(KEY, (20, 3))
+        np.testing.assert_array_equal(
+            jax.vmap(same)(points), jax.vmap(px.host_function(steps))(points)
+        )
+    with pytest.raises(RuntimeError, match="closed"):
+        same(X)
+    [child] = (tmp_path / "died.children").read_text().split()
+    wait_for(lambda: not os.path.exists(f"/proc/{child}") or is_zombie(child))
+    wait_for(lambda: threading.active_count() <= threads and descriptors() <= files)
+
+
+def is_zombie(process):
+    with open(f"/proc/{process}/stat") as stat:
+        return stat.read().rsplit(")", 1)[1].split()[0] == "Z"
