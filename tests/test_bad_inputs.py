@@ -344,27 +344,27 @@ CALLS = {
     "fun uses numpy": (
         call(fun=lambda y: np.sin(y)),
         jax.errors.TracerArrayConversionError,
-        ["fun is traced and vmapped", "numpy", "jax.pure_callback", "batch_size=1"],
+        ["fun is traced and vmapped", "numpy", "perturbax.host_function"],
     ),
     "fun branches on its argument": (
         call(fun=lambda y: 1.0 if y[0] > 0 else 0.0),
         jax.errors.TracerBoolConversionError,
-        ["fun is traced and vmapped", "`if`", "jax.pure_callback"],
+        ["fun is traced and vmapped", "`if`", "perturbax.host_function"],
     ),
     "fun converts its argument to a float": (
         call(fun=lambda y: float(y[0])),
         jax.errors.ConcretizationTypeError,
-        ["fun is traced and vmapped", "float()", "jax.pure_callback"],
+        ["fun is traced and vmapped", "float()", "perturbax.host_function"],
     ),
     "fun uses its argument as an index": (
         call(fun=lambda y: [1.0, 2.0][jnp.argmax(y)]),
         jax.errors.TracerIntegerConversionError,
-        ["fun is traced and vmapped", "jax.pure_callback"],
+        ["fun is traced and vmapped", "perturbax.host_function"],
     ),
     "fun selects by its argument": (
         call(fun=lambda y: jnp.sum(y[y > 0])),
         jax.errors.NonConcreteBooleanIndexError,
-        ["fun is traced and vmapped", "index of bools", "jax.pure_callback"],
+        ["fun is traced and vmapped", "index of bools", "perturbax.host_function"],
     ),
     "fun returns a string": (
         call(fun=lambda y: {"a": y, "b": "hi"}),
