@@ -52,6 +52,7 @@ LAYERS = [
     "execution/_scheduling",
     "execution/_host_function",
     "estimator/_estimator",
+    "_call",
     "_perturb",
     "diagnostics/_standard_errors",
     "solvers",

@@ -46,13 +46,14 @@ def describe(
     """
     name = getattr(fun, "__name__", None)
     name = name if isinstance(name, str) else type(fun).__name__
-    made.__name__ = made.__qualname__ = f"{kind}_{name}"
-    made.__doc__ = (
+    text = (
         f"{does.format(name=name)}\n\n"
         "`key` is one PRNG key, which is consumed. Further arguments are handed on. Made by\n"
         f"`perturbax.{maker}`, whose documentation says more."
     )
-    made.__dict__["__signature__"] = _signature(fun, names)
+    told = {"__name__": f"{kind}_{name}", "__doc__": text, "__signature__": _signature(fun, names)}
+    for attribute, value in {**told, "__qualname__": told["__name__"]}.items():
+        object.__setattr__(made, attribute, value)  # what is made may be frozen
 
 
 def _signature(fun: Callable[..., Any], names: tuple[str, ...]) -> inspect.Signature:

@@ -1,57 +1,62 @@
 """make_perturbed_fun: a smoothed, differentiable version of any function."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 from jax import Array
 
 from . import _checks
+from ._call import Call, Settings, evaluate, prepare
 from ._describe import describe, leading
-from .estimator import _default_rule, _estimator
-from .execution._plan import Operands, Plan
-from .noise._foreign import AdaptedNoise, as_noise
+from .estimator._default_rule import RULE
 from .noise._protocol import NoiseDistribution
 from .noise._smooth import Gumbel
-from .noise._traced import trace_noise
 from .sampling._protocol import Sampler
-from .scale import _scales
-from .tracing import _user_code
-from .tracing._host_call import own_exceptions
-from .tracing._mesh_axes import share_axes
-
-# Sums over samples are divided by their number, an int32.
-_MAX_SAMPLES = 2**31 - 1
 
 
-class Call(NamedTuple):
-    """A call of a perturbed function: its arguments, checked, and what was found out about them."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerturbedFun:
+    """A perturbed function, as `make_perturbed_fun` returns it: a function of a key and x.
 
-    plan: Plan
-    key: Array
-    x: list[Array]
-    sigma: list[Array]
-    operands: Operands
-    value_tree: Any
-    aux_tree: Any
-
-
-class Perturbed(NamedTuple):
-    """What a perturbed function is made of.
+    It has the name, the documentation and the signature of a function, and can be pickled if what
+    it was made of can be.
 
     Attributes:
-      function: the perturbed function. What wraps it takes over its attributes, but is not it.
-      prepare: checks a call's arguments and traces what is called.
-      sampler: as given to make_perturbed_fun.
-      has_aux: as given to make_perturbed_fun.
-      batch_size: as given to make_perturbed_fun.
+      fun: the function that is perturbed.
+      settings: how.
     """
 
-    function: Callable[..., Any]
-    prepare: Callable[..., Call]
-    sampler: Sampler | None
-    has_aux: bool
-    batch_size: int | None
+    fun: Callable[..., Any]
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        """Checks fun, and takes over what it tells about itself."""
+        _checks.check_fun(self.fun)
+        number = self.settings.num_samples
+        does = f"Estimates E[{{name}}(x + sigma eps)] by the mean of {number} samples."
+        describe(self, "perturbed", self.fun, ("key", "x"), "make_perturbed_fun", does)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """An estimate of E[fun(x + sigma eps, *args, **kwargs)], of g(key, x, *args, **kwargs)."""
+        key, x, *rest = leading(("key", "x"), args, kwargs)
+        return evaluate(self.prepare(key, x, tuple(rest), kwargs))
+
+    def prepare(
+        self,
+        key: Array,
+        x: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        num_nets: int = RULE.nets,
+    ) -> Call:
+        """Checks and plans a call."""
+        return prepare(
+            self.settings, lambda x: self.fun(x, *args, **kwargs), key, x, num_nets=num_nets
+        )
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.fun, self.settings)
 
 
 def make_perturbed_fun(
@@ -65,7 +70,7 @@ def make_perturbed_fun(
     has_aux: bool = False,
     sampler: Sampler | None = None,
     degree: int | None = None,
-) -> Callable[..., Any]:
+) -> PerturbedFun:
     r"""Smooths a function by averaging it over noise added to its input.
 
     The perturbed function is :math:`F(x) = E[f(x + \sigma \epsilon)]`, with noise :math:`\epsilon`
@@ -104,7 +109,7 @@ def make_perturbed_fun(
         zero; in further arguments it is differentiable as fun's own.
 
     Returns:
-      A function `g(key, x, *args, **kwargs)` that returns an estimate of
+      A function `g(key, x, *args, **kwargs)`, a `PerturbedFun`, that returns an estimate of
       `E[fun(x + sigma eps, *args, **kwargs)]`, with the structure and shapes of fun's result, in
       its floating dtypes of at least single precision. `key` is one PRNG key; it is consumed. All
       floating leaves of x are perturbed, all others handed to fun as they are; so are further
@@ -133,68 +138,7 @@ def make_perturbed_fun(
       arXiv:1802.05098
     """
     _checks.check_fun(fun)
-    num_samples = _checks.check_count(num_samples, "num_samples", _MAX_SAMPLES)
-    sigma = _scales.check_sigma(sigma)
-    _checks.check_noise(noise)
-    noise = as_noise(noise)
-    use_baseline = _checks.check_bool(use_baseline, "use_baseline")
-    if batch_size is not None:
-        batch_size = _checks.check_count(batch_size, "batch_size")
-    has_aux = _checks.check_bool(has_aux, "has_aux")
-    _checks.check_sampler(sampler)
-    _checks.check_degree(degree)
-
-    def prepare(
-        key: Array,
-        x: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        num_nets: int = _default_rule.RULE.nets,
-    ) -> Call:
-        key = _checks.check_key(key, x)
-        leaves, names, merge = _checks.perturbed_leaves(x)
-        scales = _scales.scale_leaves(sigma, x, leaves, names)
-        key, leaves, scales = share_axes(key, leaves, scales)
-        fun_traced, operands, num_outputs, value_tree, aux_tree = _user_code.trace_fun(
-            lambda values: fun(merge(values), *args, **kwargs), leaves, has_aux
-        )
-        dtype = _checks.noise_dtype(leaves)
-        law, law_operands = noise, None
-        dim = _checks.num_elements(leaves)
-        choice = _default_rule.choose(num_samples, dim, noise, sampler, degree, num_nets)
-        if isinstance(noise, AdaptedNoise):
-            law, law_operands = trace_noise(noise, key, dim, dtype)
-        plan = Plan(
-            fun=fun_traced,
-            noise=law,
-            sampler=choice.sampler,
-            num_samples=num_samples,
-            batch_size=batch_size,
-            degree=choice.degree if use_baseline else None,
-            num_outputs=num_outputs,
-            shapes=tuple(v.shape for v in leaves),
-            dtypes=tuple(v.dtype for v in leaves),
-            dtype=dtype,
-            own_operands=_user_code.leaves_among(operands, x) if fun_traced.takes_many else (),
-        )
-        return Call(
-            plan, key, leaves, scales, Operands(operands, law_operands), value_tree, aux_tree
-        )
-
-    def perturbed_fun(*args: Any, **kwargs: Any) -> Any:
-        key, x, *rest = leading(("key", "x"), args, kwargs)
-        call = prepare(key, x, tuple(rest), kwargs)
-        inputs = call.key, call.x, call.sigma, call.operands
-        with own_exceptions(call.plan.fun.hosts, inputs), _user_code.explained_vmap(batch_size):
-            value, aux = _estimator.estimate(call.plan, *inputs)
-        if _checks.is_traced(sigma):
-            value = _scales.nan_unless_valid(value, call.sigma, call.x)
-        value = jax.tree.unflatten(call.value_tree, value)
-        return (value, jax.tree.unflatten(call.aux_tree, aux)) if has_aux else value
-
-    # What `estimate` needs to know of it.
-    known = Perturbed(perturbed_fun, prepare, sampler, has_aux, batch_size)
-    perturbed_fun.__dict__["_perturbed"] = known
-    does = f"Estimates E[{{name}}(x + sigma eps)] by the mean of {num_samples} samples."
-    describe(perturbed_fun, "perturbed", fun, ("key", "x"), "make_perturbed_fun", does)
-    return perturbed_fun
+    settings = Settings(
+        num_samples, sigma, noise, use_baseline, batch_size, has_aux, sampler, degree
+    )
+    return PerturbedFun(fun, settings)

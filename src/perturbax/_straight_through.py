@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import _checks
+from ._call import Settings, evaluate, prepare
 from ._describe import describe, leading
-from ._perturb import make_perturbed_fun
 from .estimator._formula import with_value
 from .noise._protocol import NoiseDistribution
 from .noise._smooth import Gumbel
@@ -70,23 +70,21 @@ def make_straight_through_fun(
       Bengio, Leonard and Courville, Estimating or Propagating Gradients Through Stochastic Neurons
       for Conditional Computation, 2013, arXiv:1308.3432
     """
-    perturbed = make_perturbed_fun(
-        fun,
-        num_samples,
-        sigma,
-        noise,
-        use_baseline,
-        batch_size=batch_size,
-        sampler=sampler,
-        degree=degree,
+    _checks.check_fun(fun)
+    settings = Settings(
+        num_samples, sigma, noise, use_baseline, batch_size, sampler=sampler, degree=degree
     )
 
     def straight_through_fun(*args: Any, **kwargs: Any) -> Any:
         key, x, *rest = leading(("key", "x"), args, kwargs)
         key = _checks.check_key(key, x)
         leaves, _, merge = _checks.perturbed_leaves(x)
-        soft, operands = trace(lambda *v: perturbed(key, merge(v), *rest, **kwargs), *leaves)
-        hard, hard_operands = trace(lambda *v: fun(merge(v), *rest, **kwargs), *leaves)
+
+        def at(x: Any) -> Any:
+            return fun(x, *rest, **kwargs)
+
+        soft, operands = trace(lambda *v: evaluate(prepare(settings, at, key, merge(v))), *leaves)
+        hard, hard_operands = trace(lambda *v: at(merge(v)), *leaves)
         operands = (operands, hard_operands)
         if soft.jaxpr.effects:  # which JAX does not allow inside a custom derivative rule
             # Held fixed, for what has side effects may have no derivative either.

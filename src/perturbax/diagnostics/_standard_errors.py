@@ -1,7 +1,6 @@
 """estimate: a perturbed function and its gradient, with standard errors."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +10,8 @@ import numpy as np
 from jax import Array
 
 from .. import _checks
-from .._perturb import Perturbed
+from .._call import explained
+from .._perturb import PerturbedFun
 from ..estimator._default_rule import RULE
 from ..estimator._derivatives import jacobians_of_groups
 from ..estimator._formula import fitted, unit_of
@@ -31,9 +31,7 @@ from ..execution._plan import (
 )
 from ..sampling import _random_bits
 from ..scale import _scales
-from ..tracing import _user_code
 from ..tracing._derivative_rules import without_derivatives
-from ..tracing._host_call import own_exceptions
 
 
 class Intervals(NamedTuple):
@@ -120,7 +118,7 @@ def _without_derivatives(name: str, values: Any) -> Any:
 
 
 def estimate(
-    perturbed_fun: Callable[..., Any], key: Array, x: Any, /, *args: Any, **kwargs: Any
+    perturbed_fun: PerturbedFun, key: Array, x: Any, /, *args: Any, **kwargs: Any
 ) -> Estimate:
     """Value and gradient of a perturbed function, and the standard error of each.
 
@@ -162,21 +160,21 @@ def estimate(
     References:
       Owen, Practical Quasi-Monte Carlo Integration, 2023, chapter 17, on replicates of nets
     """
-    perturbed = getattr(perturbed_fun, "_perturbed", None)
-    if not isinstance(perturbed, Perturbed):
+    if not isinstance(perturbed_fun, PerturbedFun):
         kind = getattr(perturbed_fun, "__name__", type(perturbed_fun).__name__)
+        if isinstance(getattr(perturbed_fun, "__wrapped__", None), PerturbedFun):
+            raise TypeError(
+                "perturbed_fun must be what make_perturbed_fun returned, got a function that wraps "
+                "it, as those of jit, vmap and grad do; pass the perturbed function itself, and "
+                "apply jit and vmap to estimate"
+            )
         raise TypeError(
             f"perturbed_fun must be what make_perturbed_fun returned, got {kind}. (Layers and "
             "losses have no standard errors; a mean solution is a perturbed function of its solver)"
         )
-    if perturbed.function is not perturbed_fun:
-        raise TypeError(
-            "perturbed_fun must be what make_perturbed_fun returned, got a function that wraps it, "
-            "as those of jit, vmap and grad do; pass the perturbed function itself, and apply jit "
-            "and vmap to estimate"
-        )
-    call = perturbed.prepare(key, x, args, kwargs, RULE.nets_for_errors)
-    call = call._replace(
+    call = perturbed_fun.prepare(key, x, args, kwargs, RULE.nets_for_errors)
+    call = dataclasses.replace(
+        call,
         x=_without_derivatives("x", call.x),
         sigma=_without_derivatives("sigma", call.sigma),
         operands=_without_derivatives("what the function and its noise depend on", call.operands),
@@ -189,9 +187,8 @@ def estimate(
             "with smaller groups, such as Independent() or Sobol(num_groups=8)"
         )
     derive = getattr(plan.noise, "derivatives", 1) > 0
-    inputs = call.key, call.x, call.sigma, call.operands
-    with own_exceptions(plan.fun.hosts, inputs), _user_code.explained_vmap(perturbed.batch_size):
-        found, aux = _with_errors(plan, derive, *inputs)
+    with explained(call):
+        found, aux = _with_errors(plan, derive, *call.inputs)
     leaves, tree = jax.tree.flatten(found)
     found = tree.unflatten(_scales.nan_unless_valid(leaves, call.sigma, call.x))
 
@@ -210,7 +207,7 @@ def estimate(
         value_error=jax.tree.unflatten(call.value_tree, found.value_error),
         gradient=like_jacobian(found.jacobian),
         gradient_error=like_jacobian(found.jacobian_error),
-        aux=jax.tree.unflatten(call.aux_tree, aux) if perturbed.has_aux else None,
+        aux=jax.tree.unflatten(call.aux_tree, aux) if call.settings.has_aux else None,
         degrees_of_freedom=plan.num_groups - 1,
     )
 

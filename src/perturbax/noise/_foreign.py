@@ -62,7 +62,7 @@ def as_noise(noise: Any) -> Any:
     return AdaptedNoise(noise, law, _convention(noise.sample), _limit(noise, law))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AdaptedNoise:
     """A distribution of any convention as noise of this library's.
 
@@ -81,7 +81,7 @@ class AdaptedNoise:
     convention: str
     limit: Limit | None
     _seen: dict[Any, Limit | None] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
+        default_factory=dict, init=False, compare=False
     )
 
     def sample(self, key: Array, sample_shape: Shape = (), dtype: DTypeLike = float) -> Array:
@@ -119,6 +119,9 @@ class AdaptedNoise:
         if limit is not None and limit.derivatives < math.inf:
             inputs = limit_derivatives(inputs, limit)
         return self.noise.log_prob(inputs)
+
+    def __repr__(self) -> str:
+        return repr(self.noise)
 
     def __getattr__(self, name: str) -> Any:
         if name not in _OPTIONAL:

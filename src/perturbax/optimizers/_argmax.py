@@ -7,6 +7,7 @@ import jax
 from jax import Array
 
 from .. import _checks
+from .._call import Settings
 from .._describe import describe, leading
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -91,24 +92,16 @@ def make_perturbed_argmax(
       arXiv:2207.13513 (the multiplicative perturbation)
     """
     symmetrize = _checks.check_bool(symmetrize, "symmetrize")
-    layer = Layer(
-        argmax_fun,
-        num_samples,
-        sigma,
-        noise,
-        maximize=maximize,
-        multiplicative=multiplicative,
-        use_baseline=use_baseline,
-        batch_size=batch_size,
-        sampler=sampler,
-        degree=degree,
+    settings = Settings(
+        num_samples, sigma, noise, use_baseline, batch_size, sampler=sampler, degree=degree
     )
+    layer = Layer(argmax_fun, settings, maximize, multiplicative)
 
     def perturbed_argmax(*args: Any, **kwargs: Any) -> Any:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
         key = _checks.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
-        scales = scales_of(layer.sigma, theta, leaves, names, layer.multiplicative)
+        scales = scales_of(layer.settings.sigma, theta, leaves, names, layer.multiplicative)
 
         def solve(u: list[Array], _: Any) -> list[Array]:
             scores = layer.unsigned(tree, u)

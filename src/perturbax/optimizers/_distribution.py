@@ -11,10 +11,9 @@ import numpy as np
 from jax import Array, lax
 
 from .. import _checks
+from .._call import Settings, evaluate, prepare
 from .._describe import describe, leading
-from .._perturb import make_perturbed_fun
-from ..estimator import _default_rule, _formula
-from ..noise._foreign import as_noise
+from ..estimator import _formula
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling import _random_bits
@@ -124,18 +123,26 @@ def make_perturbed_distribution(
       arXiv:2207.13513
     """
     _checks.check_fun(argmax_fun, "argmax_fun")
-    options: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler}
-    make_perturbed_fun(argmax_fun, num_samples, sigma, noise, use_baseline, **options)
-    sigma = _scales.check_sigma(sigma)
-    law = as_noise(noise)
+    # All that is wanted of the perturbed function are its samples.
+    settings = Settings(
+        num_samples,
+        sigma,
+        noise,
+        use_baseline=False,
+        batch_size=batch_size,
+        has_aux=True,
+        sampler=sampler,
+        degree=0,
+    )
+    use_baseline = _checks.check_bool(use_baseline, "use_baseline")
     maximize = _checks.check_bool(maximize, "maximize")
-    multiplicative = check_multiplicative(multiplicative, law)
+    multiplicative = check_multiplicative(multiplicative, settings.noise)
 
     def perturbed_distribution(*args: Any, **kwargs: Any) -> EmpiricalDistribution:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
         key = _checks.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
-        scales = scales_of(sigma, theta, leaves, names, multiplicative)
+        scales = scales_of(settings.sigma, theta, leaves, names, multiplicative)
         scores = leaves if maximize else [-v for v in leaves]
         dtype = _checks.noise_dtype(leaves)
         perturbation = Perturbation(scores, scales, multiplicative, dtype)
@@ -143,20 +150,16 @@ def make_perturbed_distribution(
         def solve(v: list[Array]) -> Any:
             u = perturbation.point(v)
             u = jax.tree.unflatten(tree, u if maximize else [-one for one in u])
-            # All that is wanted are the samples: noise and solutions, as aux of no value.
+            # Noise and solutions, as aux of no value.
             return jnp.zeros((), dtype), (v, argmax_fun(u, *rest, **kwargs))
 
         location, scale = perturbation.location(), perturbation.scale()
-        draw = make_perturbed_fun(
-            solve, num_samples, scale, law, use_baseline=False, has_aux=True, **options
-        )
-        _, (v, solutions) = draw(key, location)
-        density = _log_density(law, v, location, scale)
-        dim = _checks.num_elements(leaves)
-        choice = _default_rule.choose(num_samples, dim, law, sampler, 0)
-        size = choice.group_size if use_baseline else num_samples
+        call = prepare(dataclasses.replace(settings, sigma=scale), solve, key, location)
+        _, (v, solutions) = evaluate(call)
+        density = _log_density(settings.noise, v, location, scale)
+        size = call.plan.group_size if use_baseline else num_samples
         distinct, weights = _tabulate(size, solutions, density)
-        if _checks.is_traced(sigma):
+        if _checks.is_traced(settings.sigma):
             [weights] = _scales.nan_unless_valid([weights], scales)
         return EmpiricalDistribution(distinct, weights)
 

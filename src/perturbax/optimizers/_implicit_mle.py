@@ -14,8 +14,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from .. import _checks
+from .._call import Settings, evaluate, prepare
 from .._describe import describe, leading
-from .._perturb import make_perturbed_fun
 from ..noise._derivative_limit import Limit, limit_derivatives
 from ..noise._protocol import NoiseDistribution, Shape
 from ..noise._smooth import Gumbel
@@ -101,13 +101,8 @@ def make_implicit_mle(
     maximize = _checks.check_bool(maximize, "maximize")
     sign = 1 if maximize else -1
 
-    def mean_of(solve: Callable[..., Any]) -> Callable[..., Any]:
-        # With a baseline, should sigma or a further argument be differentiated.
-        return make_perturbed_fun(
-            solve, num_samples, sigma, noise, batch_size=batch_size, sampler=sampler, degree=0
-        )
-
-    mean_of(argmax_fun)  # for its checks
+    # With a baseline, should sigma or a further argument be differentiated.
+    settings = Settings(num_samples, sigma, noise, batch_size=batch_size, sampler=sampler, degree=0)
 
     def implicit_mle(*args: Any, **kwargs: Any) -> Any:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
@@ -120,10 +115,10 @@ def make_implicit_mle(
             y = same_shapes("the result of argmax_fun", y, scores)
             return jax.tree.unflatten(tree, y)
 
-        mean = mean_of(solve)
-        traced, operands = trace(
-            lambda key, *v: mean(key, jax.tree.unflatten(tree, v)), key, *leaves
-        )
+        def mean(key: Array, *scores: Array) -> Any:
+            return evaluate(prepare(settings, solve, key, jax.tree.unflatten(tree, scores)))
+
+        traced, operands = trace(mean, key, *leaves)
         scores = [sign * v for v in leaves]
         value = traced(operands, key, *lax.stop_gradient(scores))
         fixed = lax.stop_gradient((value, operands, jnp.asarray(lam, value[0].dtype)))

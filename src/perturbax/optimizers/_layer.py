@@ -13,6 +13,7 @@ unbiased too, and has less variance.
 All this is written for maximisers. A minimiser of costs is a maximiser of the scores -theta.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,40 +22,37 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _checks
-from .._perturb import make_perturbed_fun
-from ..noise._foreign import as_noise
+from .._call import Settings, evaluate, prepare
 from ..scale import _scales
 from ..tracing._signature import trace
-from ._perturbed_scores import (
-    Perturbation,
-    check_multiplicative,
-)
+from ._perturbed_scores import Perturbation, check_multiplicative
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """What perturbed optimizers have in common: the solver, the noise, and how it is applied."""
+    """What perturbed optimizers have in common: the solver, the noise, and how it is applied.
 
-    def __init__(
-        self,
-        argmax_fun: Callable[..., Any],
-        num_samples: int,
-        sigma: Any,
-        noise: Any,
-        *,
-        maximize: Any,
-        multiplicative: Any,
-        **options: Any,
-    ):
+    Attributes:
+      argmax_fun: the solver.
+      settings: how scores are perturbed.
+      maximize: whether the solver maximises.
+      multiplicative: whether scores are perturbed by a factor.
+    """
+
+    argmax_fun: Callable[..., Any]
+    settings: Settings
+    maximize: bool
+    multiplicative: bool
+
+    def __post_init__(self) -> None:
         """Checks all that can be checked before a call."""
-        _checks.check_fun(argmax_fun, "argmax_fun")
-        make_perturbed_fun(argmax_fun, num_samples, sigma, noise, **options)
-        self.argmax_fun = argmax_fun
-        self.num_samples = num_samples
-        self.sigma = _scales.check_sigma(sigma)
-        self.noise = as_noise(noise)
-        self.maximize = _checks.check_bool(maximize, "maximize")
-        self.multiplicative = check_multiplicative(multiplicative, self.noise)
-        self.options = options
+        _checks.check_fun(self.argmax_fun, "argmax_fun")
+        checked = {
+            "maximize": _checks.check_bool(self.maximize, "maximize"),
+            "multiplicative": check_multiplicative(self.multiplicative, self.settings.noise),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def unsigned(self, tree: Any, u: list[Array]) -> Any:
         """What the solver sees of perturbed scores u: themselves, or costs."""
@@ -63,11 +61,11 @@ class Layer:
     @property
     def has_traced_scales(self) -> bool:
         """Whether a scale may be differentiated with respect to."""
-        return _checks.is_traced(self.sigma)
+        return _checks.is_traced(self.settings.sigma)
 
     def has_traced_noise(self) -> bool:
         """Whether a parameter of the noise may be differentiated with respect to."""
-        _, parameters = trace(self.noise.log_prob, jnp.zeros(()))
+        _, parameters = trace(self.settings.noise.log_prob, jnp.zeros(()))
         return _checks.is_traced(parameters)
 
     def inputs(self, leaves: list[Array], scales: list[Array]) -> list[Array]:
@@ -87,12 +85,10 @@ class Layer:
         """The leaves of E[solve(u, (perturbation, v))]."""
         dtype = _checks.noise_dtype(theta)
         perturbation = Perturbation(theta, scales, self.multiplicative, dtype)
-        estimate = make_perturbed_fun(
-            lambda v: solve(perturbation.point(v), (perturbation, v)),
-            self.num_samples,
-            perturbation.scale(),
-            self.noise,
-            **self.options,
-        )
-        value = jax.tree.leaves(estimate(key, perturbation.location()))
+        settings = dataclasses.replace(self.settings, sigma=perturbation.scale())
+
+        def fun(v: list[Array]) -> Any:
+            return solve(perturbation.point(v), (perturbation, v))
+
+        value = jax.tree.leaves(evaluate(prepare(settings, fun, key, perturbation.location())))
         return _scales.nan_unless_valid(value, scales) if self.has_traced_scales else value

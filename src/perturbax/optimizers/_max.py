@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .. import _checks
+from .._call import Settings
 from .._describe import describe, leading
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -99,24 +100,16 @@ def make_perturbed_max(
     symmetrize = _checks.check_bool(symmetrize, "symmetrize")
     if objective is not None:
         _checks.check_fun(objective, "objective")
-    layer = Layer(
-        argmax_fun,
-        num_samples,
-        sigma,
-        noise,
-        maximize=maximize,
-        multiplicative=multiplicative,
-        use_baseline=use_baseline,
-        batch_size=batch_size,
-        sampler=sampler,
-        degree=degree,
+    settings = Settings(
+        num_samples, sigma, noise, use_baseline, batch_size, sampler=sampler, degree=degree
     )
+    layer = Layer(argmax_fun, settings, maximize, multiplicative)
 
     def perturbed_max(*args: Any, **kwargs: Any) -> Array:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
         key = _checks.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
-        scales = scales_of(layer.sigma, theta, leaves, names, layer.multiplicative)
+        scales = scales_of(layer.settings.sigma, theta, leaves, names, layer.multiplicative)
         dtype = _checks.noise_dtype(leaves)
 
         def solution(u: list[Array]) -> tuple[list[Array], Array]:

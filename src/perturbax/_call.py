@@ -1,0 +1,175 @@
+"""One call of a perturbed function: its settings and arguments checked, planned, evaluated."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from . import _checks
+from .estimator import _default_rule, _estimator
+from .execution._plan import Operands, Plan
+from .noise._foreign import AdaptedNoise, as_noise
+from .noise._protocol import NoiseDistribution
+from .noise._smooth import Gumbel
+from .noise._traced import trace_noise
+from .sampling._protocol import Sampler
+from .scale import _scales
+from .tracing import _user_code
+from .tracing._host_call import own_exceptions
+from .tracing._mesh_axes import share_axes
+
+# Sums over samples are divided by their number, an int32.
+_MAX_SAMPLES = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Settings:
+    """How a function is perturbed: the arguments of `make_perturbed_fun` but fun, checked.
+
+    `dataclasses.replace(settings, num_samples=4000)` gives others, checked as well.
+
+    Attributes:
+      num_samples: number of evaluations.
+      sigma: scale of the noise, a pytree of arrays.
+      noise: law of the noise; another library's is wrapped.
+      use_baseline: whether derivatives are of what a surrogate leaves.
+      batch_size: how many samples are evaluated at a time; None leaves it open.
+      has_aux: whether the function returns a pair (value, aux).
+      sampler: draws the samples; None leaves it open.
+      degree: of the surrogate; None leaves it open.
+    """
+
+    num_samples: int = 1000
+    sigma: Any = 0.1
+    noise: NoiseDistribution = Gumbel()
+    use_baseline: bool = True
+    batch_size: int | None = None
+    has_aux: bool = False
+    sampler: Sampler | None = None
+    degree: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks all that can be checked before a call."""
+        count = _checks.check_count(self.num_samples, "num_samples", _MAX_SAMPLES)
+        checked: dict[str, Any] = {"num_samples": count}
+        checked["sigma"] = _scales.check_sigma(self.sigma)
+        _checks.check_noise(self.noise)
+        checked["noise"] = as_noise(self.noise)
+        checked["use_baseline"] = _checks.check_bool(self.use_baseline, "use_baseline")
+        if self.batch_size is not None:
+            checked["batch_size"] = _checks.check_count(self.batch_size, "batch_size")
+        checked["has_aux"] = _checks.check_bool(self.has_aux, "has_aux")
+        _checks.check_sampler(self.sampler)
+        _checks.check_degree(self.degree)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        told = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        told["sigma"] = jax.tree.map(_number, self.sigma)
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+
+
+def _number(scale: Any) -> Any:
+    return scale.item() if isinstance(scale, np.ndarray) and not scale.ndim else scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of a perturbed function: its arguments, checked, and what was found out about them.
+
+    Attributes:
+      settings: of the perturbed function.
+      plan: the static part.
+      key: one typed PRNG key.
+      x: the perturbed leaves.
+      sigma: one scale a leaf, or a single number for all.
+      operands: what fun and the noise close over.
+      value_tree: structure of the value.
+      aux_tree: structure of aux; of None, if there is none.
+    """
+
+    settings: Settings
+    plan: Plan
+    key: Array
+    x: list[Array]
+    sigma: list[Array]
+    operands: Operands
+    value_tree: Any
+    aux_tree: Any
+
+    @property
+    def inputs(self) -> tuple[Array, list[Array], list[Array], Operands]:
+        """What is not static: key, x, sigma and operands."""
+        return self.key, self.x, self.sigma, self.operands
+
+
+def prepare(
+    settings: Settings,
+    fun: Callable[[Any], Any],
+    key: Array,
+    x: Any,
+    num_nets: int = _default_rule.RULE.nets,
+) -> Call:
+    """Checks the arguments of a call, traces fun(x), and chooses what was left open.
+
+    Args:
+      settings: how fun is perturbed.
+      fun: a function of x alone.
+      key: one PRNG key.
+      x: where.
+      num_nets: how many nets, where nets are chosen.
+    """
+    key = _checks.check_key(key, x)
+    leaves, names, merge = _checks.perturbed_leaves(x)
+    scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
+    key, leaves, scales = share_axes(key, leaves, scales)
+    traced, operands, num_outputs, value_tree, aux_tree = _user_code.trace_fun(
+        lambda values: fun(merge(values)), leaves, settings.has_aux
+    )
+    dtype = _checks.noise_dtype(leaves)
+    dim = _checks.num_elements(leaves)
+    noise, noise_operands = settings.noise, None
+    choice = _default_rule.choose(
+        settings.num_samples, dim, noise, settings.sampler, settings.degree, num_nets
+    )
+    if isinstance(noise, AdaptedNoise):
+        noise, noise_operands = trace_noise(noise, key, dim, dtype)
+    plan = Plan(
+        fun=traced,
+        noise=noise,
+        sampler=choice.sampler,
+        num_samples=settings.num_samples,
+        batch_size=settings.batch_size,
+        degree=choice.degree if settings.use_baseline else None,
+        num_outputs=num_outputs,
+        shapes=tuple(v.shape for v in leaves),
+        dtypes=tuple(v.dtype for v in leaves),
+        dtype=dtype,
+        own_operands=_user_code.leaves_among(operands, x) if traced.takes_many else (),
+    )
+    both = Operands(operands, noise_operands)
+    return Call(settings, plan, key, leaves, scales, both, value_tree, aux_tree)
+
+
+@contextlib.contextmanager
+def explained(call: Call) -> Iterator[None]:
+    """Raises what fun raises outside JAX, and adds remedies to what JAX raises."""
+    explained_vmap = _user_code.explained_vmap(call.settings.batch_size)
+    with own_exceptions(call.plan.fun.hosts, call.inputs), explained_vmap:
+        yield
+
+
+def evaluate(call: Call) -> Any:
+    """The estimate of E[fun(x + sigma eps)]; with aux, if there is any, a pair."""
+    settings = call.settings
+    with explained(call):
+        value, aux = _estimator.estimate(call.plan, *call.inputs)
+    if _checks.is_traced(settings.sigma):
+        value = _scales.nan_unless_valid(value, call.sigma, call.x)
+    value = jax.tree.unflatten(call.value_tree, value)
+    return (value, jax.tree.unflatten(call.aux_tree, aux)) if settings.has_aux else value
