@@ -8,6 +8,11 @@ from ._optax import patch_optax as patch_optax, unpatch_optax as unpatch_optax
 from ._perturb import PerturbedFun as PerturbedFun, make_perturbed_fun as make_perturbed_fun
 from ._straight_through import make_straight_through_fun as make_straight_through_fun
 from .diagnostics._check_noise import NoiseReport as NoiseReport, check_noise as check_noise
+from .diagnostics._diagnose import (
+    Alternative as Alternative,
+    Diagnosis as Diagnosis,
+    diagnose as diagnose,
+)
 from .diagnostics._standard_errors import Estimate as Estimate, estimate as estimate
 from .estimator._default_rule import Choice as Choice, choose_sampler as choose_sampler
 from .execution._executors import ProcessWorkers as ProcessWorkers

@@ -47,21 +47,24 @@ def check_bool(value: Any, name: str) -> bool:
     return bool(value)
 
 
-def check_level(value: Any) -> float:
-    """A static number between 0 and 1."""
+def check_level(
+    value: Any,
+    name: str = "level",
+    example: str = "0.95 stands for intervals of 95 %",
+) -> float:
+    """A static number between 0 and 1; the example starts with one."""
     if isinstance(value, Tracer):
         raise TypeError(
-            "level must be static (a Python number), got a traced value; pass it outside jit, or "
+            f"{name} must be static (a Python number), got a traced value; pass it outside jit, or "
             "mark it with static_argnums"
         )
     number = isinstance(value, int | float | np.number | np.ndarray | Array)
     if isinstance(value, bool) or not number or np.shape(value):
         what = f"an array of shape {np.shape(value)}" if np.shape(value) else type(value).__name__
-        raise TypeError(f"level must be a number between 0 and 1, such as 0.95, got {what}")
+        such = example.partition(" ")[0]
+        raise TypeError(f"{name} must be a number between 0 and 1, such as {such}, got {what}")
     if not 0 < value < 1:
-        raise ValueError(
-            f"level must be between 0 and 1, got {value}; 0.95 stands for intervals of 95 %"
-        )
+        raise ValueError(f"{name} must be between 0 and 1, got {value}; {example}")
     return float(value)
 
 

@@ -1,0 +1,559 @@
+"""diagnose: what an estimate is worth, what is wrong with it, and how many samples it takes."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .. import _checks
+from .._perturb import PerturbedFun
+from ..sampling._independent import Antithetic, Independent
+from . import _plots, _variance_law
+from ._subject import Subject
+from ._variance_law import Runs
+
+# Evaluations after the pilot, at most, in units of the pilot's.
+_FURTHER = 4
+# Most runs of the same number of samples.
+_MOST_RUNS = 64
+# With fewer samples for each, other samplers and degrees are not compared.
+_FEWEST = 24
+# From this share of samples on that equal fun(x), it is a plateau.
+_PLATEAU = 0.95
+# Standard errors that the squared length of a gradient must be from zero.
+_SIGNIFICANT = 2.0
+# Spacings of the numbers of x that sigma should be at least, and those of a wide dtype is.
+_FEW_SPACINGS, _MANY_SPACINGS = 8, 1000
+# Standard deviations of 90 % of a Gaussian.
+_NINETY = 1.645
+
+
+class Alternative(NamedTuple):
+    """Another sampler or degree, and its variance over that of those in use.
+
+    Attributes:
+      sampler: as its representation says.
+      degree: of the surrogate.
+      ratio: of the variances of the gradient at the same number of samples.
+      low: lower end of a 90 % interval of the ratio.
+      high: its upper end.
+    """
+
+    sampler: str
+    degree: int
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """What `diagnose` found; prints as a table in words.
+
+    Attributes:
+      name: of the function that is smoothed.
+      num_coordinates: how many numbers of x are perturbed.
+      num_samples: of the perturbed function.
+      value_at_x: fun(x).
+      value: the smoothed value, of the same structure.
+      value_error: its standard errors.
+      gradient_of: what the gradient is of, in words: the value, or a combination of its numbers.
+      gradient_length: the length of the gradient, without what noise adds to it.
+      gradient_length_error: its standard error.
+      signal_to_noise: that length over the root mean square error of the gradient.
+      relative_error: as asked for.
+      suggested_num_samples: what gives a root mean square error of that share of the length; None
+        where too little is known.
+      suggested_range: ends of a 90 % interval of the number that truly does.
+      share_equal: of samples, at which fun returns what it returns at x, but for rounding.
+      share_nan: of samples, with a NaN.
+      share_infinite: of samples, with an infinite number and no NaN.
+      sigma_in_spacings: the least sigma of a coordinate, in spacings of the numbers near x.
+      sampler: in use, as its representation says.
+      degree: in use; None without a baseline.
+      reason: why these.
+      alternatives: other samplers and degrees, measured on this function.
+      seconds_per_evaluation: of the function and of all that is done for a sample.
+      num_evaluations: made for this diagnosis.
+      problems: what needs action, with the action; empty if all is well.
+      notes: what to know, though nothing is wrong.
+      values: of the pilot's samples, one row each.
+      measured: relative errors as measured: a number of samples, the error, and the degrees of
+        freedom of its square.
+    """
+
+    name: str
+    num_coordinates: int
+    num_samples: int
+    value_at_x: Any
+    value: Any
+    value_error: Any
+    gradient_of: str
+    gradient_length: float
+    gradient_length_error: float
+    signal_to_noise: float
+    relative_error: float
+    suggested_num_samples: int | None
+    suggested_range: tuple[float, float]
+    share_equal: float
+    share_nan: float
+    share_infinite: float
+    sigma_in_spacings: float
+    sampler: str
+    degree: int | None
+    reason: str
+    alternatives: tuple[Alternative, ...]
+    seconds_per_evaluation: float
+    num_evaluations: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    values: np.ndarray
+    measured: tuple[tuple[int, float, float], ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no problem was found."""
+        return not self.problems
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        rows = list(self._rows())
+        width = max(len(head) for head, _ in rows)
+        lines = [f"{self.name}, {self.num_coordinates:,} coordinates:"]
+        lines += [f"  {head:{width}}  {text}" for head, text in rows]
+        lines += [f"Problem: {problem}" for problem in self.problems] or ["No problem was found."]
+        lines += [f"Note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        yield "value at x", _numbers(self.value_at_x)
+        yield "smoothed value", _numbers(self.value, self.value_error)
+        length = f"{self.gradient_length:.3g} ± {self.gradient_length_error:.1g}"
+        yield "length of the gradient", f"{length}, of {self.gradient_of}"
+        ratio, samples = self.signal_to_noise, f"{self.num_samples:,} samples"
+        if ratio > 0:
+            ratio = f"{ratio:.2g}, so a relative error of {_percent(1 / ratio)}"
+            yield "signal to noise", f"{ratio}, with {samples}"
+        low, high = self.suggested_range
+        if self.suggested_num_samples is not None:
+            asked = f"{self.suggested_num_samples:,} ({_count(low)} to {_count(high)})"
+            yield f"samples for {_percent(self.relative_error)}", asked
+        elif low > 1:
+            yield f"samples for {_percent(self.relative_error)}", f"more than {_count(low)}"
+        yield "samples as at x", f"{_percent(self.share_equal)} have the value that fun has at x"
+        failed = f"{_percent(self.share_nan)} NaN, {_percent(self.share_infinite)} infinite"
+        yield "samples that fail", failed
+        yield "sigma", f"at least {self.sigma_in_spacings:.2g} spacings of the numbers near x"
+        yield "in use", f"{_way(self.sampler, self.degree)}. {self.reason}"
+        for one in self.alternatives:
+            ends = f"({one.low:.2g} to {one.high:.2g})"
+            way = _way(one.sampler, one.degree)
+            yield "", f"{way} would have {one.ratio:.2g} {ends} times the variance"
+        yield "an evaluation takes", _seconds(self.seconds_per_evaluation)
+
+    def plot(self, *, ax: Any = None) -> Any:
+        """Draws the relative error of the gradient against the number of samples.
+
+        Args:
+          ax: axes of matplotlib to draw into; None makes some.
+
+        Returns:
+          The axes.
+
+        Raises:
+          ImportError: without matplotlib.
+        """
+        now = 1 / self.signal_to_noise if self.signal_to_noise > 0 else math.nan
+        ax = _plots.plot_errors(
+            ax,
+            self.measured,
+            self.relative_error,
+            self.suggested_num_samples,
+            self.suggested_range,
+            (self.num_samples, now),
+        )
+        ax.set_title(self.name)
+        return ax
+
+
+def diagnose(
+    g: PerturbedFun,
+    key: Array,
+    x: Any,
+    /,
+    *args: Any,
+    relative_error: float = 0.1,
+    **kwargs: Any,
+) -> Diagnosis:
+    r"""Tells what an estimate is worth, what is wrong with it, and how many samples it takes.
+
+    A pilot estimate with the samples of g is followed by at most four times as many evaluations:
+    runs at numbers of samples near the one that is suggested, whose spread tells their error, and
+    other samplers and degrees, for comparison. The relative error of a gradient estimate is
+
+    .. math:: \sqrt{E |\hat g - \nabla F|^2} / |\nabla F|
+
+    with the squared length of the gradient estimated without bias. If the value is not one number,
+    the gradient is the whole Jacobian; if that has more than 65,536 entries, the gradient of the
+    sum of all numbers of the value with random signs, whose squared length has that of the Jacobian
+    for its mean.
+
+    Args:
+      g: what `make_perturbed_fun` returned, with at least 16 samples.
+      key: one PRNG key; it is consumed.
+      x: where to look.
+      *args: further arguments of the function.
+      relative_error: of the gradient, that a number of samples is suggested for; between 0 and 1.
+      **kwargs: further keyword arguments of the function.
+
+    Returns:
+      A `Diagnosis`: `print` it for a table in words; `ok` is false if there is a problem; `plot()`
+      draws the relative error against the number of samples.
+
+    Raises:
+      TypeError: if g is not what make_perturbed_fun returned, or anything is traced.
+      ValueError: if g has fewer than 16 samples, or one group of them; if relative_error is not
+        between 0 and 1.
+      NotImplementedError: if the noise is good for no derivative.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import perturbax as px
+      >>> steps = lambda x: jnp.sum(jnp.where(x > 0, 1.0, 0.0))
+      >>> g = px.make_perturbed_fun(steps, 100, sigma=1e-4, noise=px.Normal())
+      >>> found = px.diagnose(g, jax.random.key(0), jnp.array([0.3, -0.2]))
+      >>> found.ok, found.share_equal
+      (False, 1.0)
+      >>> print(found.problems[0])
+      sigma is too small: 100 % of the samples have the value that fun has at x, ...
+    """
+    wanted = _checks.check_level(relative_error, "relative_error", "0.1 stands for 10 %")
+    subject = Subject(g, key, x, args, kwargs)
+    with warnings.catch_warnings():
+        # It is told as a problem.
+        warnings.filterwarnings("ignore", message="sigma is below the spacing")
+        return _examine(subject, wanted)
+
+
+def _examine(subject: Subject, wanted: float) -> Diagnosis:
+    value_at_x = subject.value_at_x()
+    budget = _FURTHER * subject.num_samples - 1  # one was at x
+    pilot = subject.pilot()
+    if subject.dim and not pilot.runs.gradient.size:
+        raise NotImplementedError(
+            f"{subject.settings.noise!r} is good for no derivative, so there is no gradient to "
+            "diagnose; px.estimate tells the value and its error"
+        )
+    nan = np.isnan(pilot.values).any(axis=1)
+    infinite = np.isinf(pilot.values).any(axis=1) & ~nan
+    finite = bool(np.isfinite(pilot.runs.gradient).all() and np.isfinite(pilot.runs.variance))
+    runs, alternatives = [pilot.runs], []
+    if finite and pilot.runs.variance > 0:
+        others = list(_others(subject))
+        share = _nearest_power(subject.num_samples // max(len(others), 1) - 1)
+        if share < _FEWEST:
+            others = []
+        runs += _further_runs(subject, pilot.runs, budget - len(others) * (share + 1), wanted)
+        alternatives = list(_compare(subject, runs, others, share))
+    squares, squares_error, _ = _variance_law.signal_of(runs)
+    length = math.sqrt(max(squares, 0.0)) if finite else math.nan
+    significant = finite and squares > _SIGNIFICANT * squares_error
+    number, ends = _suggestion(subject, runs, wanted, significant)
+    choice = subject.choose(subject.num_samples)
+    found = Diagnosis(
+        name=subject.name,
+        num_coordinates=subject.dim,
+        num_samples=subject.num_samples,
+        value_at_x=value_at_x,
+        value=pilot.value,
+        value_error=pilot.value_error,
+        gradient_of=subject.gradient_of,
+        gradient_length=length,
+        gradient_length_error=_error_of_root(squares, squares_error) if finite else math.nan,
+        signal_to_noise=_signal_to_noise(subject, runs, length),
+        relative_error=wanted,
+        suggested_num_samples=number,
+        suggested_range=ends,
+        share_equal=float(np.mean(_equal(pilot.values, value_at_x))),
+        share_nan=float(np.mean(nan)),
+        share_infinite=float(np.mean(infinite)),
+        sigma_in_spacings=min((ratio for *_, ratio in subject.spacings()), default=math.inf),
+        sampler=repr(choice.sampler),
+        degree=choice.degree if subject.settings.use_baseline else None,
+        reason=choice.reason,
+        alternatives=tuple(alternatives),
+        seconds_per_evaluation=subject.seconds,
+        num_evaluations=subject.num_evaluations,
+        problems=(),
+        notes=(),
+        values=pilot.values,
+        measured=tuple(
+            (one.num_samples, math.sqrt(one.variance) / length, one.freedom)
+            for one in runs
+            if length > 0 and one.variance > 0
+        ),
+    )
+    problems = tuple(_problems(subject, found, finite, significant))
+    return dataclasses.replace(found, problems=problems, notes=tuple(_notes(subject, found)))
+
+
+# --- Measuring
+
+
+def _further_runs(subject: Subject, pilot: Runs, budget: int, wanted: float) -> list[Runs]:
+    """Runs with about as many samples as will be suggested, as far as the budget allows.
+
+    Half of it goes to many small runs, whose spread is known well, the other to larger ones: if
+    more samples are needed than there are, both together tell how the variance falls. Where that is
+    known, all goes to runs of one kind.
+    """
+    found: list[Runs] = []
+    fixed = not pilot.law.slope_deviation and subject.law(1 << 30) == pilot.law
+    for least_runs in (4,) if fixed else (8, 4, 2):
+        share = budget if fixed else budget // 3
+        guess, _ = _enough(subject, [pilot, *found], wanted)
+        number = _nearest_power(min(guess or share, share // least_runs - 1))
+        if guess and subject.law(number) != subject.law(guess):
+            # What follows another law tells little, so rather a single run that follows this one.
+            larger = [n for n in _POWERS if n >= number and subject.law(n) == subject.law(guess)]
+            number = larger[0] if larger and larger[0] < share else number
+        if not subject.least_samples() <= number < share:
+            break
+        found.append(subject.runs(number, min(share // (number + 1), _MOST_RUNS)))
+    return found
+
+
+# Few different numbers are few programs to compile; and nets are good at powers of two.
+_POWERS = [2**k * 3 // 2 if half else 2**k for k in range(1, 31) for half in (0, 1)]
+
+
+def _nearest_power(number: int) -> int:
+    """A power of two, or one and a half, not far above the number."""
+    return max((n for n in _POWERS if n <= 1.2 * number), default=1)
+
+
+def _enough(subject: Subject, runs: list[Runs], wanted: float) -> tuple[int | None, float]:
+    """How many samples give the relative error wanted, and the error of the number's logarithm."""
+    squares, error, _ = _variance_law.signal_of(runs)
+    target = wanted**2 * max(squares, error)
+    return _variance_law.smallest(runs, subject.law, subject.least_samples(), target)
+
+
+def _suggestion(
+    subject: Subject, runs: list[Runs], wanted: float, significant: bool
+) -> tuple[int | None, tuple[float, float]]:
+    """The number of samples, and a 90 % interval; its lower end alone where there is no signal."""
+    squares, error, _ = _variance_law.signal_of(runs)
+    if not math.isfinite(squares) or not runs[0].variance:
+        return None, (math.nan, math.nan)
+    if not significant:
+        target = wanted**2 * (max(squares, 0) + _NINETY * error)
+        least, _ = _variance_law.smallest(runs, subject.law, subject.least_samples(), target)
+        return None, (least or math.inf, math.inf)
+    number, law_error = _enough(subject, runs, wanted)
+    if number is None:
+        return None, (_variance_law.MOST_SAMPLES, math.inf)
+    width = math.exp(_NINETY * math.hypot(law_error, error / squares))
+    return _variance_law.round_number(number), (number / width, number * width)
+
+
+def _signal_to_noise(subject: Subject, runs: list[Runs], length: float) -> float:
+    if not length > 0 or not runs[0].variance:
+        return length if length != length else 0.0 if not length else math.inf
+    number = np.array([subject.num_samples])
+    log, _ = _variance_law.predict(runs, subject.law(subject.num_samples), number)
+    return length / math.exp(float(log[0]) / 2)
+
+
+def _others(subject: Subject) -> Iterator[dict[str, Any]]:
+    """Other samplers and degrees that are possible here, and not hopeless."""
+    choice = subject.choose(subject.num_samples)
+    if subject.settings.use_baseline:
+        for degree in range(3):
+            if degree != choice.degree and subject.is_possible(choice.sampler, degree):
+                yield {"sampler": choice.sampler, "degree": degree}
+    for other in (Independent(), Antithetic()):
+        if not isinstance(choice.sampler, type(other)):
+            if subject.is_possible(other, choice.degree):
+                yield {"sampler": other, "degree": choice.degree}
+
+
+def _compare(
+    subject: Subject, runs: list[Runs], others: list[dict[str, Any]], share: int
+) -> Iterator[Alternative]:
+    """The variances of others with `share` samples, carried to as many as g has."""
+    number = np.array([subject.num_samples])
+    log, uncertain = _variance_law.predict(runs, subject.law(subject.num_samples), number)
+    for changes in others:
+        found = subject.runs(share, 1, **changes)
+        if not found.variance:
+            continue
+        other_log, other = _variance_law.predict([found], found.law, number)
+        ratio = float(other_log[0] - log[0])
+        width = _NINETY * math.sqrt(float(uncertain[0] + other[0]))
+        ends = [math.exp(ratio + sign * width) for sign in (0, -1, 1)]
+        yield Alternative(repr(changes["sampler"]), changes["degree"], *ends)
+
+
+def _equal(values: np.ndarray, value_at_x: Any) -> np.ndarray:
+    """Of each row, whether it is the value at x, but for rounding."""
+    same, start = np.ones(len(values), bool), 0
+    for leaf in jax.tree.leaves(value_at_x):
+        rows = values[:, start : start + leaf.size]
+        start += leaf.size
+        inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        slack = 8 * float(jnp.finfo(leaf.dtype).eps) if inexact else 0.0
+        at_x = np.ravel(leaf).astype(values.dtype)
+        with np.errstate(invalid="ignore"):
+            close = np.abs(rows - at_x) <= slack * np.abs(at_x)
+        same &= (close | (rows == at_x)).all(axis=1)
+    return same
+
+
+def _error_of_root(squares: float, error: float) -> float:
+    """The standard error of a root, from that of its square."""
+    return error / (2 * math.sqrt(squares)) if squares > error else math.sqrt(error) / 2
+
+
+# --- What needs action, with the action
+
+
+def _problems(subject: Subject, found: Diagnosis, finite: bool, significant: bool) -> Iterator[str]:
+    lost = False
+    for name, dtype, ratio in subject.spacings():
+        if ratio < _FEW_SPACINGS:
+            lost = True
+            yield (
+                f"sigma is lost in rounding: at leaf {name!r}, of {dtype}, it is only {ratio:.2g} "
+                "times the distance of neighbouring numbers, so that fun sees few different "
+                f"inputs. {_wider(dtype)}"
+            )
+    if found.share_nan:
+        yield (
+            f"{_percent(found.share_nan)} of the samples are NaN, and so is every estimate. Let "
+            "fun return a finite penalty where it fails, for example jnp.where(jnp.isnan(value), "
+            "penalty, value)."
+        )
+    if found.share_infinite:
+        yield (
+            f"{_percent(found.share_infinite)} of the samples are infinite, so that means and "
+            "derivatives are not finite. If fun overflows, compute in float64 or return a "
+            "logarithm; if infinity stands for failure, return a finite penalty instead."
+        )
+    if not (found.share_nan or found.share_infinite or finite):
+        yield (
+            "all samples are finite, but the estimate is not: their sum, or their spread, leaves "
+            "the range of the dtype. Divide fun by a constant, or compute in float64."
+        )
+    if found.share_nan or found.share_infinite or not finite:
+        return
+    if lost:
+        return  # and that is why
+    if _loses_digits(found):
+        yield (
+            "the values differ in their last digits alone, so that rounding is part of every "
+            "difference. Subtract from fun the constant that all values share, before it is "
+            "rounded, or compute in float64."
+        )
+    elif found.share_equal > _PLATEAU:
+        yield (
+            f"sigma is too small: {_percent(found.share_equal)} of the samples have the value that "
+            "fun has at x, so the gradient comes from the few others. Take a larger sigma; "
+            "px.sweep_sigma shows from where on the function is seen to change."
+        )
+    elif not significant:
+        least, _ = found.suggested_range
+        how_many = f" (more than {_count(least)})" if math.isfinite(least) and least > 1 else ""
+        yield (
+            "the gradient cannot be told from zero. Unless x is where it vanishes, take more "
+            f"samples{how_many} or a larger sigma; px.sweep_sigma compares them."
+        )
+
+
+def _notes(subject: Subject, found: Diagnosis) -> Iterator[str]:
+    for name, dtype, ratio in subject.spacings():
+        if _FEW_SPACINGS <= ratio and (ratio < _MANY_SPACINGS or jnp.finfo(dtype).bits < 32):
+            yield (
+                f"leaf {name!r} is {dtype}: fun sees inputs rounded to 1/{ratio:.0f} of sigma. "
+                f"{_wider(dtype)}"
+            )
+    for name, dtype in subject.fixed:
+        yield (
+            f"leaf {name!r} is {dtype}, so it is not perturbed and has no gradient. If it should, "
+            f"convert it: x.astype(float)."
+        )
+    for one in found.alternatives:
+        if one.high < 0.8:
+            options = f"sampler={one.sampler}, degree={one.degree}"
+            yield f"{options} would have less variance here: pass these to make_perturbed_fun."
+    if found.suggested_num_samples is not None and found.signal_to_noise > 0:
+        if found.relative_error * found.signal_to_noise < 1:
+            yield (
+                f"for a relative error of {_percent(found.relative_error)}, take num_samples="
+                f"{found.suggested_num_samples}; a training loop is often content with less."
+            )
+
+
+def _wider(dtype: Any) -> str:
+    wide = "float32" if jnp.finfo(dtype).bits < 32 else "float64"
+    return f"Make it {wide}, take a larger sigma, or let x be the distance from a fixed point."
+
+
+def _loses_digits(found: Diagnosis) -> bool:
+    """Whether the spread of the values is hardly above the rounding of the largest."""
+    start = 0
+    for leaf in jax.tree.leaves(found.value_at_x):
+        rows = found.values[:, start : start + leaf.size]
+        start += leaf.size
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact) or not leaf.size:
+            continue
+        spread = np.std(rows, axis=0)
+        rounding = float(jnp.finfo(leaf.dtype).eps) * np.max(np.abs(rows), axis=0)
+        if ((spread > 0) & (spread < 16 * rounding)).any():
+            return True
+    return False
+
+
+# --- Words
+
+
+def _way(sampler: str, degree: int | None) -> str:
+    return f"{sampler}, {'no baseline' if degree is None else f'degree {degree}'}"
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
+    return f"{percent:.2g} %" if 0 < percent < 99.5 or not percent else f"{percent:.0f} %"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number < 1e9 else f"{number:.1e}"
+
+
+def _seconds(seconds: float) -> str:
+    for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= unit:
+            return f"{seconds / unit:.2g} {name}"
+    return f"{seconds * 1e9:.2g} ns"
+
+
+def _numbers(value: Any, error: Any = None) -> str:
+    """The first few numbers of a pytree, with their errors."""
+    flat = [np.ravel(v) for v in jax.tree.leaves(value)]
+    flat = np.concatenate(flat) if flat else np.zeros(0)
+    words = [f"{v:.5g}" for v in flat[:3]]
+    if error is not None:
+        errors = np.concatenate([np.ravel(v) for v in jax.tree.leaves(error)] or [np.zeros(0)])
+        words = [f"{word} ± {e:.1g}" for word, e in zip(words, errors, strict=False)]
+    more = f", ... ({flat.size:,} numbers)" if flat.size > 3 else ""
+    return ", ".join(words) + more

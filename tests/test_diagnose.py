@@ -1,0 +1,250 @@
+"""px.diagnose: it finds what is wrong, finds nothing where nothing is, and keeps to its budget."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import perturbax as px
+from perturbax.diagnostics import _variance_law
+
+KEY = jax.random.key(5)
+X = np.float32([-0.1, 0.05, 0.2])
+
+
+def steps(x):
+    return jnp.sum(jnp.where(x > 0, 1.0, 0.0))
+
+
+def relu(x):
+    return jnp.sum(jnp.maximum(x, 0.0))
+
+
+@dataclasses.dataclass
+class Row:
+    """A function at a point, and the problems and notes that must be found there, in order."""
+
+    fun: Callable[..., Any]
+    x: Any
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    sigma: Any = 0.3
+    num_samples: int = 23
+    args: tuple[Any, ...] = ()
+
+
+def fails(x):
+    return jnp.where(x[0] > 0.1, jnp.nan, relu(x))
+
+
+def explodes(x):
+    return jnp.sum(jnp.exp(100 * x) * jnp.exp(80 * x))
+
+
+def far(x):
+    return relu(x) + 1e6
+
+
+def halves(x):
+    return jnp.sum(jnp.where(x > jnp.asarray(0, x.dtype), 1.0, 0.0))
+
+
+TABLE = {
+    # Healthy: nothing may be found.
+    "steps": Row(steps, X),
+    "a tree": Row(lambda x: relu(x["w"]) + steps(x["b"]), {"w": X, "b": np.float32(0.1)}),
+    "an argument": Row(lambda x, y: relu(x * y), X, args=(2.0,)),
+    "a vector": Row(lambda x: jnp.argsort(jnp.argsort(x)).astype(float), X),
+    "a masked score": Row(relu, np.float32([0.1, -np.inf, 0.2])),
+    "a rare step": Row(steps, np.float32([-0.5, 0.4]), num_samples=512),
+    "large values": Row(lambda x: 1e30 * steps(x), X),
+    "whole values": Row(lambda x: jnp.sum(jnp.floor(3 * x).astype(int)), X),
+    # Plateaus.
+    "a plateau": Row(steps, X, ("sigma is too small: 100 % of the samples",), sigma=1e-3),
+    "a constant": Row(lambda x: 3.0, X, ("sigma is too small: 100 % of the samples",)),
+    # What fails.
+    "NaN": Row(fails, X, (r"\d+ % of the samples are NaN.*finite penalty",)),
+    "overflow": Row(explodes, X + 1, (r"\d+ % of the samples are infinite.*float64",)),
+    "an infinite sum": Row(
+        lambda x: 3e38 * jnp.where(x[0] > -9, 0.9, x[0]) * jnp.sign(x[1] + 9) + 0 * steps(x),
+        X,
+        ("the estimate is not: their sum",),
+    ),
+    # Rounding.
+    "sigma below the spacing": Row(
+        relu, X + 1e4, ("sigma is lost in rounding.*float64",), sigma=1e-4
+    ),
+    "half precision": Row(
+        halves, (X + 8).astype(jnp.bfloat16), ("sigma is lost in rounding.*bfloat16.*float32",)
+    ),
+    "digits of the value": Row(far, X, ("the values differ in their last digits",), sigma=0.1),
+    # No signal.
+    "no slope": Row(
+        lambda x: jnp.where(jnp.sin(1e4 * x[0]) > 0, 1.0, 0.0), X, ("cannot be told from zero",)
+    ),
+    # To know.
+    "a harmless half": Row(
+        halves, X.astype(np.float16), notes=(r"leaf 'x' is float16: fun sees inputs rounded",)
+    ),
+    "a whole leaf": Row(
+        lambda x: relu(x["w"]) + jnp.sum(x["b"]),
+        {"w": X, "b": np.array([1, 2])},
+        notes=(r"leaf \"x\['b'\]\" is int32, so it is not perturbed.*convert",),
+    ),
+}
+
+
+def smoothed(row):
+    # So few that nothing is compared, and what is quickest to compile.
+    options = {"sampler": px.Independent(), "degree": 0}
+    return px.make_perturbed_fun(row.fun, row.num_samples, row.sigma, px.Normal(), **options)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_is_found(name):
+    row = TABLE[name]
+    found = px.diagnose(smoothed(row), KEY, row.x, *row.args)
+    notes = [note for note in found.notes if "num_samples=" not in note and "sampler=" not in note]
+    for texts, expected in ((found.problems, row.problems), (notes, row.notes)):
+        assert len(texts) == len(expected), texts
+        for text, pattern in zip(texts, expected, strict=True):
+            assert re.search(pattern, text), text
+    assert found.ok == bool(found) == (not row.problems)
+    assert all(problem in str(found) for problem in found.problems)
+
+
+def test_samples_that_are_suggested():
+    """Of a linear function of D numbers, V = (D + 1) / N of the squared slope: known exactly."""
+    dim = 30
+    g = px.make_perturbed_fun(jnp.sum, 400, 0.3, px.Normal(), sampler=px.Independent(), degree=0)
+    found = px.diagnose(g, KEY, jnp.zeros(dim), relative_error=0.05)
+    exact = (dim + 1) / 0.05**2
+    assert found.suggested_num_samples == pytest.approx(exact, rel=0.15)
+    assert found.suggested_range[0] < exact < found.suggested_range[1]
+    assert found.gradient_length == pytest.approx(np.sqrt(dim), abs=3 * found.gradient_length_error)
+    assert found.gradient_length_error < 0.1 * np.sqrt(dim)
+    assert found.signal_to_noise == pytest.approx(np.sqrt(400 / (dim + 1)), rel=0.1)
+    assert any("num_samples=" in note for note in found.notes)
+    text = str(found)
+    assert "samples for 5 %" in text
+    assert f"{found.suggested_num_samples:,}" in text
+
+
+def test_it_keeps_to_its_evaluations():
+    """A pilot (and one at x, for few samples of degree 0), then at most four times as many."""
+    calls = []
+
+    def count(x):
+        calls.append(1)
+        return np.float32(np.sum(x > 0))
+
+    def fun(x):
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(count, like, x, vmap_method="sequential")
+
+    num_samples = 40
+    g = px.make_perturbed_fun(
+        fun, num_samples, 0.3, px.Normal(), sampler=px.Independent(), degree=0
+    )
+    found = px.diagnose(g, KEY, X)
+    assert len(calls) <= found.num_evaluations <= num_samples + 1 + 4 * num_samples
+    assert len(calls) > 3 * num_samples
+    assert [one.sampler for one in found.alternatives] == ["Antithetic()"]
+    assert found.alternatives[0].low < found.alternatives[0].ratio < found.alternatives[0].high
+
+
+def test_a_jacobian_too_large_is_combined(monkeypatch):
+    """The gradient of a sum with random signs has the Jacobian's length in the mean square."""
+    monkeypatch.setattr("perturbax.diagnostics._subject.WHOLE", 8)
+    g = px.make_perturbed_fun(
+        lambda x: 2 * x, 23, 0.1, px.Normal(), sampler=px.Antithetic(), degree=1
+    )
+    found = px.diagnose(g, KEY, X)
+    assert found.gradient_of == "the sum of 3 numbers with random signs"
+    assert found.gradient_length == pytest.approx(2 * np.sqrt(3), rel=1e-4)
+    assert np.shape(found.value) == ()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: steps, TypeError, "g must be what make_perturbed_fun returned, got steps"),
+        (
+            lambda: jax.jit(px.make_perturbed_fun(steps)),
+            TypeError,
+            "got perturbed_steps, a function that wraps it",
+        ),
+        (
+            lambda: px.make_perturbed_fun(steps, 15),
+            ValueError,
+            "num_samples=15, but .* at least 16",
+        ),
+        (
+            lambda: px.make_perturbed_fun(steps, 16, noise=px.Uniform(), sampler=px.Independent()),
+            NotImplementedError,
+            r"Uniform\(\) is good for no derivative",
+        ),
+    ],
+)
+def test_what_is_refused(make, error, text):
+    with pytest.raises(error, match=text):
+        px.diagnose(make(), KEY, X)
+
+
+def test_numbers_that_are_not_known_are_refused():
+    g = px.make_perturbed_fun(steps, 16)
+    with pytest.raises(TypeError, match="call it outside jit"):
+        jax.jit(lambda x: px.diagnose(g, KEY, x).value)(X)
+    with pytest.raises(ValueError, match=r"relative_error must be between 0 and 1, got 10; 0\.1 "):
+        px.diagnose(g, KEY, X, relative_error=10)
+
+
+# --- The law of the variance
+
+
+def runs_at(numbers, variance, slope=1.0, freedom=20, law=("nets", 0)):
+    return [
+        _variance_law.Runs(
+            n,
+            1,
+            np.ones(1),
+            np.array([variance * n**-slope]),
+            freedom,
+            _variance_law.Law(law, *_variance_law.NETS),
+        )
+        for n in numbers
+    ]
+
+
+@pytest.mark.parametrize("slope", [1.0, 1.6, 2.5])
+def test_the_slope_is_found_where_runs_tell_it(slope):
+    runs = runs_at([16, 64, 256, 1024], 5.0, slope, freedom=1e6)
+    log, uncertain = _variance_law.predict(runs, runs[0].law, np.array([64, 4096]))
+    np.testing.assert_allclose(np.exp(log), 5.0 * np.array([64, 4096.0]) ** -slope, rtol=0.01)
+    assert uncertain[0] < uncertain[1]
+
+
+def test_what_usually_holds_where_runs_do_not():
+    runs = runs_at([256], 5.0)
+    log, uncertain = _variance_law.predict(runs, runs[0].law, np.array([256, 1024]))
+    mean, deviation = _variance_law.NETS
+    assert log[0] - log[1] == pytest.approx(mean * np.log(4))
+    assert uncertain[1] - uncertain[0] == pytest.approx((deviation * np.log(4)) ** 2)
+
+
+def test_the_least_number_of_samples_may_be_where_another_choice_begins():
+    below = runs_at([16], 16.0, law=("Independent", 0))
+    above = runs_at([64, 128], 1e-6, law=("nets", 1))
+    law_at = lambda n: (below if n < 24 else above)[0].law  # noqa: E731
+    number, _ = _variance_law.smallest(below + above, law_at, 2, 0.01)
+    assert number == 24
+
+
+@pytest.mark.parametrize(("number", "expected"), [(7, 7), (24, 24), (101, 110), (3141, 3200)])
+def test_numbers_are_rounded_up_to_two_digits(number, expected):
+    assert _variance_law.round_number(number) == expected
