@@ -18,6 +18,7 @@ LAYERS = [
     "tracing/_derivative_rules",
     "tracing/_callbacks",
     "tracing/_mesh_axes",
+    "tracing/_dependence",
     "tracing/_host_call",
     "tracing/_signature",
     "tracing/_user_code",

@@ -86,7 +86,7 @@ def make_straight_through_fun(
         soft, operands = trace(lambda *v: evaluate(prepare(settings, at, key, merge(v))), *leaves)
         hard, hard_operands = trace(lambda *v: at(merge(v)), *leaves)
         operands = (operands, hard_operands)
-        if soft.jaxpr.effects:  # which JAX does not allow inside a custom derivative rule
+        if soft.jaxpr.effects:  # which a derivative rule may not have (jax#11916)
             # Held fixed, for what has side effects may have no derivative either.
             values = _value(soft, hard, *jax.lax.stop_gradient((leaves, operands)))
             means = soft(operands[0], *leaves)

@@ -43,7 +43,7 @@ def estimate(
     words = _random_bits.root(key)
     has_aux = len(plan.fun.out_avals) > plan.num_outputs
     if has_aux or plan.fun.jaxpr.effects:
-        # JAX allows no side effects inside a custom derivative rule.
+        # JAX allows no side effects inside a custom derivative rule (jax#11916).
         value, aux = formula(plan, words, point, operands)
         parts = value(a, r)
     else:

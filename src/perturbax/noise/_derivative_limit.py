@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core
 from jax.typing import ArrayLike
 
 from .._checks import check_log_prob
+from ..tracing._dependence import is_zero, varies
 
 
 class Limit(NamedTuple):
@@ -116,9 +116,9 @@ def visible_limit(log_prob: Callable[[Array], Array], inputs: Any, law: str) -> 
         return jnp.sum(value)
 
     score = jax.grad(total)
-    if not _varies(score, inputs):
+    if not varies(score, inputs):
         return Limit(law, 0, "has a score that is the same everywhere, so it jumps somewhere")
-    if not _is_zero(jax.grad(lambda v: jnp.sum(score(v))), inputs):
+    if not is_zero(jax.grad(lambda v: jnp.sum(score(v))), inputs):
         return None
     if not _falls_at_both_ends(score, inputs):
         return Limit(law, 0, "jumps: its score is constant far out, and not of the sign of z")
@@ -134,64 +134,3 @@ def _falls_at_both_ends(score: Callable[[Array], Array], inputs: Any) -> bool:
     except jax.errors.TracerArrayConversionError:  # parameters that are not known yet
         return True
     return bool((slopes[0] > 0).all() and (slopes[1] < 0).all())
-
-
-def _varies(fun: Callable[[Array], Array], inputs: Any) -> bool:
-    """Whether the result can change with the argument."""
-    jaxpr = jax.make_jaxpr(fun)(inputs).jaxpr
-    return any(_reached(jaxpr, [True] * len(jaxpr.invars)))
-
-
-def _reached(jaxpr: core.Jaxpr, reached_inputs: list[bool]) -> list[bool]:
-    reached = {v for v, flag in zip(jaxpr.invars, reached_inputs, strict=True) if flag}
-
-    def flags(atoms: Any) -> list[bool]:
-        return [isinstance(v, core.Var) and v in reached for v in atoms]
-
-    for eqn in jaxpr.eqns:
-        called = _called(eqn)
-        if called is not None:
-            results = _reached(called, flags(eqn.invars))
-        else:
-            results = [any(flags(eqn.invars))] * len(eqn.outvars)
-        reached.update(v for v, flag in zip(eqn.outvars, results, strict=True) if flag)
-    return flags(jaxpr.outvars)
-
-
-def _is_zero(fun: Callable[[Array], Array], inputs: Any) -> bool:
-    """Whether the result is zero by construction: what JAX gives for a derivative known to be."""
-    [result] = _zeros(jax.make_jaxpr(fun)(inputs).jaxpr)
-    return result
-
-
-def _zeros(jaxpr: core.Jaxpr) -> list[bool]:
-    zero: set[core.Var] = set()
-
-    def flags(atoms: Any) -> list[bool]:
-        return [
-            v in zero if isinstance(v, core.Var) else not np.any(np.asarray(v.val)) for v in atoms
-        ]
-
-    for eqn in jaxpr.eqns:
-        called = _called(eqn)
-        if called is not None:
-            results = _zeros(called)
-        else:
-            plain = eqn.primitive.name in ("broadcast_in_dim", "convert_element_type", "neg")
-            results = [plain and flags(eqn.invars)[0]] * len(eqn.outvars)
-        zero.update(v for v, flag in zip(eqn.outvars, results, strict=True) if flag)
-    return flags(jaxpr.outvars)
-
-
-def _called(eqn: core.JaxprEqn) -> core.Jaxpr | None:
-    """What an operation calls, if it is a call and no more."""
-    for name in ("jaxpr", "call_jaxpr"):
-        called = eqn.params.get(name)
-        called = getattr(called, "jaxpr", called)
-        if isinstance(called, core.Jaxpr) and (
-            len(called.invars) == len(eqn.invars)
-            and len(called.outvars) == len(eqn.outvars)
-            and eqn.primitive.name not in ("scan", "while", "shard_map")
-        ):
-            return called
-    return None

@@ -144,7 +144,7 @@ def make_perturbed_max(
 
         inputs = layer.inputs(leaves, scales)
         traced, operands = trace(means, *inputs)
-        if traced.jaxpr.effects:  # JAX allows none inside a custom derivative rule
+        if traced.jaxpr.effects:  # which a derivative rule may not have (jax#11916)
 
             def with_fixed_value(u: list[Array], noise: Any) -> Any:
                 g, value = solution(u)

@@ -1,10 +1,10 @@
 """Custom derivative rules that vmap, jit and differentiation may be applied to in any order.
 
-JAX 0.10 differentiates what vmap makes of a jitted function with a custom rule in it only if the
-rule's results are batched along the same axis as the function's own. Where a result of the function
-does not depend on what is batched and its derivative does (such as a zero with a derivative), it
-sums cotangents over the batch, without a word, or fails. Here results are batched along axis 0 as
-soon as any argument is.
+JAX differentiates what vmap makes of a jitted function with a custom rule in it only if the rule's
+results are batched along the same axis as the function's own (jax#16374). Where a result of the
+function does not depend on what is batched and its derivative does (such as a zero with a
+derivative), it sums cotangents over the batch, without a word, or fails. Here results are batched
+along axis 0 as soon as any argument is.
 """
 
 import functools

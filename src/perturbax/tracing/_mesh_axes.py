@@ -13,7 +13,8 @@ _use_mesh: Any = getattr(jax.sharding, "use_abstract_mesh", contextlib.nullconte
 def in_told_mesh() -> Any:
     """A context in which a jitted function is traced once for a value and its derivative.
 
-    JAX tells the mesh in derivative rules alone, and would trace once with it and once without.
+    JAX (0.10.2, no issue is known) tells the mesh in derivative rules alone, and would trace once
+    with it and once without.
     """
     return _use_mesh(jax.sharding.get_abstract_mesh())
 

@@ -4,6 +4,8 @@ Eager calls trace the function afresh, so a value that it closes over is never s
 the program compiled for the call before: a trace equal in structure is an equal argument to
 `jax.jit`. Everything that the function closes over, tracers included, becomes an explicit operand;
 so do the floating-point numbers among its operations.
+
+JAX's own jaxprs are each equal to itself alone (jax#1221 made them equal for a while).
 """
 
 import enum
@@ -19,6 +21,7 @@ from jax.core import Trace, eval_jaxpr
 from jax.extend import core
 
 from ._callbacks import along_one_axis, takes_many
+from ._dependence import reached
 from ._host_call import Host, NoResultError, asking, hosts_of
 
 
@@ -78,11 +81,7 @@ class TracedFunction:
 
     def depends_on_inputs(self) -> bool:
         """Whether any result can change with the arguments, the constants being fixed."""
-        reached = set(self.jaxpr.invars)
-        for eqn in self.jaxpr.eqns:
-            if any(isinstance(v, core.Var) and v in reached for v in eqn.invars):
-                reached.update(eqn.outvars)
-        return any(isinstance(v, core.Var) and v in reached for v in self.jaxpr.outvars)
+        return any(reached(self.jaxpr, [True] * len(self.jaxpr.invars)))
 
 
 def trace(fun: Callable[..., Any], *leaves: Any) -> tuple[TracedFunction, tuple[Any, ...]]:
