@@ -584,6 +584,44 @@ def test_pure_callback(method):
     assert_trees_close(value, eager()[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["expand_dims", "broadcast_all"])
+@pytest.mark.parametrize("num_samples", [1, 32, 64])
+def test_callbacks_of_many_points_see_one_leading_axis(method, num_samples):
+    """With few samples they saw the bare point as well, and two axes under a vmap.
+
+    Leaves of x that are not floating had an axis of 1; so did numbers.
+    """
+    seen = []
+
+    def host(y, *others):
+        seen.append([np.shape(v) for v in (y, *others)])
+        return np.sum(y**2, axis=-1, dtype=np.float32)
+
+    def call(x):
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(host, like, *jax.tree.leaves(x), vmap_method=method)
+
+    def fun(x, weight):  # jitted inside, and differentiable in what is not the callback's
+        return weight * jax.jit(call)(x)
+
+    def gradient(y, weight):
+        x = [y, jnp.array([1, 2]), np.array([1, 2, 3]), 4]
+        g = px.make_perturbed_fun(fun, num_samples, 0.3, degree=0)
+        return jax.grad(lambda y, w: g(KEY, [y, *x[1:]], w), (0, 1))(y, weight)
+
+    single = jax.block_until_ready(gradient(X, 2.0))
+    rows = {shapes[0][0] for shapes in seen}
+    assert rows == {1, num_samples} - ({1} if num_samples == 64 else set())
+    for shapes in seen:
+        assert shapes == [(shapes[0][0], *shape) for shape in [(3,), (2,), (3,), ()]]
+    seen.clear()
+    batch = jax.block_until_ready(jax.vmap(gradient)(jnp.stack([X] * 4), jnp.full(4, 2.0)))
+    assert {shapes[0][0] for shapes in seen} == {4 * n for n in rows}
+    for shapes in seen:
+        assert shapes == [(shapes[0][0], *shape) for shape in [(3,), (2,), (3,), ()]]
+    assert_trees_close(jax.tree.map(lambda v: v[3], batch), single, rtol=1e-5)
+
+
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 1}, {"batch_size": 4}], ids=str)
 def test_number_of_evaluations(settings):
     counter = EvaluationCounter(fun)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -128,9 +129,16 @@ def prepare(
     leaves, names, merge = _checks.perturbed_leaves(x)
     scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
     key, leaves, scales = share_axes(key, leaves, scales)
-    traced, operands, num_outputs, value_tree, aux_tree = _user_code.trace_fun(
-        lambda values: fun(merge(values)), leaves, settings.has_aux
-    )
+
+    def trace_at(merge: Callable[[Any], Any]) -> Any:
+        return _user_code.trace_fun(lambda values: fun(merge(values)), leaves, settings.has_aux)
+
+    traced, operands, num_outputs, value_tree, aux_tree = trace_at(merge)
+    own_operands = ()
+    if traced.takes_many:  # callbacks, which see numbers and other leaves of x at each point too
+        x = jax.tree.map(lambda v: v if isinstance(v, Array | float) else jnp.asarray(v), x)
+        traced, operands, *_ = trace_at(_checks.perturbed_leaves(x)[2])
+        own_operands = _user_code.leaves_among(operands, x)
     dtype = _checks.noise_dtype(leaves)
     dim = _checks.num_elements(leaves)
     noise, noise_operands = settings.noise, None
@@ -150,7 +158,7 @@ def prepare(
         shapes=tuple(v.shape for v in leaves),
         dtypes=tuple(v.dtype for v in leaves),
         dtype=dtype,
-        own_operands=_user_code.leaves_among(operands, x) if traced.takes_many else (),
+        own_operands=own_operands,
     )
     both = Operands(operands, noise_operands)
     return Call(settings, plan, key, leaves, scales, both, value_tree, aux_tree)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from .. import _checks
 from .._call import explained
@@ -270,13 +270,19 @@ def _with_errors(
         return _Estimates(in_leaves(value), in_leaves(value_error), [], []), aux
 
     _, pull = jax.vjp(lambda v: standardised(plan, v, scale)[0], flat_x)
+
+    def in_x(in_a: Array) -> Array:
+        if jnp.iscomplexobj(in_a):
+            return lax.complex(in_x(in_a.real), in_x(in_a.imag))
+        return jax.vmap(jax.vmap(pull))(in_a.astype(plan.dtype))[0].astype(in_a.dtype)
+
     surrogates = fitted(plan, operands, point, noise_of, f)
     parts = surrogates.rest, surrogates.beta
 
     def jacobians(chunk: Chunk, parts: Any) -> Array:
         z, wanted = noise_of(chunk), (True, False)
         [in_a] = jacobians_of_groups(plan, wanted, noise, None, chunk, z, *parts)
-        return jax.vmap(jax.vmap(pull))(in_a)[0].astype(f.dtype)
+        return in_x(in_a)
 
     jacobian = summed(plan, lambda *args: jnp.sum(jacobians(*args), axis=0), parts)
 

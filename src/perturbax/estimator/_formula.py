@@ -190,6 +190,22 @@ def baselines(plan: Plan, operands: Operands, point: Point, f: Array) -> Array:
     return centre[None] + others * share[:, None]
 
 
+def weights_less_baselines(change: Array, group_size: int) -> Array:
+    """e' such that sum_i e_i (f_i - b_i) = sum_i e'_i f_i for all f, for weights e, shape (N,).
+
+    Baselines are means of values, so that what is subtracted from a value can as well be subtracted
+    from the weights of others: with E_g the sum of e over group g, and n_g the number of samples
+    of the other groups, e'_i = e_i + E_g / n_g - sum_h E_h / n_h. Without f0.
+    """
+    num = len(change)
+    if group_size >= num:  # no others, hence no baseline
+        return change
+    group = np.arange(num) // group_size
+    others = num - np.bincount(group)
+    share = jax.ops.segment_sum(change, group, len(others)) / others.astype(change.dtype)
+    return change + share[group] - jnp.sum(share)
+
+
 def at_x(plan: Plan, operands: Operands, point: Point) -> tuple[Array, Array]:
     """f0, zero if it is not finite, and whether it counts as one more value.
 

@@ -189,18 +189,9 @@ def _tabulate(group_size: int, solutions: Any, density: Array) -> tuple[Any, Arr
     # Zero, with the derivatives of the samples' weights.
     weight = _formula.unit_weight(density)
     change = weight - lax.stop_gradient(weight)
-    counts = counts.astype(density.dtype)
-    if group_size < num:
-        # Less b, the frequency among the other groups: with n_k of all samples and n_gk of group g
-        # in class k, and e the changes, sum_i e_i b_gk = sum_g E_g (n_k - n_gk) / (N - n_g).
-        group = np.arange(num) // group_size
-        others = num - np.bincount(group)
-        by_group = jax.ops.segment_sum(change, group, len(others)) / others.astype(density.dtype)
-        change_of_class = jax.ops.segment_sum(change + by_group[group], place, num)
-        change_of_class -= counts * jnp.sum(by_group)
-    else:
-        change_of_class = jax.ops.segment_sum(change, place, num)
-    return distinct, (counts + change_of_class) / num
+    change = _formula.weights_less_baselines(change, group_size)
+    change_of_class = jax.ops.segment_sum(change, place, num)
+    return distinct, (counts.astype(density.dtype) + change_of_class) / num
 
 
 def _classes(leaves: list[Any], num: int) -> tuple[Array, Array, Array]:

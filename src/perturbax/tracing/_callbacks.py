@@ -60,9 +60,7 @@ def _with_inner(eqn: Any) -> Any:
 
 def _callback(eqn: Any) -> Any:
     """The operation, as one with a rule for vmap of its own."""
-    # Numbers are as much a part of each point as arrays are.
-    literal = [isinstance(v, core.Literal) for v in eqn.invars]
-    spread = [eqn.params["vmap_method"] == "broadcast_all" or v for v in literal]
+    wide = eqn.params["vmap_method"] == "broadcast_all"
 
     def bind(avals: Any, *args: Array) -> list[Array]:
         return eqn.primitive.bind(*args, **{**eqn.params, "result_avals": tuple(avals)})
@@ -74,7 +72,7 @@ def _callback(eqn: Any) -> Any:
     @one.def_vmap
     def rule_of_one(axis_size: int, in_batched: Any, *args: Array) -> Any:
         parts = []
-        for v, batched, wide in zip(args, in_batched, spread, strict=True):
+        for v, batched in zip(args, in_batched, strict=True):
             v = v if batched else jnp.asarray(v)[None]
             parts.append(jnp.broadcast_to(v, (axis_size, *v.shape[1:])) if wide else v)
         out = many(axis_size)(*parts)
@@ -91,7 +89,7 @@ def _callback(eqn: Any) -> Any:
         @of_points.def_vmap
         def rule(axis_size: int, in_batched: Any, *args: Array) -> Any:
             total, parts = axis_size * count, []
-            for v, batched, wide in zip(args, in_batched, spread, strict=True):
+            for v, batched in zip(args, in_batched, strict=True):
                 if not batched and v.shape[0] == 1 and not wide:
                     parts.append(v)
                     continue
