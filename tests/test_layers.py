@@ -49,6 +49,7 @@ LAYERS = [
     "estimator/_derivatives",
     "execution/_worker",
     "execution/_executors",
+    "execution/_journal",
     "execution/_progress",
     "execution/_scheduling",
     "execution/_host_function",

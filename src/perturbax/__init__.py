@@ -17,6 +17,7 @@ from .diagnostics._standard_errors import Estimate as Estimate, estimate as esti
 from .estimator._default_rule import Choice as Choice, choose_sampler as choose_sampler
 from .execution._executors import ProcessWorkers as ProcessWorkers
 from .execution._host_function import host_function as host_function
+from .execution._journal import Journal as Journal
 from .noise._limited import Laplace as Laplace, Triangular as Triangular, Uniform as Uniform
 from .noise._protocol import NoiseDistribution as NoiseDistribution
 from .noise._smooth import (
@@ -41,5 +42,6 @@ from .sampling._independent import Antithetic as Antithetic, Independent as Inde
 from .sampling._nets import OrthogonalArray as OrthogonalArray, Sobol as Sobol
 from .sampling._orthogonal import Orthogonal as Orthogonal
 from .sampling._protocol import Sampler as Sampler
+from .tracing._host_call import own_exceptions as own_exceptions
 
 __version__ = _version("perturbax")

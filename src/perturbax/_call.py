@@ -20,7 +20,7 @@ from .noise._traced import trace_noise
 from .sampling._protocol import Sampler
 from .scale import _scales
 from .tracing import _user_code
-from .tracing._host_call import own_exceptions
+from .tracing._host_call import called
 from .tracing._mesh_axes import share_axes
 
 # Sums over samples are divided by their number, an int32.
@@ -164,19 +164,19 @@ def prepare(
     return Call(settings, plan, key, leaves, scales, both, value_tree, aux_tree)
 
 
-@contextlib.contextmanager
-def explained(call: Call) -> Iterator[None]:
-    """Raises what fun raises outside JAX, and adds remedies to what JAX raises."""
-    explained_vmap = _user_code.explained_vmap(call.settings.batch_size)
-    with own_exceptions(call.plan.fun.hosts, call.inputs), explained_vmap:
-        yield
+def run(call: Call, program: Callable[..., Any], *static: Any) -> Any:
+    """program(*static, key, x, sigma, operands), with what fun raises outside JAX as it is raised.
+
+    What JAX raises has remedies added.
+    """
+    with _user_code.explained_vmap(call.settings.batch_size):
+        return called(call.plan.fun.hosts, program, *static, *call.inputs)
 
 
 def evaluate(call: Call) -> Any:
     """The estimate of E[fun(x + sigma eps)]; with aux, if there is any, a pair."""
     settings = call.settings
-    with explained(call):
-        value, aux = _estimator.estimate(call.plan, *call.inputs)
+    value, aux = run(call, _estimator.estimate, call.plan)
     if _checks.is_traced(settings.sigma):
         value = _scales.nan_unless_valid(value, call.sigma, call.x)
     value = jax.tree.unflatten(call.value_tree, value)

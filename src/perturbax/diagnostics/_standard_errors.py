@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from .. import _checks
-from .._call import explained
+from .._call import run
 from .._perturb import PerturbedFun
 from ..estimator._default_rule import RULE
 from ..estimator._derivatives import jacobians_of_groups
@@ -187,8 +187,7 @@ def estimate(
             "with smaller groups, such as Independent() or Sobol(num_groups=8)"
         )
     derive = getattr(plan.noise, "derivatives", 1) > 0
-    with explained(call):
-        found, aux = _with_errors(plan, derive, *call.inputs)
+    found, aux = run(call, _with_errors, plan, derive)
     leaves, tree = jax.tree.flatten(found)
     found = tree.unflatten(_scales.nan_unless_valid(leaves, call.sigma, call.x))
 

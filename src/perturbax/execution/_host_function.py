@@ -1,6 +1,7 @@
 """host_function: functions outside JAX, evaluated by threads, processes and clusters."""
 
 import dataclasses
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from jax import Array
 from .._checks import check_bool, check_count, check_fun
 from ..tracing._host_call import NoResultError, host_call, is_asking
 from ._executors import check_executor, workers_for
+from ._journal import Journal, JournalFile, Session, check_journal, leaf_digest
 from ._progress import Bar, check_progress
 from ._scheduling import HostCounts, Schedule, Tally
 
@@ -36,6 +38,7 @@ def host_function(
     timeout: float | None = None,
     retries: int = 0,
     on_failure: Any = "raise",
+    journal: Any = None,
     progress: bool = False,
 ) -> "HostFunction":
     r"""A function outside JAX (a solver, a simulator, a service) as one that JAX can call.
@@ -67,6 +70,8 @@ def host_function(
       on_failure: what becomes of a point where all attempts fail: "raise", the exception; a number,
         or a pytree like the result, which is the result then; or "missing", NaN. See
         `make_perturbed_fun(..., missing=...)`.
+      journal: a path, or a `Journal`: every finished evaluation is in this file before it is used,
+        and is not made again, by this program or by one that is started after it has crashed.
       progress: whether to draw a bar where evaluations take more than a second (with tqdm).
 
     Returns:
@@ -114,6 +119,7 @@ def host_function(
         timeout=timeout,
         retries=retries,
         on_failure=on_failure,
+        journal=check_journal(journal),
         progress=progress,
     )
 
@@ -131,6 +137,7 @@ class HostFunction:
         timeout: float | None,
         retries: int,
         on_failure: Any,
+        journal: Journal | None,
         progress: bool,
     ):
         """From checked arguments."""
@@ -143,6 +150,7 @@ class HostFunction:
         self._like, self._found = like, dict[Any, Like]()
         self._tally = Tally()
         self._workers = workers_for(executor, fun, timeout)
+        self._journal = None if journal is None else JournalFile(journal, fun)
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluates the function."""
@@ -163,8 +171,13 @@ class HostFunction:
         return self._tally.counts
 
     def close(self) -> None:
-        """Ends threads that were started for this function; a call starts new ones."""
+        """Ends threads that were started for this function, and closes its journal.
+
+        A call starts and opens them again.
+        """
         self._workers.close()
+        if self._journal is not None:
+            self._journal.close()
 
     def __enter__(self) -> "HostFunction":
         """Returns the function, which the end of the `with` block closes."""
@@ -212,13 +225,35 @@ class HostFunction:
             own = [np.array(v[row] if m else v)[()] for v, m in zip(arrays, mapped, strict=True)]
             return call.unflatten(own)
 
+        def keep(row: int, leaves: list[np.ndarray]) -> None:
+            for same in equal[row]:
+                found[same] = leaves
+
         def accept(rows: list[int], value: Any) -> None:
             nonlocal like
             if like is None:
                 like = _like_of(value, self._batched, self._on_failure)
                 self._found[kind] = like
             for row, leaves in zip(rows, self._leaves(like, value, len(rows)), strict=True):
-                found[row] = leaves
+                keep(row, leaves)
+                if session is not None:
+                    session.write(row, leaves, like.tree)
+
+        def recall(known: dict[int, Any]) -> None:
+            nonlocal like
+            for row, (leaves, tree) in known.items():
+                if like is None:
+                    like = _recalled(leaves, tree, self._on_failure)
+                    self._found[kind] = like
+                specs = tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in leaves)
+                if specs != like.leaves or (tree is not None and tree != like.tree):
+                    raise ValueError(
+                        f"the journal has a result {specs} of {self.__name__}, where {like} is "
+                        "expected; under another name, journal=perturbax.Journal(path, name=...), "
+                        "it starts anew"
+                    )
+                keep(row, leaves)
+            self._tally.add(recalled=len(known))
 
         def show(row: int) -> str:
             (x, *_), _ = call.unflatten(
@@ -228,7 +263,20 @@ class HostFunction:
                 text = f"x = {x!r}"
             return text if len(text) <= 600 else f"{text[:600]} ..."
 
-        bar = Bar(self._progress, self.__name__, count)
+        # Without a journal, a point is evaluated as often as it comes.
+        session, equal = None, {row: [row] for row in range(count)}
+        if self._journal is not None:
+            keys = call.keys(self._journal, arrays, mapped, count)
+            firsts: dict[bytes, int] = {}
+            for row, key in enumerate(keys):
+                first = firsts.setdefault(key, row)
+                if first != row:
+                    equal[first].append(row)
+            equal = {row: equal[row] for row in firsts.values()}
+            session = Session(self._journal, keys)
+            recall(session.known(equal))
+        rows = [row for row in equal if found[row] is None]
+        bar = Bar(self._progress, self.__name__, len(rows))
         schedule = Schedule(
             workers=self._workers,
             arguments=arguments,
@@ -239,11 +287,15 @@ class HostFunction:
             raises=isinstance(self._on_failure, str) and self._on_failure == "raise",
             tally=self._tally,
             bar=bar,
+            session=session,
+            recall=recall,
         )
         try:
-            schedule.run(self._parts(count))
+            schedule.run(self._parts(rows))
         finally:
             bar.close()
+            if session is not None:
+                session.close()
         if like is None:
             if not count:
                 raise call.no_result()
@@ -255,7 +307,7 @@ class HostFunction:
         if schedule.failures:
             instead = _instead(like, self._on_failure)
             for row in schedule.failures:
-                found[row] = instead
+                keep(row, instead)
         columns = zip(*(leaves for leaves in found if leaves is not None), strict=True)
         stacked = [np.stack(column) for column in columns]
         if not count:
@@ -272,13 +324,12 @@ class HostFunction:
         """Twice what is under way at a time, so that workers seldom wait for the last of many."""
         return 2 * (self._workers.window() or 1)
 
-    def _parts(self, count: int) -> list[list[int]]:
+    def _parts(self, rows: list[int]) -> list[list[int]]:
         """The points of each call of the function."""
         if not self._batched:
-            return [[row] for row in range(count)]
-        window = self._workers.window() or 2
-        parts = min(count, max(1, window // 2))
-        return [part.tolist() for part in np.array_split(np.arange(count), parts)] if count else []
+            return [[row] for row in rows]
+        parts = min(len(rows), max(1, (self._workers.window() or 2) // 2))
+        return [part.tolist() for part in np.array_split(rows, parts)] if rows else []
 
     def _leaves(self, like: Like, value: Any, count: int) -> list[list[np.ndarray]]:
         """For each point, the leaves of what the function returned, checked and cast."""
@@ -344,6 +395,22 @@ class _Call:
         """What the result's structure may depend on."""
         return self.tree, self.fixed, tuple((v.shape, np.dtype(v.dtype)) for v in arrays)
 
+    def keys(
+        self, journal: JournalFile, arrays: Sequence[np.ndarray], mapped: Any, count: int
+    ) -> list[bytes]:
+        """What the journal knows each point by, with the arguments and the function."""
+        prefix = journal.key_prefix(self.tree, self.fixed)
+        # What all points share is read once.
+        shared = [None if m else leaf_digest(v) for v, m in zip(arrays, mapped, strict=True)]
+
+        def key(row: int) -> bytes:
+            digests = (
+                leaf_digest(v[row]) if s is None else s for v, s in zip(arrays, shared, strict=True)
+            )
+            return hashlib.sha256(prefix + b"".join(digests)).digest()
+
+        return [key(row) for row in range(count)]
+
     def unflatten(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         rest = iter(arrays)
         leaves = [next(rest) if fixed is None else fixed for fixed in self.fixed]
@@ -392,6 +459,17 @@ def _like_of(value: Any, batched: bool, on_failure: Any) -> Like:
     shapes = [v.shape[1:] if batched else v.shape for v in arrays]
     specs = [jax.ShapeDtypeStruct(s, v.dtype) for s, v in zip(shapes, arrays, strict=True)]
     return _checked(Like(tree, tuple(specs)), on_failure)
+
+
+def _recalled(leaves: Sequence[np.ndarray], tree: Any, on_failure: Any) -> Like:
+    """What a function returned, by what the journal has."""
+    if tree is None:
+        raise ValueError(
+            "the journal does not tell the structure of this result, which has other nodes than "
+            "dicts, lists and tuples; give like="
+        )
+    specs = tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in leaves)
+    return _checked(Like(tree, specs), on_failure)
 
 
 def _checked(like: Like, on_failure: Any) -> Like:

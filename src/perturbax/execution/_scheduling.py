@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ._executors import Attempt, Workers
+from ._journal import Session
 from ._progress import Bar
 
 # A point that so many workers have died with is taken for the reason.
 _MOST_DEATHS = 5
+# How often to look what other processes have done, in seconds.
+_GLANCE = 0.05
 # How long evaluations that run may go on, in seconds, when another one has raised.
 _GRACE = 10.0
 
@@ -74,6 +77,8 @@ class Schedule:
       raises: whether the exception of a point that fails is raised.
       tally: counts.
       bar: shows how far it is.
+      session: of the journal, if there is one.
+      recall: takes results that the journal has, by the number of the point.
       failures: the exceptions of points that have failed.
     """
 
@@ -86,6 +91,8 @@ class Schedule:
     raises: bool
     tally: Tally
     bar: Bar
+    session: Session | None = None
+    recall: Callable[[dict[int, Any]], None] | None = None
     failures: dict[int, Exception] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,6 +100,7 @@ class Schedule:
         self._pending: collections.deque[_Task] = collections.deque()
         self._running: dict[Attempt, _Task] = {}
         self._events: queue.SimpleQueue[Attempt] = queue.SimpleQueue()
+        self._elsewhere: set[int] = set()  # points that another process evaluates
         self._finished = self._total = 0
         self._check = math.inf  # when to look for what has taken too long
 
@@ -101,7 +109,7 @@ class Schedule:
         self._pending.extend(_Task(list(rows)) for rows in parts)
         self._total = sum(len(task.rows) for task in self._pending)
         try:
-            while self._pending or self._running:
+            while self._pending or self._running or self._elsewhere:
                 self._submit()
                 self._wait()
         except Exception:
@@ -116,6 +124,12 @@ class Schedule:
         window = self.workers.window()
         while self._pending and (window is None or len(self._running) < window):
             task = self._pending.popleft()
+            if self.session is not None:
+                granted = self.session.claim(task.rows)
+                self._elsewhere.update(set(task.rows) - set(granted))
+                if not granted:
+                    continue
+                task.rows = granted
             args, kwargs = self.arguments(task.rows)
             attempt = Attempt(args, kwargs, self._events)
             self._running[attempt] = task
@@ -132,15 +146,30 @@ class Schedule:
             # Whatever starts from now on has that long.
             self._check = min(self._check, now + self.timeout)
         wake = min(self._check, now + self.bar.interval)
+        if self._elsewhere:
+            wake = min(wake, now + _GLANCE)
         try:
             attempt = self._events.get(timeout=None if math.isinf(wake) else max(wake - now, 0))
         except queue.Empty:
-            pass
+            self._look_elsewhere()
         else:
             self._handle(attempt)
+            if self.session is not None and self._events.empty():
+                self.session.flush()
         if time.monotonic() >= self._check:
             self._end_overdue()
         self.bar.update(self._finished + len(self.failures), self.tally.counts)
+
+    def _look_elsewhere(self) -> None:
+        """Takes what other processes have finished, and over from those that are gone."""
+        if not self._elsewhere or self.session is None or self.recall is None:
+            return
+        known = self.session.known(self._elsewhere)
+        self.recall(known)
+        self._finished += len(known)
+        self._elsewhere -= set(known)
+        left, self._elsewhere = self._elsewhere, set()
+        self._pending.extend(_Task([row]) for row in sorted(left))
 
     def _end_overdue(self) -> None:
         self._check, now = math.inf, time.monotonic()

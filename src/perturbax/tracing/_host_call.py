@@ -233,31 +233,60 @@ def _carried(error: BaseException) -> HostFunctionError:
     return HostFunctionError(f"host function, exception {number}:\n\n{shown}")
 
 
-@contextlib.contextmanager
-def own_exceptions(hosts: Sequence[Host], inputs: Any) -> Iterator[None]:
-    """Raises what a host function raised inside a program, not the error that JAX made of it.
+def own_exceptions(program: Callable[..., Any]) -> Callable[..., Any]:
+    """The program, with exceptions of host functions as they were raised.
+
+    Under `jax.jit`, an exception inside a host function ends the program with an error of JAX's
+    own, which has the exception and its traceback as text. Around the jitted function, this raises
+    the exception itself. Perturbed functions that are called outside `jit` need no help.
 
     Args:
-      hosts: whom the program calls; without any, this does nothing.
-      inputs: of the program. It waits for them, for a program whose inputs are ready runs at once,
-        and not after this has ended.
+      program: a function, jitted or not.
+
+    Returns:
+      A function like it, which waits for its results.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import perturbax as px
+      >>> def solve(x):
+      ...     raise ArithmeticError("no solution")
+      >>> step = px.own_exceptions(jax.jit(px.host_function(solve, like=0.0)))
+      >>> step(jnp.ones(2))
+      Traceback (most recent call last):
+        ...
+      ArithmeticError: no solution
+      ...
     """
-    if not hosts:
-        yield
-        return
-    original = None
-    try:
-        inputs = jax.lax.stop_gradient(jax.tree.leaves(inputs))
-        jax.block_until_ready([v for v in inputs if isinstance(v, Array) and not _is_traced(v)])
-        yield
-    except Exception as error:
-        found = re.search(r"host function, exception (\d+):", str(error))
-        original = _exceptions.pop(int(found.group(1)), None) if found else None
-        if original is None:
-            raise
-    # Here, not above: the exception keeps the cause and the context that it had.
-    if original is not None:
+
+    @functools.wraps(program)
+    def raising(*args: Any, **kwargs: Any) -> Any:
+        try:
+            # A program whose inputs are ready runs at once, unless something else is in its way.
+            _wait((args, kwargs))
+            result = program(*args, **kwargs)
+            _wait(result)
+            return result
+        except Exception as error:
+            found = re.search(r"host function, exception (\d+):", str(error))
+            original = _exceptions.pop(int(found.group(1)), None) if found else None
+            if original is None:
+                raise
+        # Here, not above: the exception keeps the context that it had.
         raise original
+
+    return raising
+
+
+def called(hosts: Sequence[Host], program: Callable[..., Any], *args: Any) -> Any:
+    """program(*args); where it calls any hosts, with exceptions as they were raised."""
+    return (own_exceptions(program) if hosts else program)(*args)
+
+
+def _wait(values: Any) -> None:
+    """Until values are there, under derivatives too; not under other traces."""
+    arrays = [v for v in jax.tree.leaves(values) if isinstance(v, Array)]
+    jax.block_until_ready([v for v in jax.lax.stop_gradient(arrays) if not _is_traced(v)])
 
 
 def _is_traced(value: Any) -> bool:

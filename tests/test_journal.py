@@ -1,0 +1,338 @@
+"""The journal: nothing finished is evaluated twice, nothing else is taken for a result."""
+
+import functools
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import perturbax as px
+from perturbax.execution._journal import name_of
+
+KEY = jax.random.key(0, impl="threefry2x32")
+POINTS = jax.random.normal(KEY, (12, 3))
+OFFSET = 1.0
+
+
+def measured(x, scale=1.0):
+    """Results that tell one evaluation from another."""
+    return {"sum": float(x.sum()) * float(scale), "parts": [x * 2, np.float16(scale)], "none": None}
+
+
+def counted(h):
+    return h.counts.evaluations, h.counts.recalled
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return tmp_path / "journal.sqlite"
+
+
+# --- What is recalled
+
+
+@pytest.mark.parametrize("executor", [None, 3])
+def test_what_is_finished_is_recalled(journal, executor):
+    expected = jax.vmap(px.host_function(measured))(POINTS)
+    with px.host_function(measured, journal=journal, executor=executor) as h:
+        assert_same(jax.vmap(h)(POINTS[:5]), jax.tree.map(lambda v: v[:5], expected))
+        assert counted(h) == (5, 0)
+        assert_same(jax.vmap(h)(POINTS), expected)
+        assert counted(h) == (12, 5)
+    with px.host_function(measured, journal=journal) as again:
+        assert_same(jax.vmap(again)(POINTS), expected)  # which learns the structure from the file
+        assert counted(again) == (0, 12)
+    batched = px.host_function(
+        lambda x: {"sum": x.sum(axis=1)}, journal=px.Journal(journal, "b"), batched=True
+    )
+    for count, evaluations in ((4, 4), (12, 12)):
+        jax.vmap(batched)(POINTS[:count])
+        assert counted(batched)[0] == evaluations
+    batched.close()
+
+
+def test_equal_points_are_evaluated_once(journal):
+    with px.host_function(measured, journal=journal, executor=3) as h:
+        rows = jnp.stack([POINTS[0], POINTS[1], POINTS[0], POINTS[0]])
+        found = jax.vmap(h)(rows)
+        assert counted(h) == (2, 0)
+        assert_same(found["parts"][0], 2 * rows)
+        # Exact bytes count: another sign of zero, argument, dtype or place is another point.
+        h(jnp.zeros(3)), h(-jnp.zeros(3)), h(jnp.zeros(3), 2.0), h(jnp.zeros(3), scale=2.0)
+        h(jnp.zeros(3, jnp.float16)), h(jnp.zeros(4)), h(np.zeros(3, np.int32))
+        assert counted(h) == (9, 0)
+        h(jnp.zeros(3), jnp.float32(2.0))
+        assert counted(h) == (9, 1)
+
+
+def test_failures_are_not_finished(journal):
+    fails = [True]
+
+    def fun(x):
+        if fails and x[0] > 0:
+            raise OSError("not yet")
+        return x.sum()
+
+    named = px.Journal(journal, "fun")
+    with px.host_function(fun, journal=named, like=np.float32(0), on_failure="missing") as h:
+        count = int(np.sum(np.isnan(jax.vmap(h)(POINTS))))
+        assert 0 < count < 12
+        fails.clear()
+        assert not np.any(np.isnan(jax.vmap(h)(POINTS)))
+        assert counted(h) == (12, 12 - count)
+
+
+def test_another_like_is_an_error(journal):
+    with px.host_function(measured, journal=px.Journal(journal, "a")) as h:
+        h(POINTS[0])
+    with px.host_function(lambda x: 1.0, journal=px.Journal(journal, "a"), like=0.0) as other:
+        with pytest.raises(ValueError, match="the journal has a result"):
+            other(POINTS[0])
+
+
+# --- Names
+
+
+@dataclass(frozen=True)
+class Settings:
+    width: float
+
+
+def closing_over(value):
+    return lambda x: x * value
+
+
+def with_helper(x):
+    return helper(x) + OFFSET
+
+
+def helper(x):
+    return x + 1
+
+
+def recursive(x):
+    return x if x < 1 else recursive(x - 1)
+
+
+def test_names_tell_functions_apart(monkeypatch):
+    alike = [
+        lambda: closing_over(2.0),
+        lambda: closing_over(np.arange(3)),
+        lambda: closing_over({"a": [1, (2, b"3")], "b": {4, 5}}),
+        lambda: closing_over(Settings(1.0)),
+        lambda: closing_over(closing_over(2.0)),
+        lambda: functools.partial(measured, scale=2.0),
+        lambda: measured,
+        lambda: lambda x: x + 1,
+        lambda: lambda x: x + 2,
+        lambda: lambda x, y=1: x + 1,
+        lambda: with_helper,
+        lambda: recursive,
+        lambda: np.linalg.norm,
+        lambda: closing_over(Path("a")),
+        lambda: closing_over(3.0),
+        lambda: closing_over(np.arange(4)),
+        lambda: closing_over(Settings(2.0)),
+        lambda: functools.partial(measured, scale=3.0),
+    ]
+    names = [name_of(make()) for make in alike]
+    assert names == [name_of(make()) for make in alike]
+    assert len(set(names)) == len(names)
+    # What a function uses of its module is part of it.
+    before = name_of(with_helper)
+    monkeypatch.setitem(globals(), "OFFSET", 2.0)
+    changed = name_of(with_helper)
+    monkeypatch.setitem(globals(), "helper", lambda x: x + 2)
+    assert len({before, changed, name_of(with_helper)}) == 3
+
+
+def test_functions_that_cannot_be_told_apart_need_a_name(journal):
+    with pytest.raises(ValueError, match=r"object of the class object.*Journal\(path, name="):
+        px.host_function(closing_over(object()), journal=journal)
+    px.host_function(closing_over(object()), journal=px.Journal(journal, name="v1")).close()
+    with pytest.raises(TypeError, match="journal must be None, a path or"):
+        px.host_function(measured, journal=3)
+
+
+# --- Files
+
+
+def filled(journal):
+    with px.host_function(measured, journal=journal) as h:
+        jax.vmap(h)(jax.random.normal(KEY, (40, 100)))
+
+
+def overwrite(where):
+    def damage(path):
+        filled(path)
+        content = bytearray(path.read_bytes())
+        start = content.rindex(where) + 20
+        content[start : start + 300] = b"\x55" * 300
+        path.write_bytes(content)
+
+    return damage
+
+
+def truncate(path):
+    filled(path)
+    path.write_bytes(path.read_bytes()[:6000])
+
+
+def other_database(path, version=None):
+    database = sqlite3.connect(path)
+    database.execute("CREATE TABLE mine (a)")
+    if version is not None:
+        database.execute(f"PRAGMA application_id={0x70784A31}")
+        database.execute(f"PRAGMA user_version={version}")
+    database.commit()
+    database.close()
+
+
+DAMAGED = {
+    "text": (lambda path: path.write_text("my notes"), "it is no SQLite database"),
+    "another database": (other_database, "a SQLite database of another program"),
+    "another release": (lambda path: other_database(path, 7), "it has the format 7"),
+    "overwritten header": (overwrite(b"SQLite format 3"), "damaged|another program|format"),
+    "overwritten results": (overwrite(b"float32"), "is damaged"),
+    "truncated": (truncate, "is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_and_foreign_files_are_errors_and_stay(journal, name):
+    damage, message = DAMAGED[name]
+    damage(journal)
+    before = journal.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        filled(journal)
+    assert journal.read_bytes() == before
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        px.host_function(measured, journal=tmp_path / "no" / "journal")
+
+
+# --- Other processes
+
+
+PROGRAM = """
+import sys, time
+import jax, numpy as np
+import perturbax as px
+
+def fun(x):
+    time.sleep(0.01)
+    with open(sys.argv[2], "a") as log:
+        log.write("evaluated\\\\n")
+    return np.sum(np.sin(x))
+
+h = px.host_function(fun, journal=sys.argv[1], executor=2, like=np.float32(0))
+points = np.arange(180, dtype=np.float32).reshape(60, 3)
+print("ready", flush=True)
+found = jax.vmap(h)(points)
+print(np.asarray(found).tobytes().hex(), h.counts.evaluations, h.counts.recalled)
+"""
+
+
+def test_a_killed_program_goes_on_where_it_was(journal, tmp_path):
+    """And two that share the journal share the work: each point is evaluated once."""
+    log, script = tmp_path / "log", tmp_path / "program.py"
+    script.write_text(PROGRAM.replace("\\\\n", "\\n"))
+    command = [sys.executable, script, journal, log]
+
+    def lines():
+        return log.read_text().count("\n") if log.exists() else 0
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as run:
+        while lines() < 15:
+            assert run.poll() is None
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+    with sqlite3.connect(journal) as database:
+        [finished] = database.execute("SELECT COUNT(*) FROM results").fetchone()
+    database.close()
+    evaluated = lines()
+    # Two workers, and two results on the way to disk.
+    assert 15 - 4 <= finished <= evaluated <= finished + 4
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    results = [run.communicate(timeout=100)[0].split()[1:] for run in runs]
+    assert lines() - evaluated == 60 - finished == sum(int(n) for _, n, _ in results)
+    points = np.arange(180, dtype=np.float32).reshape(60, 3)
+    expected = np.array([np.sum(np.sin(x)) for x in points], np.float32)
+    for found, _, recalled in results:
+        assert bytes.fromhex(found) == expected.tobytes()
+        assert int(recalled) >= finished
+
+
+def test_threads_that_share_a_journal_share_the_work(journal):
+    seen, lock = [], threading.Lock()
+
+    def fun(x):
+        with lock:
+            seen.append(x)
+        time.sleep(0.002)
+        return x.sum()
+
+    named = px.Journal(journal, "fun")
+    both = [px.host_function(fun, journal=named, executor=2, like=np.float32(0)) for _ in range(2)]
+    found = [None, None]
+
+    def work(i):
+        found[i] = np.asarray(jax.vmap(both[i])(POINTS))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    np.testing.assert_array_equal(*found)
+    assert len(seen) == 12 == sum(h.counts.evaluations for h in both)
+    assert sum(h.counts.recalled for h in both) == 12
+    for h in both:
+        h.close()
+
+
+@pytest.mark.parametrize("owner", ["elsewhere 1 x", f"{os.uname().nodename} 999999999 x"])
+def test_claims_of_those_that_are_gone_are_taken_over(journal, owner):
+    """Of a process of this machine that has ended, at once; of others, when they run out."""
+    with px.host_function(measured, journal=journal) as h:
+        jax.vmap(h)(POINTS[:1])
+        until = time.time() + (0.3 if owner.startswith("elsewhere") else 1000)
+        keys = claims(journal, POINTS)
+        with sqlite3.connect(journal) as database:
+            for key in keys:
+                database.execute("INSERT INTO claims VALUES (?, ?, ?)", (key, owner, until))
+        database.close()
+        jax.vmap(h)(POINTS)
+        assert counted(h) == (12, 1)
+        if owner.startswith("elsewhere"):
+            assert time.time() >= until
+
+
+def claims(journal, points):
+    """The keys of points, as another journal of the same function has them."""
+    other = journal.with_suffix(".other")
+    with px.host_function(measured, journal=other) as h:
+        jax.vmap(h)(points)
+    with sqlite3.connect(other) as database:
+        keys = [key for (key,) in database.execute("SELECT key FROM results")]
+    database.close()
+    return keys
