@@ -138,8 +138,9 @@ def _content(value: Any, within: tuple[Any, ...]) -> bytes:
     if dataclasses.is_dataclass(value):
         parts = (getattr(value, field.name) for field in dataclasses.fields(value))
         return _joined(kind, map(inner, (type(value), *parts)))
-    if callable(value) and hasattr(value, "__qualname__"):  # wrapped by an installed package
-        return kind + f"{getattr(value, '__module__', '')}.{value.__qualname__}".encode()
+    if callable(value) and hasattr(value, "__qualname__"):  # compiled, or wrapped by a package
+        name = f"{getattr(value, '__module__', '')}.{value.__qualname__}".encode()
+        return _joined(kind + name, [inner(getattr(value, "__self__", None))])
     raise _Unnamed(f"an object of the class {type(value).__name__}")
 
 
