@@ -1,8 +1,7 @@
 """One call of a perturbed function: its settings and arguments checked, planned, evaluated."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
