@@ -13,7 +13,9 @@ from .diagnostics._diagnose import (
     Diagnosis as Diagnosis,
     diagnose as diagnose,
 )
+from .diagnostics._smoothing import plot_smoothing as plot_smoothing
 from .diagnostics._standard_errors import Estimate as Estimate, estimate as estimate
+from .diagnostics._sweep import SigmaSweep as SigmaSweep, sweep_sigma as sweep_sigma
 from .estimator._default_rule import Choice as Choice, choose_sampler as choose_sampler
 from .execution._executors import ProcessWorkers as ProcessWorkers
 from .execution._host_function import host_function as host_function

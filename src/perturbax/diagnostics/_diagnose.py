@@ -17,6 +17,7 @@ from ..sampling._independent import Antithetic, Independent
 from . import _plots, _variance_law
 from ._subject import Subject
 from ._variance_law import Runs
+from ._words import count_of, numbers_of, percent, seconds_of
 
 # Evaluations after the pilot, at most, in units of the pilot's.
 _FURTHER = 4
@@ -136,22 +137,22 @@ class Diagnosis:
     __repr__ = __str__
 
     def _rows(self) -> Iterator[tuple[str, str]]:
-        yield "value at x", _numbers(self.value_at_x)
-        yield "smoothed value", _numbers(self.value, self.value_error)
+        yield "value at x", numbers_of(self.value_at_x)
+        yield "smoothed value", numbers_of(self.value, self.value_error)
         length = f"{self.gradient_length:.3g} ± {self.gradient_length_error:.1g}"
         yield "length of the gradient", f"{length}, of {self.gradient_of}"
         ratio, samples = self.signal_to_noise, f"{self.num_samples:,} samples"
         if ratio > 0:
-            ratio = f"{ratio:.2g}, so a relative error of {_percent(1 / ratio)}"
+            ratio = f"{ratio:.2g}, so a relative error of {percent(1 / ratio)}"
             yield "signal to noise", f"{ratio}, with {samples}"
         low, high = self.suggested_range
         if self.suggested_num_samples is not None:
-            asked = f"{self.suggested_num_samples:,} ({_count(low)} to {_count(high)})"
-            yield f"samples for {_percent(self.relative_error)}", asked
+            asked = f"{self.suggested_num_samples:,} ({count_of(low)} to {count_of(high)})"
+            yield f"samples for {percent(self.relative_error)}", asked
         elif low > 1:
-            yield f"samples for {_percent(self.relative_error)}", f"more than {_count(low)}"
-        yield "samples as at x", f"{_percent(self.share_equal)} have the value that fun has at x"
-        failed = f"{_percent(self.share_nan)} NaN, {_percent(self.share_infinite)} infinite"
+            yield f"samples for {percent(self.relative_error)}", f"more than {count_of(low)}"
+        yield "samples as at x", f"{percent(self.share_equal)} have the value that fun has at x"
+        failed = f"{percent(self.share_nan)} NaN, {percent(self.share_infinite)} infinite"
         yield "samples that fail", failed
         yield "sigma", f"at least {self.sigma_in_spacings:.2g} spacings of the numbers near x"
         yield "in use", f"{_way(self.sampler, self.degree)}. {self.reason}"
@@ -159,7 +160,7 @@ class Diagnosis:
             ends = f"({one.low:.2g} to {one.high:.2g})"
             way = _way(one.sampler, one.degree)
             yield "", f"{way} would have {one.ratio:.2g} {ends} times the variance"
-        yield "an evaluation takes", _seconds(self.seconds_per_evaluation)
+        yield "an evaluation takes", seconds_of(self.seconds_per_evaluation)
 
     def plot(self, *, ax: Any = None) -> Any:
         """Draws the relative error of the gradient against the number of samples.
@@ -440,13 +441,13 @@ def _problems(subject: Subject, found: Diagnosis, finite: bool, significant: boo
             )
     if found.share_nan:
         yield (
-            f"{_percent(found.share_nan)} of the samples are NaN, and so is every estimate. Let "
+            f"{percent(found.share_nan)} of the samples are NaN, and so is every estimate. Let "
             "fun return a finite penalty where it fails, for example jnp.where(jnp.isnan(value), "
             "penalty, value)."
         )
     if found.share_infinite:
         yield (
-            f"{_percent(found.share_infinite)} of the samples are infinite, so that means and "
+            f"{percent(found.share_infinite)} of the samples are infinite, so that means and "
             "derivatives are not finite. If fun overflows, compute in float64 or return a "
             "logarithm; if infinity stands for failure, return a finite penalty instead."
         )
@@ -467,13 +468,13 @@ def _problems(subject: Subject, found: Diagnosis, finite: bool, significant: boo
         )
     elif found.share_equal > _PLATEAU:
         yield (
-            f"sigma is too small: {_percent(found.share_equal)} of the samples have the value that "
+            f"sigma is too small: {percent(found.share_equal)} of the samples have the value that "
             "fun has at x, so the gradient comes from the few others. Take a larger sigma; "
             "px.sweep_sigma shows from where on the function is seen to change."
         )
     elif not significant:
         least, _ = found.suggested_range
-        how_many = f" (more than {_count(least)})" if math.isfinite(least) and least > 1 else ""
+        how_many = f" (more than {count_of(least)})" if math.isfinite(least) and least > 1 else ""
         yield (
             "the gradient cannot be told from zero. Unless x is where it vanishes, take more "
             f"samples{how_many} or a larger sigma; px.sweep_sigma compares them."
@@ -499,7 +500,7 @@ def _notes(subject: Subject, found: Diagnosis) -> Iterator[str]:
     if found.suggested_num_samples is not None and found.signal_to_noise > 0:
         if found.relative_error * found.signal_to_noise < 1:
             yield (
-                f"for a relative error of {_percent(found.relative_error)}, take num_samples="
+                f"for a relative error of {percent(found.relative_error)}, take num_samples="
                 f"{found.suggested_num_samples}; a training loop is often content with less."
             )
 
@@ -529,31 +530,3 @@ def _loses_digits(found: Diagnosis) -> bool:
 
 def _way(sampler: str, degree: int | None) -> str:
     return f"{sampler}, {'no baseline' if degree is None else f'degree {degree}'}"
-
-
-def _percent(share: float) -> str:
-    percent = 100 * share
-    return f"{percent:.2g} %" if 0 < percent < 99.5 or not percent else f"{percent:.0f} %"
-
-
-def _count(number: float) -> str:
-    return f"{number:,.0f}" if number < 1e9 else f"{number:.1e}"
-
-
-def _seconds(seconds: float) -> str:
-    for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= unit:
-            return f"{seconds / unit:.2g} {name}"
-    return f"{seconds * 1e9:.2g} ns"
-
-
-def _numbers(value: Any, error: Any = None) -> str:
-    """The first few numbers of a pytree, with their errors."""
-    flat = [np.ravel(v) for v in jax.tree.leaves(value)]
-    flat = np.concatenate(flat) if flat else np.zeros(0)
-    words = [f"{v:.5g}" for v in flat[:3]]
-    if error is not None:
-        errors = np.concatenate([np.ravel(v) for v in jax.tree.leaves(error)] or [np.zeros(0)])
-        words = [f"{word} ± {e:.1g}" for word, e in zip(words, errors, strict=False)]
-    more = f", ... ({flat.size:,} numbers)" if flat.size > 3 else ""
-    return ", ".join(words) + more

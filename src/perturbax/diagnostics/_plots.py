@@ -35,6 +35,8 @@ def plot_errors(
 ) -> Any:
     """Relative errors against numbers of samples: measured, asked for, as it is now."""
     ax = axes(ax)
+    import matplotlib.ticker
+
     if measured:
         numbers, errors, freedom = np.array(measured, np.float64).T
         # Of the root of a mean of so many squares, 90 %.
@@ -48,5 +50,66 @@ def plot_errors(
     if np.isfinite(now[1]):
         ax.plot(*now, "D", mfc="none", color=RED, label="as it is")
     ax.set(xscale="log", yscale="log", xlabel="samples", ylabel="relative error of the gradient")
+    for axis, unit in ((ax.xaxis, 1), (ax.yaxis, 100)):
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axis.set_major_formatter(lambda v, _, unit=unit: f"{unit * v:,.4g}")
+    ax.set_ylabel("relative error of the gradient, %")
     ax.legend(frameon=False)
     return ax
+
+
+def plot_sweep(
+    ax: Any,
+    sigmas: np.ndarray,
+    hard_value: float,
+    values: tuple[np.ndarray, np.ndarray],
+    lengths: tuple[np.ndarray, np.ndarray],
+    suggested: tuple[float, float] | None,
+) -> Any:
+    """Smoothed values, and lengths of gradients on a second axis, with bands of two errors."""
+    ax = axes(ax)
+    if suggested is not None:
+        ax.axvspan(*suggested, color=BAND, lw=0, label="worth using")
+    ax.axhline(hard_value, color=GREY, lw=1, ls="--", label="hard value")
+    _band(ax, sigmas, *values, BLUE, "smoothed value")
+    ax.set(xscale="log", xlabel="sigma")
+    ax.set_ylabel("value", color=BLUE)
+    twin = ax.twinx()
+    _band(twin, sigmas, *lengths, RED, "length of the gradient")
+    twin.set_ylabel("length of the gradient", color=RED)
+    twin.set_ylim(bottom=0)
+    handles = [
+        entry for one in (ax, twin) for entry in zip(*one.get_legend_handles_labels(), strict=True)
+    ]
+    ax.legend(*zip(*handles, strict=True), frameon=False)
+    return ax
+
+
+def plot_line(
+    ax: Any,
+    t: np.ndarray,
+    hard: tuple[np.ndarray, np.ndarray],
+    smooth: tuple[np.ndarray, np.ndarray],
+    tangent: tuple[float, float, float],
+) -> Any:
+    """A function (at points of its own), its smoothed version with a band, and its tangent.
+
+    The tangent is given by the value at 0, the slope, and the error of the slope.
+    """
+    ax = axes(ax)
+    ax.plot(*hard, color=GREY, lw=1, label="function")
+    _band(ax, t, *smooth, BLUE, "smoothed")
+    value, slope, error = tangent
+    reach = 0.4 * np.array([t[0], t[-1]])
+    ax.plot(reach, value + slope * reach, color=RED, label=f"tangent {slope:.3g} ± {error:.1g}")
+    low, high = value + (slope - 2 * error) * reach, value + (slope + 2 * error) * reach
+    ax.fill_between(reach, low, high, color=RED, alpha=0.15, lw=0)
+    ax.plot(0, value, "o", color=RED, ms=4)
+    ax.legend(frameon=False)
+    return ax
+
+
+def _band(ax: Any, at: np.ndarray, middle: np.ndarray, error: np.ndarray, color: str, label: str):
+    ax.plot(at, middle, color=color, label=label)
+    ax.fill_between(at, middle - 2 * error, middle + 2 * error, color=color, alpha=0.2, lw=0)

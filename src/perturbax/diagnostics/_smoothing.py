@@ -1,0 +1,155 @@
+"""plot_smoothing: a function and its smoothed version along a line."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .. import _checks
+from .._perturb import PerturbedFun
+from ..scale import _scales
+from ..scale._matrices import is_matrix, row_lengths
+from . import _plots
+from ._standard_errors import estimate
+
+# How far the line goes to each side where that is not given: in sigma, of the coordinate that moves
+# most.
+_REACH = 4.0
+# Points at which the function itself is evaluated, for each at which it is smoothed.
+_FINER = 8
+
+
+def plot_smoothing(
+    g: PerturbedFun,
+    key: Array,
+    x: Any,
+    direction: Any,
+    /,
+    *args: Any,
+    reach: float | None = None,
+    num_points: int = 61,
+    ax: Any = None,
+    **kwargs: Any,
+) -> Any:
+    r"""Draws a function and its smoothed version along a line, with the estimated tangent.
+
+    .. math:: t \mapsto f(x + t d), \quad t \mapsto F(x + t d), \quad
+        t \mapsto F(x) + t \langle \nabla F(x), d \rangle
+
+    Bands are two standard errors to each side. All points share one key: errors of neighbours are
+    nearly the same, so the curve is smoother than its band is narrow.
+
+    Args:
+      g: what `make_perturbed_fun` returned, of a function to one number.
+      key: one PRNG key; it is consumed.
+      x: where the line has t = 0.
+      direction: d, with the structure and shapes of x; leaves that are not perturbed are not moved.
+      *args: further arguments of the function.
+      reach: the largest \|t\|; None for what moves a coordinate by four times its sigma.
+      num_points: how many points of the smoothed function, each of which takes `num_samples` of
+        evaluations; there are eight times as many of the function itself.
+      ax: axes of matplotlib to draw into; None makes some.
+      **kwargs: further keyword arguments of the function.
+
+    Returns:
+      The axes.
+
+    Raises:
+      TypeError: if g is not what make_perturbed_fun returned.
+      ValueError: if its value is not one number, or direction is not like x, or zero.
+      ImportError: without matplotlib.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import perturbax as px
+      >>> steps = lambda x: jnp.sum(jnp.floor(x))
+      >>> g = px.make_perturbed_fun(steps, 100, sigma=0.3, noise=px.Normal())
+      >>> x, direction = jnp.array([0.2, -0.4]), jnp.array([1.0, 0.0])
+      >>> ax = px.plot_smoothing(g, jax.random.key(0), x, direction, num_points=5)
+    """
+    if not isinstance(g, PerturbedFun):
+        kind = getattr(g, "__name__", type(g).__name__)
+        raise TypeError(f"g must be what make_perturbed_fun returned, got {kind}")
+    num_points = _checks.check_count(num_points, "num_points")
+    ax = _plots.axes(ax)
+    leaves, names, merge = _checks.perturbed_leaves(x)
+    if jax.tree.structure(direction) != jax.tree.structure(x):
+        raise ValueError(
+            f"direction must have the structure of x, {jax.tree.structure(x)}, got "
+            f"{jax.tree.structure(direction)}"
+        )
+    moved = [
+        jnp.asarray(d, _checks.noise_dtype(leaves))
+        for d, v in zip(jax.tree.leaves(direction), jax.tree.leaves(x), strict=True)
+        if jnp.issubdtype(jnp.result_type(v), jnp.floating)
+    ]
+    for d, leaf, name in zip(moved, leaves, names, strict=True):
+        if d.shape != leaf.shape:
+            raise ValueError(
+                f"direction must have the shapes of x, but that of {name!r} is {leaf.shape}, and "
+                f"that of its direction {d.shape}"
+            )
+    if not any(bool(jnp.any(d != 0)) for d in moved):
+        raise ValueError("direction must not be zero")
+    reach = _reach(g, x, leaves, names, moved) if reach is None else float(reach)
+
+    def at(t: Array) -> Any:
+        return merge(
+            [
+                (v.astype(d.dtype) + t * d).astype(v.dtype)
+                for v, d in zip(leaves, moved, strict=True)
+            ]
+        )
+
+    def hard(t: Array) -> Array:
+        value = g.fun(at(t), *args, **kwargs)
+        return _one_number(value[0] if g.settings.has_aux else value)
+
+    def smooth(t: Array) -> tuple[Array, Array, Array, Array]:
+        found = estimate(g, key, at(t), *args, **kwargs)
+        value, error = _one_number(found.value), _one_number(found.value_error)
+        if found.gradient is None:
+            return value, error, jnp.full((), jnp.nan), jnp.full((), jnp.nan)
+        parts = jax.tree.leaves(found.gradient), jax.tree.leaves(found.gradient_error)
+        slope = sum(jnp.sum(p * d) for p, d in zip(parts[0], moved, strict=True))
+        square = sum(jnp.sum((p * d) ** 2) for p, d in zip(parts[1], moved, strict=True))
+        return value, error, jnp.asarray(slope), jnp.sqrt(jnp.asarray(square))
+
+    # The one in the middle, at 0, is that of the tangent.
+    t = np.linspace(-reach, reach, num_points | 1)
+    fine = np.linspace(-reach, reach, _FINER * num_points | 1)
+    dtype = _checks.noise_dtype(leaves)
+    curve = [np.asarray(v) for v in jax.jit(lambda t: jax.lax.map(smooth, t))(t.astype(dtype))]
+    values = np.asarray(jax.jit(lambda t: jax.lax.map(hard, t))(fine.astype(dtype)))
+    middle = len(t) // 2
+    tangent = float(curve[0][middle]), float(curve[2][middle]), float(curve[3][middle])
+    _plots.plot_line(ax, t, (fine, values), (curve[0], curve[1]), tangent)
+    ax.set(xlabel="t, along the direction", ylabel=getattr(g.fun, "__name__", "value"))
+    return ax
+
+
+def _one_number(value: Any) -> Array:
+    leaves = jax.tree.leaves(value)
+    if len(leaves) != 1 or jnp.size(leaves[0]) != 1:
+        shapes = [jnp.shape(v) for v in leaves]
+        raise ValueError(
+            f"the function must return one number, got arrays of the shapes {shapes}: choose one, "
+            "or draw the loss that they are used in"
+        )
+    return jnp.reshape(jnp.asarray(leaves[0]), ())
+
+
+def _reach(g: PerturbedFun, x: Any, leaves: Any, names: Any, moved: list[Array]) -> float:
+    """The t that moves the coordinate that moves most, in sigma, by four of them."""
+    scales = _scales.scale_leaves(g.settings.sigma, x, leaves, names)
+    scales = scales * (len(leaves) if len(scales) == 1 else 1)
+    largest = 0.0
+    for d, leaf, scale in zip(moved, leaves, scales, strict=True):
+        sigma = np.asarray(scale, np.float64)
+        if is_matrix(scale, leaf):
+            sigma = row_lengths(sigma.reshape(leaf.size, leaf.size)).reshape(leaf.shape)
+        largest = max(largest, float(np.max(np.abs(d) / sigma, initial=0.0)))
+    return _REACH / largest if largest else math.inf

@@ -1,0 +1,221 @@
+"""px.sweep_sigma and the pictures: numbers against closed forms, suggestions where they are known."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+import closed_forms
+import perturbax as px
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+KEY = jax.random.key(7)
+X = np.float32([0.2, -0.4, 0.1])
+SIGMAS = np.array([1e-4, 0.1, 0.3, 1.0])
+# What is quickest to compile.
+OPTIONS = {"sampler": px.Independent(), "degree": 0}
+
+
+def steps(x):
+    return jnp.sum(jnp.where(x > 0, 1.0, 0.0))
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    traces = []
+
+    def fun(x):
+        traces.append(1)
+        return steps(x)
+
+    found = px.sweep_sigma(
+        fun, KEY, X, SIGMAS[::-1], num_samples=2000, noise=px.Normal(), **OPTIONS
+    )
+    return found, len(traces)
+
+
+def exact_at(sigma):
+    return closed_forms.smooth_separable(
+        closed_forms.step, np.ones(3), X, sigma, closed_forms.normal
+    )
+
+
+def test_numbers_of_a_sweep(sweep):
+    found, num_traces = sweep
+    assert num_traces <= 3  # of all sigmas together: fun(x) itself, and shapes
+    np.testing.assert_array_equal(found.sigmas, SIGMAS)
+    assert found.hard_value == 2.0
+    exact = [exact_at(sigma) for sigma in SIGMAS]
+    for i, one in enumerate(exact):
+        assert abs(found.values[i] - one.value) <= 4 * found.value_errors[i] + 1e-6
+        length = np.linalg.norm(one.gradient)
+        assert abs(found.lengths[i] - length) <= 4 * found.length_errors[i] + 1e-6
+    for i in (1, 2):
+        one, two = exact[i].gradient, exact[i + 1].gradient
+        cosine = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
+        assert abs(found.cosines[i] - cosine) <= 4 * found.cosine_errors[i]
+        assert found.cosine_errors[i] < 0.2
+    assert found.share_equal[0] == 1
+    assert not found.share_failed.any()
+
+
+def test_what_a_sweep_suggests(sweep):
+    found, _ = sweep
+    assert found.suggested_range == (0.1, 1.0)
+    assert "Below, 100 % of the samples have the value at x. Larger ones were not" in found.reason
+    text = str(found)
+    assert text.endswith(found.reason)
+    assert len(text.splitlines()) == len(SIGMAS) + 3
+
+
+def test_a_gradient_that_turns_ends_the_range():
+    """Stairs that go down, in a step that goes up."""
+
+    def fun(x):
+        return jnp.where(jnp.abs(x) < 0.5, -jnp.floor(100 * x), 200 * jnp.sign(x))
+
+    sigmas = [0.02, 0.05, 0.1, 1.0, 2.0]
+    found = px.sweep_sigma(
+        fun, KEY, jnp.float32(0.1), sigmas, num_samples=500, noise=px.Normal(), **OPTIONS
+    )
+    low, high = found.suggested_range
+    assert (low, high) == (0.02, 0.1)
+    assert "Above, the gradient turns" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("fun", "text"),
+    [
+        (lambda x: jnp.where(x[0] > 0.3, jnp.nan, steps(x)), "NaN or infinite"),
+        (lambda x: 0 * steps(x), "100 % of the samples have the value at x"),
+    ],
+)
+def test_nothing_to_suggest(fun, text):
+    found = px.sweep_sigma(fun, KEY, X, [0.5, 1.0], num_samples=50, **OPTIONS)
+    assert found.suggested_range is None
+    assert text in found.reason
+
+
+@pytest.mark.parametrize(
+    ("x", "low", "high"),
+    [
+        (np.float32([3.0, -4.0]), 0.005, 10.0),
+        (np.zeros(2, np.float32), 1e-3, 2.0),
+        (np.float16([100.0]), 1.0, 200.0),
+        (np.float32([1.0, -np.inf]), 1e-3, 2.0),
+    ],
+)
+def test_scales_that_are_tried_by_themselves(x, low, high):
+    found = px.sweep_sigma(lambda x: jnp.sum(x > 0), KEY, x, num_samples=8, **OPTIONS)
+    assert found.sigmas[0] == pytest.approx(low)
+    assert found.sigmas[-1] == pytest.approx(high)
+    assert all(f"{sigma:.1g}"[0] in "125" for sigma in found.sigmas)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "error", "text"),
+    [
+        ([0.1], ValueError, r"at least two numbers in a row, got shape \(1,\)"),
+        ([0.1, 0.0], ValueError, r"positive and finite, got \[0.0, 0.1\]"),
+        ("ab", TypeError, "must be None or an array of numbers, got str"),
+    ],
+)
+def test_sigmas_that_are_refused(sigmas, error, text):
+    with pytest.raises(error, match=text):
+        px.sweep_sigma(steps, KEY, X, sigmas)
+
+
+def test_what_a_sweep_needs():
+    with pytest.raises(ValueError, match=r"fun must return one real number, got .* \[\(3,\)\]"):
+        px.sweep_sigma(lambda x: x, KEY, X)
+    with pytest.raises(TypeError, match="call it outside jit"):
+        jax.jit(lambda x: px.sweep_sigma(steps, KEY, x).values)(X)
+
+
+# --- Pictures
+
+
+@pytest.fixture
+def ax():
+    figure, ax = plt.subplots()
+    yield ax
+    plt.close(figure)
+
+
+def line(ax, label):
+    return next(one for one in ax.get_lines() if one.get_label().startswith(label)).get_data()
+
+
+def test_picture_of_a_sweep(sweep, ax):
+    found, _ = sweep
+    assert found.plot(ax=ax) is ax
+    np.testing.assert_array_equal(line(ax, "smoothed value"), (found.sigmas, found.values))
+    twin = next(one for one in ax.figure.axes if one is not ax)
+    np.testing.assert_array_equal(line(twin, "length"), (found.sigmas, found.lengths))
+
+
+def test_picture_along_a_line(ax):
+    x = {"w": X, "n": 2}
+    direction = {"w": jnp.array([0.0, 1.0, 0.0]), "n": 0}
+
+    def fun(x, factor):
+        return factor * steps(x["w"])
+
+    g = px.make_perturbed_fun(fun, 2000, 0.25, px.Normal(), **OPTIONS)
+    assert px.plot_smoothing(g, KEY, x, direction, 2.0, num_points=5, ax=ax) is ax
+    t, values = line(ax, "smoothed")
+    np.testing.assert_allclose(t, np.linspace(-1, 1, 5))
+    moved = [X + np.float32([0, s, 0]) for s in t]
+    exact = [
+        2
+        * closed_forms.smooth_separable(
+            closed_forms.step, np.ones(3), y, 0.25, closed_forms.normal
+        ).value
+        for y in moved
+    ]
+    np.testing.assert_allclose(values, exact, atol=0.1)
+    fine, hard = line(ax, "function")
+    np.testing.assert_array_equal(hard, np.where(fine > 0.4, 6.0, 4.0))
+    (left, right), (low, high) = line(ax, "tangent")
+    slope = (
+        2
+        * closed_forms.smooth_separable(
+            closed_forms.step, np.ones(3), X, 0.25, closed_forms.normal
+        ).gradient[1]
+    )
+    assert (high - low) / (right - left) == pytest.approx(slope, abs=0.3)
+
+
+def test_picture_of_a_diagnosis(ax):
+    g = px.make_perturbed_fun(steps, 23, 0.5, px.Normal(), **OPTIONS)
+    found = px.diagnose(g, KEY, X)
+    assert found.plot(ax=ax) is ax
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    assert line(ax, "as it is")[0] == [23]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"direction": np.zeros(3)}, "direction must not be zero"),
+        ({"direction": np.ones(2)}, r"that of 'x' is \(3,\), and that of its direction \(2,\)"),
+        ({"direction": {"a": np.ones(3)}}, "direction must have the structure of x"),
+        ({"fun": lambda x: x}, r"must return one number, got arrays of the shapes \[\(3,\)\]"),
+    ],
+)
+def test_lines_that_are_refused(change, text, ax):
+    options = {"fun": steps, "direction": np.ones(3), **change}
+    g = px.make_perturbed_fun(options["fun"], 20, 0.3, **OPTIONS)
+    with pytest.raises(ValueError, match=text):
+        px.plot_smoothing(g, KEY, X, options["direction"], ax=ax)
+
+
+def test_without_matplotlib(monkeypatch, sweep):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"pip install 'perturbax\[plots\]'"):
+        sweep[0].plot()
