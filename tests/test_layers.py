@@ -12,6 +12,7 @@ PACKAGE = Path(perturbax.__file__).parent
 # A file may import from the files that come before it here. A new file gets its place in this list;
 # a folder alone stands for all the files in it, which may also import one another.
 LAYERS = [
+    "_types",
     "_describe",
     "_checks",
     "sampling/_random_bits",

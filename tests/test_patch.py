@@ -190,6 +190,17 @@ def test_program_sees_what_python_itself_shows_it(tmp_path, program, flags):
     assert json.loads(served.stdout) == json.loads(plain.stdout)
 
 
+# By then runpy has put the module away.
+AT_EXIT = """
+import atexit, pickle
+
+class Record:
+    pass
+
+atexit.register(lambda: print(type(pickle.loads(pickle.dumps(Record()))) is Record))
+"""
+
+
 @pytest.mark.parametrize(
     ("program", "returncode"),
     [
@@ -200,6 +211,7 @@ def test_program_sees_what_python_itself_shows_it(tmp_path, program, flags):
         ("print('begun'\n", 1),
         ("def wait():\n    raise KeyboardInterrupt\n\n\nwait()\n", -signal.SIGINT),
         ("import sys\nsys.excepthook = lambda *error: print(error[1])\n1 / 0\n", 1),
+        (AT_EXIT, 0),
         ("print('ends well')\n", 0),
     ],
     ids=[
@@ -210,6 +222,7 @@ def test_program_sees_what_python_itself_shows_it(tmp_path, program, flags):
         "syntax",
         "interrupt",
         "own hook",
+        "at exit",
         "success",
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from . import _checks
+from ._types import PyTree
 from .estimator import _default_rule, _estimator
 from .execution._plan import Operands, Plan
 from .noise._foreign import AdaptedNoise, as_noise
@@ -44,7 +45,7 @@ class Settings:
     """
 
     num_samples: int = 1000
-    sigma: Any = 0.1
+    sigma: PyTree = 0.1
     noise: NoiseDistribution = Gumbel()
     use_baseline: bool = True
     batch_size: int | None = None
@@ -110,9 +111,9 @@ class Call:
 
 def prepare(
     settings: Settings,
-    fun: Callable[[Any], Any],
+    fun: Callable[[PyTree], PyTree],
     key: Array,
-    x: Any,
+    x: PyTree,
     num_nets: int = _default_rule.RULE.nets,
 ) -> Call:
     """Checks the arguments of a call, traces fun(x), and chooses what was left open.
@@ -172,7 +173,7 @@ def run(call: Call, program: Callable[..., Any], *static: Any) -> Any:
         return called(call.plan.fun.hosts, program, *static, *call.inputs)
 
 
-def evaluate(call: Call) -> Any:
+def evaluate(call: Call) -> PyTree:
     """The estimate of E[fun(x + sigma eps)]; with aux, if there is any, a pair."""
     settings = call.settings
     value, aux = run(call, _estimator.estimate, call.plan)

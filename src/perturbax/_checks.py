@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,8 +11,10 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from ._types import PyTree
 
-def check_fun(fun: Any, name: str = "fun") -> None:
+
+def check_fun(fun: object, name: str = "fun") -> None:
     """Raises TypeError unless `fun` is callable."""
     if not callable(fun):
         raise TypeError(f"{name} must be callable, got {type(fun).__name__}")
@@ -40,7 +42,7 @@ def check_count(value: Any, name: str, most: int | None = None) -> int:
     return count
 
 
-def check_bool(value: Any, name: str) -> bool:
+def check_bool(value: object, name: str) -> bool:
     """A Python (or numpy) bool."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be a bool, got {value!r} ({type(value).__name__})")
@@ -68,7 +70,7 @@ def check_level(
     return float(value)
 
 
-def check_noise(noise: Any) -> None:
+def check_noise(noise: object) -> None:
     """Raises TypeError unless `noise` is an object with the methods sample and log_prob."""
     if isinstance(noise, type):
         raise TypeError(
@@ -82,7 +84,7 @@ def check_noise(noise: Any) -> None:
         )
 
 
-def check_log_prob(value: Any) -> None:
+def check_log_prob(value: object) -> None:
     """Raises TypeError unless `value`, what log_prob returned, is an array of floating dtype."""
     dtype = getattr(value, "dtype", type(value).__name__)
     if not isinstance(dtype, np.dtype) or not jnp.issubdtype(dtype, jnp.floating):
@@ -92,7 +94,7 @@ def check_log_prob(value: Any) -> None:
         )
 
 
-def check_sampler(sampler: Any) -> None:
+def check_sampler(sampler: object) -> None:
     """Raises TypeError unless `sampler` is None or a hashable object with a sampler's methods."""
     if isinstance(sampler, type):
         raise TypeError(
@@ -122,7 +124,7 @@ def check_group_size(sampler: Any, num_samples: int, dim: int) -> None:
     check_count(size, name)
 
 
-def check_degree(degree: Any) -> None:
+def check_degree(degree: object) -> None:
     """Raises unless `degree` is None, 0, 1 or 2."""
     if degree is None:
         return
@@ -132,7 +134,7 @@ def check_degree(degree: Any) -> None:
         raise ValueError(f"degree must be None, 0, 1 or 2, got {degree}")
 
 
-def dtype_of(value: Any) -> Any:
+def dtype_of(value: object) -> np.dtype | None:
     """As JAX has it; None for those that it does not support, such as that of strings."""
     try:
         return jnp.result_type(value)
@@ -140,13 +142,13 @@ def dtype_of(value: Any) -> Any:
         return None
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """What an error calls it."""
     dtype = getattr(value, "dtype", None)
     return f"a {type(value).__name__}" if dtype is None else f"an array of {dtype}"
 
 
-def check_key(key: Any, x: Any) -> Array:
+def check_key(key: Any, x: PyTree) -> Array:
     """One typed PRNG key, from a typed one or a raw one; `x` is looked at for swapped arguments."""
     hint = "; did you call g(x, key)? it is g(key, x)" if _is_key(x) else ""
     if isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -190,7 +192,9 @@ def leaf_name(path: Any) -> str:
     return f"x{jax.tree_util.keystr(path)}"
 
 
-def perturbed_leaves(x: Any) -> tuple[list[Array], list[str], Callable[[Any], Any]]:
+def perturbed_leaves(
+    x: PyTree,
+) -> tuple[list[Array], list[str], Callable[[Iterable[Array]], PyTree]]:
     """The floating leaves of x, their names, and how to put others in their place."""
     paths, tree = jax.tree_util.tree_flatten_with_path(x)
     fixed: list[Any] = []
@@ -230,9 +234,9 @@ def perturbed_leaves(x: Any) -> tuple[list[Array], list[str], Callable[[Any], An
             f"{', '.join(sorted({str(jnp.result_type(v)) for v in fixed}))}"
         )
 
-    def merge(perturbed: Any) -> Any:
-        perturbed = iter(perturbed)
-        return tree.unflatten([next(perturbed) if v is None else v for v in fixed])
+    def merge(perturbed: Iterable[Array]) -> PyTree:
+        rest = iter(perturbed)
+        return tree.unflatten([next(rest) if v is None else v for v in fixed])
 
     return leaves, names, merge
 
@@ -242,7 +246,7 @@ def noise_dtype(leaves: list[Array]) -> np.dtype:
     return np.dtype(np.float64 if any(v.dtype == np.float64 for v in leaves) else np.float32)
 
 
-def is_traced(values: Any) -> bool:
+def is_traced(values: PyTree) -> bool:
     """Whether a leaf of the pytree is not known yet, so that it could not be checked."""
     return any(isinstance(v, Tracer) for v in jax.tree.leaves(values))
 

@@ -1,8 +1,9 @@
 """How the functions that the library makes are called, and how they describe themselves."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
+
+from ._types import Fun
 
 
 def leading(
@@ -27,9 +28,9 @@ def leading(
 
 
 def describe(
-    made: Callable[..., Any],
+    made: Fun,
     kind: str,
-    fun: Callable[..., Any],
+    fun: Fun,
     names: tuple[str, ...],
     maker: str,
     does: str,
@@ -56,7 +57,7 @@ def describe(
         object.__setattr__(made, attribute, value)  # what is made may be frozen
 
 
-def _signature(fun: Callable[..., Any], names: tuple[str, ...]) -> inspect.Signature:
+def _signature(fun: Fun, names: tuple[str, ...]) -> inspect.Signature:
     """`names`, then the further parameters of fun, if these can be told and have other names.
 
     Reading it from the parameters of what was made would tell nothing but (*args, **kwargs).

@@ -1,7 +1,6 @@
 """make_perturbed_fun: a smoothed, differentiable version of any function."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from jax import Array
@@ -9,6 +8,7 @@ from jax import Array
 from . import _checks
 from ._call import Call, Settings, evaluate, prepare
 from ._describe import describe, leading
+from ._types import Fun, PyTree
 from .estimator._default_rule import RULE
 from .noise._protocol import NoiseDistribution
 from .noise._smooth import Gumbel
@@ -27,7 +27,7 @@ class PerturbedFun:
       settings: how.
     """
 
-    fun: Callable[..., Any]
+    fun: Fun
     settings: Settings
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class PerturbedFun:
         does = f"Estimates E[{{name}}(x + sigma eps)] by the mean of {number} samples."
         describe(self, "perturbed", self.fun, ("key", "x"), "make_perturbed_fun", does)
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> PyTree:
         """An estimate of E[fun(x + sigma eps, *args, **kwargs)], of g(key, x, *args, **kwargs)."""
         key, x, *rest = leading(("key", "x"), args, kwargs)
         return evaluate(self.prepare(key, x, tuple(rest), kwargs))
@@ -45,7 +45,7 @@ class PerturbedFun:
     def prepare(
         self,
         key: Array,
-        x: Any,
+        x: PyTree,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         num_nets: int = RULE.nets,
@@ -60,9 +60,9 @@ class PerturbedFun:
 
 
 def make_perturbed_fun(
-    fun: Callable[..., Any],
+    fun: Fun,
     num_samples: int = 1000,
-    sigma: Any = 0.1,
+    sigma: PyTree = 0.1,
     noise: NoiseDistribution = Gumbel(),
     use_baseline: bool = True,
     *,

@@ -1,6 +1,5 @@
 """Straight-through estimation: the value of a function itself, derivatives of it smoothed."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from jax import Array
 from . import _checks
 from ._call import Settings, evaluate, prepare
 from ._describe import describe, leading
+from ._types import Fun, PyTree
 from .estimator._formula import with_value
 from .noise._protocol import NoiseDistribution
 from .noise._smooth import Gumbel
@@ -19,16 +19,16 @@ from .tracing._signature import TracedFunction, trace
 
 
 def make_straight_through_fun(
-    fun: Callable[..., Any],
+    fun: Fun,
     num_samples: int = 1000,
-    sigma: Any = 0.1,
+    sigma: PyTree = 0.1,
     noise: NoiseDistribution = Gumbel(),
     use_baseline: bool = True,
     *,
     batch_size: int | None = None,
     sampler: Sampler | None = None,
     degree: int | None = None,
-) -> Callable[..., Any]:
+) -> Fun:
     r"""Gives a function the derivatives of its smoothed version, and leaves its value as it is.
 
     Forward, the result is `fun(x)` exactly: hard choices stay hard. Backward, all derivatives, of
@@ -75,12 +75,12 @@ def make_straight_through_fun(
         num_samples, sigma, noise, use_baseline, batch_size, sampler=sampler, degree=degree
     )
 
-    def straight_through_fun(*args: Any, **kwargs: Any) -> Any:
+    def straight_through_fun(*args: Any, **kwargs: Any) -> PyTree:
         key, x, *rest = leading(("key", "x"), args, kwargs)
         key = _checks.check_key(key, x)
         leaves, _, merge = _checks.perturbed_leaves(x)
 
-        def at(x: Any) -> Any:
+        def at(x: PyTree) -> PyTree:
             return fun(x, *rest, **kwargs)
 
         soft, operands = trace(lambda *v: evaluate(prepare(settings, at, key, merge(v))), *leaves)
@@ -101,7 +101,9 @@ def make_straight_through_fun(
     return straight_through_fun
 
 
-def _value(soft: TracedFunction, hard: TracedFunction, leaves: Any, operands: Any) -> list[Array]:
+def _value(
+    soft: TracedFunction, hard: TracedFunction, leaves: PyTree, operands: PyTree
+) -> list[Array]:
     return [
         jnp.asarray(v).astype(aval.dtype)
         for v, aval in zip(hard(operands[1], *leaves), soft.out_avals, strict=True)
@@ -109,7 +111,7 @@ def _value(soft: TracedFunction, hard: TracedFunction, leaves: Any, operands: An
 
 
 def _value_jvp(
-    soft: TracedFunction, hard: TracedFunction, primals: Any, tangents: Any
+    soft: TracedFunction, hard: TracedFunction, primals: PyTree, tangents: PyTree
 ) -> tuple[list[Array], list[Array]]:
     leaves, operands = primals
     leaves_dot, operands_dot = tangents

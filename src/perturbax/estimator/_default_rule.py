@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 from .. import _checks
 from ..noise._foreign import as_noise
@@ -132,7 +131,7 @@ def choose_sampler(
 def choose(
     num_samples: int,
     dim: int,
-    noise: Any,
+    noise: NoiseDistribution,
     sampler: Sampler | None,
     degree: int | None,
     num_nets: int = RULE.nets,
@@ -164,7 +163,9 @@ def choose(
     return Choice(sampler, polynomial, -(-num_samples // size), size, reason)
 
 
-def _check_needs(sampler: Sampler | None, degree: int | None, dim: int, noise: Any) -> None:
+def _check_needs(
+    sampler: Sampler | None, degree: int | None, dim: int, noise: NoiseDistribution
+) -> None:
     """Raises where what was asked for needs more than there is."""
     kind = f"{type(sampler).__name__}()"
     if getattr(sampler, "needs_inverse", False) and not is_invertible(noise):
@@ -185,7 +186,9 @@ def _check_needs(sampler: Sampler | None, degree: int | None, dim: int, noise: A
         )
 
 
-def _sampler(num_samples: int, dim: int, noise: Any, num_nets: int) -> tuple[Sampler, str]:
+def _sampler(
+    num_samples: int, dim: int, noise: NoiseDistribution, num_nets: int
+) -> tuple[Sampler, str]:
     """The sampler for `dim` coordinates, and why."""
     if not is_invertible(noise):
         why = f"{_name(noise)} has no inverse distribution function, which all others need"
@@ -219,7 +222,7 @@ def _nets(num_samples: int, dim: int, num_nets: int) -> tuple[Sampler, str]:
     return OrthogonalArray(num_nets), f"Orthogonal arrays, because {many}, and {why}."
 
 
-def _degree(num_samples: int, dim: int, noise: Any) -> tuple[int, str]:
+def _degree(num_samples: int, dim: int, noise: NoiseDistribution) -> tuple[int, str]:
     """The degree whose coefficients half of the samples determine well, at little cost; and why."""
     most = _most_degree(noise)
     if not most:
@@ -239,7 +242,7 @@ def _degree(num_samples: int, dim: int, noise: Any) -> tuple[int, str]:
     return 0, f"Degree 0, because {why}."
 
 
-def _most_degree(noise: Any) -> int:
+def _most_degree(noise: NoiseDistribution) -> int:
     """The degree that the tails leave useful: features of degree d need moments of order d + 2."""
     if not _has_moments(noise):
         return 0
@@ -263,10 +266,10 @@ def _for_fits(sampler: Sampler, num_samples: int, dim: int) -> Sampler:
     return sampler
 
 
-def _has_moments(noise: Any) -> bool:
+def _has_moments(noise: NoiseDistribution) -> bool:
     moments = (getattr(noise, name, math.nan) for name in ("mean", "variance"))
     return all(isinstance(m, int | float) and math.isfinite(m) for m in moments)
 
 
-def _name(noise: Any) -> str:
+def _name(noise: NoiseDistribution) -> str:
     return getattr(noise, "law", repr(noise))

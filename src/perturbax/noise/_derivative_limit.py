@@ -6,7 +6,7 @@ differentiation does not see it, and every derivative from some order on is sile
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from .._checks import check_log_prob
+from .._types import PyTree
 from ..tracing._dependence import is_zero, varies
 
 
@@ -84,7 +85,7 @@ def _limited(limit: Limit, taken: int) -> Callable[[Array], Array]:
         return inputs
 
     @functools.partial(identity.defjvp, symbolic_zeros=True)
-    def identity_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    def identity_jvp(primals: PyTree, tangents: PyTree) -> tuple[Array, Array]:
         (inputs,), (inputs_dot,) = primals, tangents
         if isinstance(inputs_dot, SymbolicZero):
             return identity(inputs), jnp.zeros_like(inputs)
@@ -97,7 +98,7 @@ def _limited(limit: Limit, taken: int) -> Callable[[Array], Array]:
     return identity
 
 
-def visible_limit(log_prob: Callable[[Array], Array], inputs: Any, law: str) -> Limit | None:
+def visible_limit(log_prob: Callable[[Array], Array], inputs: PyTree, law: str) -> Limit | None:
     """The limit that the operations of a log-density give away, or None.
 
     A score that is the same everywhere belongs to no density on the whole line: that of Uniform,
@@ -125,7 +126,7 @@ def visible_limit(log_prob: Callable[[Array], Array], inputs: Any, law: str) -> 
     return Limit(law, 1, "has a score that is constant in pieces, so it has a kink somewhere")
 
 
-def _falls_at_both_ends(score: Callable[[Array], Array], inputs: Any) -> bool:
+def _falls_at_both_ends(score: Callable[[Array], Array], inputs: PyTree) -> bool:
     """Whether a density whose score is constant far out falls there; if unknown, that it does."""
     try:
         with jax.ensure_compile_time_eval():

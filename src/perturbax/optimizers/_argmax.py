@@ -1,6 +1,5 @@
 """The mean solution of a perturbed optimizer."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,11 +8,12 @@ from jax import Array
 from .. import _checks
 from .._call import Settings
 from .._describe import describe, leading
+from .._types import Fun, PyTree
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
 from ..tracing._signature import trace
-from ._layer import Layer
+from ._layer import Drawn, Layer
 from ._perturbed_scores import (
     same_shapes,
     scales_of,
@@ -23,9 +23,9 @@ from ._symmetric import symmetrized
 
 
 def make_perturbed_argmax(
-    argmax_fun: Callable[..., Any],
+    argmax_fun: Fun,
     num_samples: int = 1000,
-    sigma: Any = 0.1,
+    sigma: PyTree = 0.1,
     noise: NoiseDistribution = Gumbel(),
     use_baseline: bool = True,
     *,
@@ -35,7 +35,7 @@ def make_perturbed_argmax(
     batch_size: int | None = None,
     sampler: Sampler | None = None,
     degree: int | None = None,
-) -> Callable[..., Any]:
+) -> Fun:
     r"""Smooths the solution of a linear optimisation problem by averaging it over noisy scores.
 
     .. math:: g(\theta) = E[y^*(\theta + \sigma Z)], \quad
@@ -97,13 +97,13 @@ def make_perturbed_argmax(
     )
     layer = Layer(argmax_fun, settings, maximize, multiplicative)
 
-    def perturbed_argmax(*args: Any, **kwargs: Any) -> Any:
+    def perturbed_argmax(*args: Any, **kwargs: Any) -> PyTree:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
         key = _checks.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
         scales = scales_of(layer.settings.sigma, theta, leaves, names, layer.multiplicative)
 
-        def solve(u: list[Array], _: Any) -> list[Array]:
+        def solve(u: list[Array], _: Drawn) -> list[Array]:
             scores = layer.unsigned(tree, u)
             y = layer.argmax_fun(scores, *rest, **kwargs)
             return same_shapes("the result of argmax_fun", y, scores)

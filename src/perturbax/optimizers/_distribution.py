@@ -1,7 +1,6 @@
 """The distribution of a solver's solutions under noise: which ones there are, and how often."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from jax import Array, lax
 from .. import _checks
 from .._call import Settings, evaluate, prepare
 from .._describe import describe, leading
+from .._types import Fun, PyTree
 from ..estimator import _formula
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -35,10 +35,10 @@ class EmpiricalDistribution:
       weights: their relative frequencies, which add up to 1; shape (places,).
     """
 
-    solutions: Any
+    solutions: PyTree
     weights: Array
 
-    def expectation(self, cost: Callable[..., Any], *args: Any) -> Any:
+    def expectation(self, cost: Fun, *args: Any) -> Any:
         """The mean of `cost(solution, *args)`, a pytree of arrays, under the weights.
 
         Its derivative in the scores is that of the weights; in further arguments and in whatever
@@ -60,9 +60,9 @@ class EmpiricalDistribution:
 
 
 def make_perturbed_distribution(
-    argmax_fun: Callable[..., Any],
+    argmax_fun: Fun,
     num_samples: int = 1000,
-    sigma: Any = 0.1,
+    sigma: PyTree = 0.1,
     noise: NoiseDistribution = Gumbel(),
     use_baseline: bool = True,
     *,
@@ -70,7 +70,7 @@ def make_perturbed_distribution(
     multiplicative: bool = False,
     batch_size: int | None = None,
     sampler: Sampler | None = None,
-) -> Callable[..., Any]:
+) -> Fun:
     r"""Gives the distribution of a solver's solutions when its scores are perturbed.
 
     .. math:: p_\theta(y) = P(y^*(\theta + \sigma Z) = y)
@@ -169,7 +169,9 @@ def make_perturbed_distribution(
     return perturbed_distribution
 
 
-def _log_density(noise: Any, v: list[Array], location: list[Array], scale: Any) -> Array:
+def _log_density(
+    noise: NoiseDistribution, v: list[Array], location: list[Array], scale: Any
+) -> Array:
     """Log-density of each sample v, held fixed, under m + r Z: shape (N,)."""
     scales = scale if isinstance(scale, list) else [scale] * len(location)
     rows, log_scale = [], jnp.zeros((), v[0].dtype)
@@ -181,7 +183,7 @@ def _log_density(noise: Any, v: list[Array], location: list[Array], scale: Any) 
 
 
 @partial(jax.jit, static_argnums=0)
-def _tabulate(group_size: int, solutions: Any, density: Array) -> tuple[Any, Array]:
+def _tabulate(group_size: int, solutions: PyTree, density: Array) -> tuple[Any, Array]:
     """Distinct solutions, by falling frequency, and the frequencies, with derivatives."""
     num = len(density)
     place, counts, first = _classes(jax.tree.leaves(lax.stop_gradient(solutions)), num)

@@ -1,6 +1,5 @@
 """The Fenchel-Young loss of a perturbed optimizer: learning scores from solutions."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .._describe import describe, leading
+from .._types import Fun, PyTree
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
@@ -16,20 +16,20 @@ from ._perturbed_scores import inner_product, same_shapes
 
 
 def make_fenchel_young_loss(
-    argmax_fun: Callable[..., Any],
+    argmax_fun: Fun,
     *,
     num_samples: int = 1,
-    sigma: Any = 0.1,
+    sigma: PyTree = 0.1,
     noise: NoiseDistribution = Gumbel(),
     maximize: bool = True,
     multiplicative: bool = False,
-    objective: Callable[..., Any] | None = None,
+    objective: Fun | None = None,
     use_baseline: bool = True,
     symmetrize: bool = True,
     batch_size: int | None = None,
     sampler: Sampler | None = None,
     degree: int | None = None,
-) -> Callable[..., Any]:
+) -> Fun:
     r"""A convex loss for scores whose best solution is known, from a solver alone.
 
     .. math:: L(\theta, y) = E\left[\max_{y' \in \mathcal{Y}} \langle \theta + \sigma Z, y' \rangle

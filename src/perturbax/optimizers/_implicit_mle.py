@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from .. import _checks
 from .._call import Settings, evaluate, prepare
 from .._describe import describe, leading
+from .._types import Fun, PyTree
 from ..noise._derivative_limit import Limit, limit_derivatives
 from ..noise._protocol import NoiseDistribution, Shape
 from ..noise._smooth import Gumbel
@@ -26,9 +26,9 @@ from ._perturbed_scores import same_shapes, score_leaves
 
 
 def make_implicit_mle(
-    argmax_fun: Callable[..., Any],
+    argmax_fun: Fun,
     num_samples: int = 10,
-    sigma: Any = 1.0,
+    sigma: PyTree = 1.0,
     noise: NoiseDistribution = Gumbel(),
     *,
     lam: float = 10.0,
@@ -37,7 +37,7 @@ def make_implicit_mle(
     maximize: bool = True,
     batch_size: int | None = None,
     sampler: Sampler | None = None,
-) -> Callable[..., Any]:
+) -> Fun:
     r"""A perturbed argmax whose gradient is a difference of two mean solutions.
 
     Forward, the value is that of `make_perturbed_argmax`. Backward, the cotangent dL/dy moves the
@@ -104,12 +104,12 @@ def make_implicit_mle(
     # With a baseline, should sigma or a further argument be differentiated.
     settings = Settings(num_samples, sigma, noise, batch_size=batch_size, sampler=sampler, degree=0)
 
-    def implicit_mle(*args: Any, **kwargs: Any) -> Any:
+    def implicit_mle(*args: Any, **kwargs: Any) -> PyTree:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
         key = _checks.check_key(key, theta)
         leaves, _, tree = score_leaves(theta)
 
-        def solve(scores: Any) -> Any:
+        def solve(scores: PyTree) -> Any:
             scores = jax.tree.map(lambda v: sign * v, scores)
             y = argmax_fun(scores, *rest, **kwargs)
             y = same_shapes("the result of argmax_fun", y, scores)
@@ -157,7 +157,7 @@ def _zeros(
     two_sided: bool,
     scores: list[Array],
     value: list[Array],
-    operands: Any,
+    operands: PyTree,
     lam: Array,
     key: Array,
 ) -> list[Array]:
@@ -166,11 +166,11 @@ def _zeros(
     return aligned([jnp.zeros_like(v) for v in value], (scores, value, operands, lam, key))
 
 
-def _zeros_fwd(traced: TracedFunction, two_sided: bool, *inputs: Any) -> Any:
+def _zeros_fwd(traced: TracedFunction, two_sided: bool, *inputs: PyTree) -> Any:
     return _zeros(traced, two_sided, *inputs), inputs
 
 
-def _zeros_bwd(traced: TracedFunction, two_sided: bool, inputs: Any, y_bar: list[Array]) -> Any:
+def _zeros_bwd(traced: TracedFunction, two_sided: bool, inputs: PyTree, y_bar: list[Array]) -> Any:
     scores, value, operands, lam, key = inputs
 
     def mean(step: Array) -> list[Array]:

@@ -14,8 +14,7 @@ All this is written for maximisers. A minimiser of costs is a maximiser of the s
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +22,17 @@ from jax import Array
 
 from .. import _checks
 from .._call import Settings, evaluate, prepare
+from .._types import Fun, PyTree
 from ..scale import _scales
 from ..tracing._signature import trace
 from ._perturbed_scores import Perturbation, check_multiplicative
+
+
+class Drawn(NamedTuple):
+    """Noise as the solver's scores are perturbed by it: v, and how; see `_perturbed_scores`."""
+
+    perturbation: Perturbation
+    v: list[Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +46,7 @@ class Layer:
       multiplicative: whether scores are perturbed by a factor.
     """
 
-    argmax_fun: Callable[..., Any]
+    argmax_fun: Fun
     settings: Settings
     maximize: bool
     multiplicative: bool
@@ -73,22 +80,22 @@ class Layer:
         leaves = leaves if self.maximize else [-v for v in leaves]
         return [*leaves, *(scales if self.has_traced_scales else [])]
 
-    def split(self, parts: Any, scales: list[Array]) -> tuple[list[Array], list[Array]]:
+    def split(self, parts: PyTree, scales: list[Array]) -> tuple[list[Array], list[Array]]:
         """`inputs` undone: scores and scales."""
         if not self.has_traced_scales:
             return list(parts), scales
         return list(parts[: len(parts) - len(scales)]), list(parts[len(parts) - len(scales) :])
 
     def expectation(
-        self, solve: Callable[..., Any], key: Array, theta: list[Array], scales: list[Array]
+        self, solve: Fun, key: Array, theta: list[Array], scales: list[Array]
     ) -> list[Array]:
-        """The leaves of E[solve(u, (perturbation, v))]."""
+        """The leaves of E[solve(u, Drawn(perturbation, v))]."""
         dtype = _checks.noise_dtype(theta)
         perturbation = Perturbation(theta, scales, self.multiplicative, dtype)
         settings = dataclasses.replace(self.settings, sigma=perturbation.scale())
 
-        def fun(v: list[Array]) -> Any:
-            return solve(perturbation.point(v), (perturbation, v))
+        def fun(v: list[Array]) -> PyTree:
+            return solve(perturbation.point(v), Drawn(perturbation, v))
 
         value = jax.tree.leaves(evaluate(prepare(settings, fun, key, perturbation.location())))
         return _scales.nan_unless_valid(value, scales) if self.has_traced_scales else value

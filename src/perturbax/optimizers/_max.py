@@ -10,11 +10,12 @@ from jax import Array, lax
 from .. import _checks
 from .._call import Settings
 from .._describe import describe, leading
+from .._types import Fun, PyTree
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
 from ..tracing._signature import trace
-from ._layer import Layer
+from ._layer import Drawn, Layer
 from ._perturbed_scores import (
     inner_product,
     same_shapes,
@@ -26,20 +27,20 @@ from ._symmetric import with_envelope_derivatives, with_slopes
 
 
 def make_perturbed_max(
-    argmax_fun: Callable[..., Any],
+    argmax_fun: Fun,
     num_samples: int = 1000,
-    sigma: Any = 0.1,
+    sigma: PyTree = 0.1,
     noise: NoiseDistribution = Gumbel(),
     use_baseline: bool = True,
     *,
-    objective: Callable[..., Any] | None = None,
+    objective: Fun | None = None,
     maximize: bool = True,
     multiplicative: bool = False,
     symmetrize: bool = True,
     batch_size: int | None = None,
     sampler: Sampler | None = None,
     degree: int | None = None,
-) -> Callable[..., Any]:
+) -> Fun:
     r"""Smooths the optimal value of an optimisation problem by averaging it over noisy scores.
 
     .. math:: F(\theta) = E\left[\max_{y \in \mathcal{Y}} \langle \theta + \sigma Z, y \rangle
@@ -126,15 +127,15 @@ def make_perturbed_max(
             # Of the maximum in the scores, which a minimiser's are the opposites of.
             return [v.astype(dtype) for v in g], value if layer.maximize else -value
 
-        def slopes_of(g: list[Array], noise: Any) -> tuple[list[Array], list[Array]]:
-            perturbation, v = noise
-            by_theta, by_sigma = perturbation.slopes(v)
+        def slopes_of(g: list[Array], noise: Drawn) -> tuple[list[Array], list[Array]]:
+            perturbation = noise.perturbation
+            by_theta, by_sigma = perturbation.slopes(noise.v)
             changes = [times(one, change) for one, change in zip(g, by_sigma, strict=True)]
             if by_theta is not None:
                 g = [times(one, factor) for one, factor in zip(g, by_theta, strict=True)]
             return g, perturbation.along_sigma(changes) if layer.has_traced_scales else []
 
-        def solve(u: list[Array], noise: Any) -> tuple[list[Array], Array, list[Array]]:
+        def solve(u: list[Array], noise: Drawn) -> tuple[list[Array], Array, list[Array]]:
             g, value = solution(u)
             g, changes = slopes_of(g, noise)
             return g, value, changes
@@ -146,7 +147,7 @@ def make_perturbed_max(
         traced, operands = trace(means, *inputs)
         if traced.jaxpr.effects:  # which a derivative rule may not have (jax#11916)
 
-            def with_fixed_value(u: list[Array], noise: Any) -> Any:
+            def with_fixed_value(u: list[Array], noise: Drawn) -> Any:
                 g, value = solution(u)
                 return slopes_of(lax.stop_gradient(g), noise), value, lax.stop_gradient(value)
 
@@ -166,10 +167,10 @@ def make_perturbed_max(
     return perturbed_max
 
 
-def objective_value(objective: Callable[..., Any], dtype: Any) -> Callable[..., Array]:
+def objective_value(objective: Fun, dtype: Any) -> Callable[..., Array]:
     """The objective, if it is a real scalar; otherwise calling it raises ValueError."""
 
-    def value(theta: Any, y: Any, *args: Any, **kwargs: Any) -> Array:
+    def value(theta: PyTree, y: PyTree, *args: Any, **kwargs: Any) -> Array:
         result = objective(theta, y, *args, **kwargs)
         if jax.tree.structure(result) != jax.tree.structure(0) or jnp.shape(result):
             shapes = jax.tree.map(jnp.shape, result)

@@ -23,7 +23,9 @@ import numpy as np
 from jax import Array, lax
 
 from .. import _checks
+from .._types import PyTree
 from ..noise._foreign import AdaptedNoise
+from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Normal
 from ..scale import _scales
 from ..scale._matrices import is_matrix
@@ -112,7 +114,7 @@ class Perturbation:
         return [_log_departure(v) - gap for v, gap in zip(wide, gaps, strict=True)]
 
 
-def _log_departure_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _log_departure_jvp(primals: PyTree, tangents: PyTree) -> tuple[Array, Array]:
     (theta,), (theta_dot,) = primals, tangents
     change = theta_dot / theta
     return _log_departure(theta), jnp.where(jnp.isfinite(theta), change, jnp.zeros_like(theta))
@@ -122,7 +124,7 @@ def _log_departure_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 _log_departure = with_jvp(jnp.zeros_like, _log_departure_jvp)
 
 
-def check_multiplicative(multiplicative: Any, noise: Any) -> bool:
+def check_multiplicative(multiplicative: Any, noise: NoiseDistribution) -> bool:
     """A bool; raises ValueError if it is true and the noise is not standard Normal."""
     multiplicative = _checks.check_bool(multiplicative, "multiplicative")
     if multiplicative and not _is_standard_normal(noise):
@@ -134,7 +136,7 @@ def check_multiplicative(multiplicative: Any, noise: Any) -> bool:
     return multiplicative
 
 
-def _is_standard_normal(noise: Any) -> bool:
+def _is_standard_normal(noise: NoiseDistribution) -> bool:
     """Whether the noise is this library's Normal, or another with its density."""
     if not isinstance(noise, AdaptedNoise):
         return isinstance(noise, Normal)
@@ -149,7 +151,7 @@ def _is_standard_normal(noise: Any) -> bool:
     return np.allclose(found - found[0], -(points**2) / 2, rtol=1e-4)
 
 
-def score_leaves(theta: Any, name: str = "theta") -> tuple[list[Array], list[str], Any]:
+def score_leaves(theta: PyTree, name: str = "theta") -> tuple[list[Array], list[str], Any]:
     """The leaves of theta, their names, and its structure.
 
     Raises:
@@ -172,7 +174,7 @@ def score_leaves(theta: Any, name: str = "theta") -> tuple[list[Array], list[str
 
 
 def scales_of(
-    sigma: Any, theta: Any, leaves: list[Array], names: list[str], multiplicative: bool
+    sigma: PyTree, theta: PyTree, leaves: list[Array], names: list[str], multiplicative: bool
 ) -> list[Array]:
     """One scale for each leaf of theta, or one for all; errors as in make_perturbed_fun.
 
@@ -192,7 +194,7 @@ def scales_of(
     return scales
 
 
-def same_shapes(name: str, value: Any, theta: Any) -> list[Array]:
+def same_shapes(name: str, value: Any, theta: PyTree) -> list[Array]:
     """The leaves of `value`, floating, if it has the structure and the shapes of theta.
 
     Raises:

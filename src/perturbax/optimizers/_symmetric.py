@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .._types import PyTree
 from ..tracing._derivative_rules import is_live, live_jvp, with_jvp
 from ..tracing._signature import TracedFunction
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def symmetrized(
-    traced: TracedFunction, num_scores: int, num_symmetric: int, inputs: Any, operands: Any
+    traced: TracedFunction, num_scores: int, num_symmetric: int, inputs: PyTree, operands: PyTree
 ) -> list[Array]:
     """traced(operands, *inputs), with a symmetric Jacobian of the first results in the scores."""
     if not num_symmetric:
@@ -26,13 +27,17 @@ def symmetrized(
     return _with_symmetric_jacobian(traced, num_scores, inputs, operands)
 
 
-def _as_is(traced: TracedFunction, num_scores: int, inputs: Any, operands: Any) -> list[Array]:
+def _as_is(
+    traced: TracedFunction, num_scores: int, inputs: PyTree, operands: PyTree
+) -> list[Array]:
     """traced(operands, *inputs); its derivative in the scores is J t / 2 + J' t / 2."""
     del num_scores
     return traced(operands, *inputs)
 
 
-def _symmetric_jvp(traced: TracedFunction, num_scores: int, primals: Any, tangents: Any) -> Any:
+def _symmetric_jvp(
+    traced: TracedFunction, num_scores: int, primals: PyTree, tangents: PyTree
+) -> Any:
     leaves, tree = jax.tree.flatten(primals)
     dots = jax.tree.leaves(tangents)
     by_scores = any(map(is_live, dots[:num_scores]))
@@ -77,19 +82,19 @@ def _instantiated(tangent: Any, like: Array) -> Array:
 
 
 def _maximum(
-    traced: TracedFunction, num_scores: int, num_symmetric: int, inputs: Any, operands: Any
+    traced: TracedFunction, num_scores: int, num_symmetric: int, inputs: PyTree, operands: PyTree
 ) -> Array:
     """The maximum, result number `num_scores`; those before and after it are its derivatives."""
     return symmetrized(traced, num_scores, num_symmetric, inputs, operands)[num_scores]
 
 
 def _maximum_jvp(
-    traced: TracedFunction, num_scores: int, num_symmetric: int, primals: Any, tangents: Any
+    traced: TracedFunction, num_scores: int, num_symmetric: int, primals: PyTree, tangents: PyTree
 ) -> tuple[Array, Array]:
     inputs, operands = primals
     inputs_dot, operands_dot = tangents
 
-    def results(operands: Any) -> list[Array]:
+    def results(operands: PyTree) -> list[Array]:
         return symmetrized(traced, num_scores, num_symmetric, inputs, operands)
 
     out, out_dot = live_jvp(results, (operands,), (operands_dot,))
@@ -117,7 +122,7 @@ def _value_alone(value: Array, fixed: Array, slopes: list[Array], inputs: list[A
     return value
 
 
-def _value_alone_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _value_alone_jvp(primals: PyTree, tangents: PyTree) -> tuple[Array, Array]:
     value, _, slopes, _ = primals
     value_dot, fixed_dot, _, inputs_dot = tangents
     out_dot = _instantiated(value_dot, value) - _instantiated(fixed_dot, value)

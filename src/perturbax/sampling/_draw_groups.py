@@ -1,13 +1,13 @@
 """Draws noise group by group: the same numbers however many groups are drawn at a time."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ..noise._protocol import NoiseDistribution
 from ..tracing._mesh_axes import in_told_mesh
 from ..tracing._signature import trace
 from ..tracing._user_code import explained_draw, only_leaf
@@ -16,7 +16,7 @@ from ._random_bits import group_keys, materialise
 
 
 def draw(
-    noise: Any,
+    noise: NoiseDistribution,
     sampler: Sampler,
     key: Array,
     first: Array,
@@ -49,7 +49,7 @@ def draw(
 
 
 def _draw(
-    noise: Any,
+    noise: NoiseDistribution,
     sampler: Sampler,
     key: Array,
     first: Array,
@@ -71,7 +71,7 @@ def _sample_groups(
     key: Array,
     first: Array,
     count: int,
-    noise: Any,
+    noise: NoiseDistribution,
     group_size: int,
     dim: int,
     dtype: np.dtype,
@@ -92,7 +92,12 @@ def _sample_groups(
 
 
 def sample_group(
-    sampler: Sampler, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+    sampler: Sampler,
+    key: Array,
+    noise: NoiseDistribution,
+    group_size: int,
+    dim: int,
+    dtype: np.dtype,
 ) -> Array:
     """Noise of one group by a user's sampler; checks its shape, dtype and use of the key."""
     name = np.dtype(dtype).name

@@ -1,7 +1,7 @@
 """Independent samples, and pairs of opposite ones."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from .. import _checks
 from ..noise._inverse import from_words
+from ..noise._protocol import NoiseDistribution
 from . import _random_bits
 
 
@@ -38,20 +39,22 @@ class Independent:
         return self if self.block > 1 else Independent(-(-num_samples // count))
 
     def sample_group(
-        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
         if not hasattr(noise, "from_bits"):
             one = lambda k: noise.sample(k, (dim,), dtype)  # noqa: E731
             return jax.vmap(one)(jax.random.split(key, group_size)).astype(dtype)
-        return noise.from_bits(_random_bits.grid(jax.random.key_data(key), group_size, dim, dtype))
+        return from_words(
+            noise, _random_bits.grid(jax.random.key_data(key), group_size, dim, dtype)
+        )
 
     def sample_groups(
         self,
         key: Array,
         first: Array,
         count: int,
-        noise: Any,
+        noise: NoiseDistribution,
         group_size: int,
         dim: int,
         dtype: np.dtype,
@@ -72,7 +75,7 @@ class Independent:
         # XLA makes no vector instructions of a number of elements that four do not divide.
         more = -rows % 4 if isinstance(dim, int) and 0 < dim < _random_bits.NARROW else 0
         samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, rows + more)
-        block = lambda: noise.from_bits(_random_bits.numbered(key, samples, dim, dtype))  # noqa: E731
+        block = lambda: from_words(noise, _random_bits.numbered(key, samples, dim, dtype))  # noqa: E731
         if not more:
             return block()
         return _random_bits.materialise(block, (rows + more, dim), dtype, key)[:rows]
@@ -96,7 +99,7 @@ class Antithetic:
         return min(2, num_samples)
 
     def sample_group(
-        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
         bits = _random_bits.grid(jax.random.key_data(key), 1, dim, dtype)

@@ -1,12 +1,12 @@
 """Several groups of a sampler taken as one."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
+from ..noise._protocol import NoiseDistribution
 from ._draw_groups import sample_group
 from ._protocol import Sampler
 
@@ -28,7 +28,7 @@ class Merged:
         return self.count * self.sampler.group_size(num_samples, dim)
 
     def sample_group(
-        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
         size = group_size // self.count

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from .. import _checks
 from ..noise._inverse import from_words
+from ..noise._protocol import NoiseDistribution
 from . import _generators
 from ._protocol import MAX_GROUP
 from ._random_bits import (
@@ -30,7 +31,12 @@ Scrambled = Callable[[Array, int, int], tuple[Array, Array]]
 
 
 def noise_of_nets(
-    scrambled: Scrambled, keys: Array, noise: Any, size: int, dim: int, dtype: np.dtype
+    scrambled: Scrambled,
+    keys: Array,
+    noise: NoiseDistribution,
+    size: int,
+    dim: int,
+    dtype: np.dtype,
 ) -> Array:
     """Noise of a net for each of the keys (count, 2): (count, size, dim)."""
     count = keys.shape[0]
@@ -239,7 +245,7 @@ class DigitalNet:
         return -(-num_samples // groups)
 
     def sample_group(
-        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
         keys = jax.random.key_data(key)[None]
@@ -250,7 +256,7 @@ class DigitalNet:
         key: Array,
         first: Array,
         count: int,
-        noise: Any,
+        noise: NoiseDistribution,
         group_size: int,
         dim: int,
         dtype: np.dtype,

@@ -1,7 +1,7 @@
 """Orthogonal directions."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax import Array
 
 from .. import _checks
 from ..noise._inverse import from_normal
+from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Normal
 from . import _random_bits
 from ._protocol import MAX_GROUP
@@ -50,7 +51,7 @@ class Orthogonal:
         return min(num_samples, max(1, directions) * (2 if self.antithetic else 1))
 
     def sample_group(
-        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
         rows = -(-group_size // 2) if self.antithetic else group_size

@@ -4,10 +4,12 @@ Inside a group samples may depend on each other in any way; each has exactly the
 groups are independent of each other. That is all the estimator relies on.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jax import Array
+
+from ..noise._protocol import NoiseDistribution
 
 # A group is drawn as a whole; this bounds the memory that it takes.
 MAX_GROUP = 2**13
@@ -38,7 +40,7 @@ class Sampler(Protocol):
         ...
 
     def sample_group(
-        self, key: Array, noise: Any, group_size: int, dim: int, dtype: np.dtype
+        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim), each row with the law of `noise`.
 

@@ -13,13 +13,14 @@ from jax import Array
 from jax.core import Tracer
 
 from .._checks import dtype_of, kind_of, leaf_name, noise_dtype, on_device
+from .._types import PyTree
 from . import _matrices
 
 # Whose frames a warning passes over.
 _NOT_OF_USERS = ("jax", "perturbax")
 
 
-def check_sigma(sigma: Any) -> Any:
+def check_sigma(sigma: PyTree) -> PyTree:
     """The scale as a pytree of numpy arrays and tracers, each real and, if known, positive.
 
     What may be a matrix for a leaf, having its axes twice, may hold any finite number. A None
@@ -72,7 +73,7 @@ def _first(values: np.ndarray, wrong: np.ndarray) -> float:
     return float(values[wrong].ravel()[0])
 
 
-def scale_leaves(sigma: Any, x: Any, leaves: list[Array], names: list[str]) -> list[Array]:
+def scale_leaves(sigma: PyTree, x: PyTree, leaves: list[Array], names: list[str]) -> list[Array]:
     """One scale for each floating leaf of x, or a single scalar for all of them."""
     alone = not isinstance(sigma, dict | list | tuple) and jax.tree_util.all_leaves([sigma])
     if alone:

@@ -1,7 +1,6 @@
 """What a function's result depends on, as far as its operations tell."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +8,7 @@ from jax import Array
 from jax.extend import core
 
 
-def varies(fun: Callable[[Array], Array], inputs: Any) -> bool:
+def varies(fun: Callable[[Array], Array], inputs: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether the result can change with the argument, an array or the description of one."""
     jaxpr = jax.make_jaxpr(fun)(inputs).jaxpr
     return any(reached(jaxpr, [True] * len(jaxpr.invars)))
@@ -32,7 +31,7 @@ def reached(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> list[bool]:
     return flags(jaxpr.outvars)
 
 
-def is_zero(fun: Callable[[Array], Array], inputs: Any) -> bool:
+def is_zero(fun: Callable[[Array], Array], inputs: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether the result is zero by construction: what JAX gives for a derivative known to be."""
     [result] = _zeros(jax.make_jaxpr(fun)(inputs).jaxpr)
     return result

@@ -1,7 +1,7 @@
 """Users' functions: traced, checked, and explained where tracing fails, as other code of theirs."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array, core
 
 from .._checks import dtype_of, kind_of, on_device
+from .._types import Fun, PyTree
 from ._signature import TracedFunction, trace
 
 # What JAX raises where a function needs values of what is traced.
@@ -38,7 +39,7 @@ def explained_vmap(batch_size: int | None) -> Iterator[None]:
 
 
 def trace_fun(
-    fun: Callable[..., Any], leaves: list[Array], has_aux: bool
+    fun: Fun, leaves: list[Array], has_aux: bool
 ) -> tuple[TracedFunction, tuple[Any, ...], int, Any, Any]:
     """Traces fun(leaves), with hints where that fails.
 
@@ -58,12 +59,13 @@ def trace_fun(
         for name, tree in (("value", value), ("aux", aux)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 kinds = bool | int | float | complex | np.generic | np.ndarray | Array
-                if not isinstance(leaf, kinds) or dtype_of(leaf) is None:
+                dtype = dtype_of(leaf)
+                if not isinstance(leaf, kinds) or dtype is None:
                     raise TypeError(
                         f"fun's {name} must be a pytree of arrays, but its leaf "
                         f"'{name}{jax.tree_util.keystr(path)}' is {kind_of(leaf)}"
                     )
-                if name == "value" and jnp.issubdtype(dtype_of(leaf), jax.dtypes.prng_key):
+                if name == "value" and jnp.issubdtype(dtype, jax.dtypes.prng_key):
                     raise TypeError(
                         "fun's value must be a pytree of numbers, for it is averaged, but its leaf "
                         f"'{name}{jax.tree_util.keystr(path)}' is a PRNG key; return it as aux, "
@@ -85,7 +87,7 @@ def trace_fun(
     return traced, tuple(map(on_device, operands)), value_tree.num_leaves, value_tree, aux_tree
 
 
-def leaves_among(operands: Sequence[Any], x: Any) -> tuple[int, ...]:
+def leaves_among(operands: Sequence[Any], x: PyTree) -> tuple[int, ...]:
     """Which operands are leaves of x, whose leaves are arrays of JAX."""
     leaves = set(map(id, jax.tree.leaves(x)))
     return tuple(i for i, v in enumerate(operands) if id(v) in leaves)
