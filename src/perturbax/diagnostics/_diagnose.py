@@ -314,23 +314,27 @@ def _examine(subject: Subject, wanted: float) -> Diagnosis:
 def _further_runs(subject: Subject, pilot: Runs, budget: int, wanted: float) -> list[Runs]:
     """Runs with about as many samples as will be suggested, as far as the budget allows.
 
-    Half of it goes to many small runs, whose spread is known well, the other to larger ones: if
-    more samples are needed than there are, both together tell how the variance falls. Where that is
-    known, all goes to runs of one kind.
+    First many small runs, whose spread is known well, then fewer and larger ones: if more samples
+    are needed than there are, they tell together how the variance falls. Where that is known, all
+    are of one size.
     """
     found: list[Runs] = []
     fixed = not pilot.law.slope_deviation and subject.law(1 << 30) == pilot.law
-    for least_runs in (4,) if fixed else (8, 4, 2):
-        share = budget if fixed else budget // 3
+    plan = [(1, 4)] if fixed else [(3, 8), (2, 4), (1, 2)]  # parts of what is left, runs at least
+    for parts, least_runs in plan:
+        share = budget // parts
         guess, _ = _enough(subject, [pilot, *found], wanted)
         number = _nearest_power(min(guess or share, share // least_runs - 1))
         if guess and subject.law(number) != subject.law(guess):
-            # What follows another law tells little, so rather a single run that follows this one.
-            larger = [n for n in _POWERS if n >= number and subject.law(n) == subject.law(guess)]
-            number = larger[0] if larger and larger[0] < share else number
-        if not subject.least_samples() <= number < share:
+            # What follows another law tells little: rather a single run that follows this one.
+            same = (n for n in _POWERS if n > number and subject.law(n) == subject.law(guess))
+            larger = next(same, budget)
+            number = larger if larger < budget else number
+        count = max(min(share // (number + 1), _MOST_RUNS), 1)
+        if number < subject.least_samples() or count * (number + 1) > budget:
             break
-        found.append(subject.runs(number, min(share // (number + 1), _MOST_RUNS)))
+        found.append(subject.runs(number, count))
+        budget -= count * (number + 1)
     return found
 
 
