@@ -65,6 +65,8 @@ LAYERS = [
     "diagnostics/_sweep",
     "diagnostics/_smoothing",
     "diagnostics/_diagnose",
+    "carried/_regression",
+    "carried/_carry",
     "solvers",
     "optimizers/_perturbed_scores",
     "optimizers/_layer",

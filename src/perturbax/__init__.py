@@ -7,6 +7,11 @@ from ._call import Settings as Settings
 from ._optax import patch_optax as patch_optax, unpatch_optax as unpatch_optax
 from ._perturb import PerturbedFun as PerturbedFun, make_perturbed_fun as make_perturbed_fun
 from ._straight_through import make_straight_through_fun as make_straight_through_fun
+from .carried._carry import (
+    Carried as Carried,
+    CarriedState as CarriedState,
+    carry as carry,
+)
 from .diagnostics._check_noise import NoiseReport as NoiseReport, check_noise as check_noise
 from .diagnostics._diagnose import (
     Alternative as Alternative,

@@ -1,0 +1,317 @@
+r"""carry: an estimate made more precise by what earlier steps of an optimisation saw.
+
+The estimate of `make_perturbed_fun` is unbiased for fun less any function q, as long as q does not
+depend on the noise of this call; and the mean of q under the noise is known. So
+
+    V = V_g[f - q] + E q(x + sigma eps)
+
+has the expectation of V_g[f], for every q that was made of earlier steps, and less variance as far
+as q predicts f. Samples of the past enter through q alone, never through weights.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .. import _checks
+from .._perturb import PerturbedFun
+from ..noise._smooth import Normal
+from ..scale import _scales
+from . import _regression
+from ._regression import NOISE_LEVELS, Fit
+
+# How long a step counts for what a prediction is worth: this share is kept from step to step.
+_KEPT = 0.8
+# Numbers that the points of earlier steps may take, where memory is not given.
+_NUMBERS = 2**17
+
+
+class CarriedState(NamedTuple):
+    """What is known of a function from earlier steps: a pytree of arrays of fixed shapes.
+
+    Attributes:
+      origin: x at the beginning, (D,); all points are told from here, for the sake of digits.
+      points: where the function was evaluated last, newest first, (M, D).
+      values: what it was there, (M,).
+      counted: 1 for a finite value, 0 for any other and for places not yet taken, (M,).
+      fit: the predictions made of them, one for each of R noise levels.
+      error: running mean square of what each prediction left of the values of the next step, (R,).
+      covariance: running covariance of prediction and values, in units of the values' variance, (R,).
+      variance: running variance of the prediction, in the same units, (R,).
+    """
+
+    origin: Array
+    points: Array
+    values: Array
+    counted: Array
+    fit: Fit
+    error: Array
+    covariance: Array
+    variance: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """A perturbed function that learns from step to step; made by `perturbax.carry`."""
+
+    perturbed_fun: PerturbedFun
+    memory: int | None
+
+    def init(self, x: Any) -> CarriedState:
+        """The state of somebody who has seen nothing yet, for points like x."""
+        leaves, _, _ = _checks.perturbed_leaves(x)
+        dtype = _checks.noise_dtype(leaves)
+        origin = lax.stop_gradient(_flat(leaves, dtype))
+        dim = origin.shape[0]
+        size = self.memory or min(512, max(64, _NUMBERS // max(dim, 1)))
+        ranks = (len(NOISE_LEVELS),)
+        return CarriedState(
+            origin,
+            jnp.zeros((size, dim), dtype),
+            jnp.zeros((size,), dtype),
+            jnp.zeros((size,), dtype),
+            Fit(
+                jnp.zeros((dim,), dtype),
+                jnp.ones((dim,), dtype),
+                jnp.zeros((size, dim), dtype),
+                jnp.zeros((*ranks, size), dtype),
+            ),
+            jnp.zeros(ranks, dtype),
+            jnp.zeros(ranks, dtype),
+            jnp.zeros(ranks, dtype),
+        )
+
+    def value_and_grad(
+        self, state: CarriedState, key: Array, x: Any, /, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Any, Any], CarriedState]:
+        """Value and gradient of the perturbed function at x, and what is known after this step.
+
+        Args:
+          state: of the step before, or `init(x)`.
+          key: one PRNG key; it is consumed.
+          x: where to estimate.
+          *args: further arguments of the function.
+          **kwargs: further keyword arguments of the function.
+
+        Returns:
+          `((value, gradient), state)`, where value is a pair of value and aux if the perturbed
+          function has aux. The gradient has the structure of x, as that of `jax.value_and_grad`.
+        """
+        fun, settings = self.perturbed_fun.fun, self.perturbed_fun.settings
+        leaves, names, merge = _checks.perturbed_leaves(x)
+        scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
+        dtype = _checks.noise_dtype(leaves)
+        here = _flat(leaves, dtype) - state.origin
+        sigma = _spread(scales, leaves, names, dtype)
+        state = lax.stop_gradient(state)
+        best, share = _best(state)
+        smooth = isinstance(settings.noise, Normal)
+        chosen = state.fit._replace(coefficients=share * state.fit.coefficients[best][None])
+
+        def residual(y: Any, *args: Any, **kwargs: Any) -> Any:
+            out = fun(y, *args, **kwargs)
+            value, aux = out if settings.has_aux else (out, None)
+            point = _flat(_checks.perturbed_leaves(y)[0], dtype) - state.origin
+            q = _regression.predict(chosen, point[None], smooth)[0, 0]
+            wide = _scalar(value).astype(jnp.promote_types(jnp.result_type(value), dtype))
+            return wide - q.astype(wide.dtype), (value, point, aux)
+
+        smoothed = PerturbedFun(residual, dataclasses.replace(settings, has_aux=True))
+
+        def estimate(values: list[Array]) -> tuple[Array, Any]:
+            rest, seen = smoothed(key, merge(values), *args, **kwargs)
+            wide = _flat(values, dtype) - state.origin
+            mean = (wide + sigma * settings.noise.mean - chosen.centre) / chosen.scale
+            variance = settings.noise.variance * (sigma / chosen.scale) ** 2
+            k = _regression.expected_kernel(chosen.points, mean, variance, smooth)
+            return rest + (chosen.coefficients[0] @ k).astype(rest.dtype), seen
+
+        (value, seen), parts = jax.value_and_grad(estimate, has_aux=True)(leaves)
+        values, points, aux = seen
+        deviation = settings.noise.variance**0.5
+        after = _learn(
+            state,
+            points,
+            jnp.asarray(values).astype(dtype),
+            lax.stop_gradient(here + sigma * settings.noise.mean),
+            lax.stop_gradient(sigma * deviation),
+            smooth,
+        )
+        rest = iter(parts)
+        gradient = jax.tree.map(
+            lambda v: next(rest)
+            if jnp.issubdtype(jnp.result_type(v), jnp.floating)
+            else jnp.zeros(jnp.shape(v), jax.dtypes.float0),
+            x,
+        )
+        return ((value, aux) if settings.has_aux else value, gradient), after
+
+
+def carry(perturbed_fun: PerturbedFun, *, memory: int | None = None) -> Carried:
+    r"""Makes a perturbed function more precise by what earlier steps of an optimisation saw.
+
+    At each step, a regression on the evaluations of earlier steps predicts the function's values;
+    the prediction q is subtracted from them, and its known mean is added back:
+    :math:`V = V_g[f - q] + E\,q(x + \sigma \epsilon)`. Since q was made before this step's noise
+    was drawn, value and gradient are unbiased whatever q is; where q predicts f, they have less
+    variance. q is drawn towards a constant as far as it failed to predict the last steps, so where
+    nothing can be learnt next to nothing is lost. No further evaluations are made.
+
+    It pays in optimisations with fewer samples a step than a fit needs, of functions of up to about
+    a hundred coordinates, and for points that move by no more than a few sigma while `memory`
+    evaluations are made. x may move anywhere and sigma may change. Where further arguments change
+    from step to step, such as batches of data, q predicts what the batches have in common.
+
+    Args:
+      perturbed_fun: what `make_perturbed_fun` returned, of a function whose value is a real scalar.
+        Its noise must have a finite mean and variance (Normal noise is predicted best), its scale
+        must not be a matrix.
+      memory: how many evaluations are remembered; None for 512, fewer in many coordinates: at least
+        64. An update takes time in proportion to its square.
+
+    Returns:
+      An object with two methods, in the convention of optax:
+
+      - `init(x)` returns the state at the start, a pytree of arrays of fixed shapes: it may be
+        scanned over, vmapped and saved;
+      - `value_and_grad(state, key, x, *args, **kwargs)` returns `((value, gradient), state)`.
+
+    Raises:
+      TypeError: if perturbed_fun is not what make_perturbed_fun returned, or its value is not a
+        real scalar.
+      ValueError: if its noise lacks a mean or variance, if its scale is a matrix, or memory is
+        below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import perturbax as px
+      >>> stairs = lambda x: jnp.sum(jnp.floor(4 * x) ** 2)
+      >>> carried = px.carry(px.make_perturbed_fun(stairs, 16, sigma=0.3, noise=px.Normal()))
+      >>> x = jnp.full(10, 2.0)
+      >>> state = carried.init(x)
+      >>> step = jax.jit(carried.value_and_grad)
+      >>> for key in jax.random.split(jax.random.key(0), 100):
+      ...     (value, gradient), state = step(state, key, x)
+      ...     x = x - 0.003 * gradient
+      >>> bool(stairs(jnp.full(10, 2.0)) == 640), bool(stairs(x) <= 10)
+      (True, True)
+
+    References:
+      Owen, Monte Carlo Theory, Methods and Examples, 2013, section 8.9 (control variates)
+      Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2
+    """
+    if not isinstance(perturbed_fun, PerturbedFun):
+        kind = getattr(perturbed_fun, "__name__", type(perturbed_fun).__name__)
+        raise TypeError(
+            f"perturbed_fun must be what make_perturbed_fun returned, got {kind}; carry first, then "
+            "apply jit, vmap and scan to value_and_grad"
+        )
+    noise = perturbed_fun.settings.noise
+    if memory is not None:
+        memory = _checks.check_count(memory, "memory")
+    moments = [getattr(noise, name, None) for name in ("mean", "variance")]
+    if not all(isinstance(v, int | float) and abs(v) < float("inf") for v in moments):
+        raise ValueError(
+            "carry needs noise with a finite mean and variance, given as noise.mean and "
+            f"noise.variance; {noise!r} has {moments[0]} and {moments[1]}: use Normal(), "
+            "for example"
+        )
+    return Carried(perturbed_fun, memory)
+
+
+def _best(state: CarriedState) -> tuple[Array, Array]:
+    """Which prediction left least of the last steps' values, and what share of it is to be used."""
+    best = jnp.argmin(state.error)
+    return best, _shares(state)[best]
+
+
+def _shares(state: CarriedState) -> Array:
+    """The factor by which each prediction would have served best, between 0 and 1."""
+    known = state.variance > 0
+    ratio = state.covariance / jnp.where(known, state.variance, 1)
+    return jnp.where(known, jnp.clip(ratio, 0, 1), 0)
+
+
+def _learn(
+    state: CarriedState, points: Array, values: Array, centre: Array, scale: Array, smooth: bool
+) -> CarriedState:
+    """What is known after the function had the values (N,) at the points (N, D)."""
+    values, points = lax.stop_gradient((values, points))
+    finite = jnp.isfinite(values) & jnp.all(jnp.isfinite(points), axis=1)
+    counted = finite.astype(values.dtype)
+    values = jnp.where(finite, values, 0)
+    points = jnp.where(finite[:, None], points, centre[None])
+    # What the predictions, made before, were worth at these points.
+    total = jnp.maximum(jnp.sum(counted), 1)
+
+    def centred(v: Array) -> Array:
+        return (v - jnp.sum(v * counted, -1, keepdims=True) / total) * counted
+
+    f = centred(values)
+    q = centred(_regression.predict(state.fit, points, smooth))
+    spread = jnp.sum(f**2) / total
+    told = spread > 0
+    unit = total * jnp.where(told, spread, 1)
+    left = jnp.sum((f[None] - _shares(state)[:, None] * q) ** 2, axis=1) / unit
+
+    def running(before: Array, now: Array) -> Array:
+        return jnp.where(told, _KEPT * before + (1 - _KEPT) * now, before)
+
+    size = state.values.shape[0]
+
+    def newest_first(new: Array, old: Array) -> Array:
+        return jnp.concatenate([new, old])[:size]
+
+    count = min(values.shape[0], size)
+    coefficients = state.fit.coefficients
+    before = jnp.concatenate(
+        [jnp.zeros((coefficients.shape[0], count), values.dtype), coefficients], axis=1
+    )[:, :size]
+    points = newest_first(points, state.points)
+    values = newest_first(values, state.values)
+    counted = newest_first(counted, state.counted)
+    return CarriedState(
+        origin=state.origin,
+        points=points,
+        values=values,
+        counted=counted,
+        fit=_regression.fit(points, values, counted, centre, scale, before, smooth),
+        error=running(state.error, left),
+        covariance=running(state.covariance, jnp.sum(f[None] * q, axis=1) / unit),
+        variance=running(state.variance, jnp.sum(q**2, axis=1) / unit),
+    )
+
+
+def _scalar(value: Any) -> Array:
+    """The value of fun, if it is a real scalar."""
+    leaves = jax.tree.leaves(value)
+    shapes = [jnp.shape(v) for v in leaves]
+    if shapes != [()] or jnp.issubdtype(jnp.result_type(leaves[0]), jnp.complexfloating):
+        kinds = [f"{jnp.result_type(v)}{list(s)}" for v, s in zip(leaves, shapes, strict=True)]
+        raise TypeError(
+            f"carry needs a function whose value is a real scalar, got {', '.join(kinds) or 'none'}: "
+            "carry the perturbed function of a loss instead"
+        )
+    return jnp.asarray(leaves[0])
+
+
+def _flat(leaves: list[Array], dtype: Any) -> Array:
+    flat = [jnp.asarray(v).astype(dtype).reshape(-1) for v in leaves]
+    return jnp.concatenate(flat) if flat else jnp.zeros((0,), dtype)
+
+
+def _spread(scales: list[Array], leaves: list[Array], names: list[str], dtype: Any) -> Array:
+    """The scale of each coordinate, (D,)."""
+    scales = scales * (len(leaves) if len(scales) == 1 else 1)
+    for scale, leaf, name in zip(scales, leaves, names, strict=True):
+        if jnp.ndim(scale) > leaf.ndim:
+            raise ValueError(
+                f"carry needs a scale for each coordinate, but sigma is a matrix for leaf {name!r}"
+            )
+    return _flat(
+        [jnp.broadcast_to(s.astype(dtype), v.shape) for s, v in zip(scales, leaves, strict=True)],
+        dtype,
+    )

@@ -1,0 +1,331 @@
+"""Surrogates carried across steps: exact where they can be, unbiased whatever the state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_biased, assert_trees_close, assert_unbiased
+from scipy.stats import norm
+
+import perturbax as px
+from perturbax.carried import _carry, _regression
+
+X = jnp.array([0.3, -0.2, 0.1])
+SIGMA = 0.5
+NUM_SAMPLES = 8
+
+
+def bumpy(x):
+    """Something smooth and something that jumps, whose smoothed version is known."""
+    return jnp.sum(x**2) + jnp.sum(jnp.where(x > 0, 1.0, 0.0))
+
+
+def exact_of_bumpy(x, sigma=SIGMA):
+    x = np.asarray(x, np.float64)
+    value = np.sum(x**2 + sigma**2 + norm.cdf(x / sigma))
+    return {"value": value, "gradient": 2 * x + norm.pdf(x / sigma) / sigma}
+
+
+def smoothed(fun=bumpy, num_samples=NUM_SAMPLES, noise=px.Normal(), **options):  # noqa: B008
+    return px.make_perturbed_fun(fun, num_samples, SIGMA, noise, **options)
+
+
+@functools.cache
+def trained(noise, sampler):
+    """A carried function, and its state after thirty steps that wander about."""
+    carried = px.carry(smoothed(noise=noise, sampler=sampler), memory=64)
+
+    def step(state, key):
+        x = X + 0.2 * jax.random.normal(jax.random.fold_in(key, 1), X.shape)
+        (value, _), state = carried.value_and_grad(state, key, x)
+        return state, value
+
+    state, _ = jax.jit(lambda s, k: jax.lax.scan(step, s, k))(
+        carried.init(X), jax.random.split(jax.random.key(1), 30)
+    )
+    return carried, state
+
+
+def estimator(carried):
+    def estimate(key, state):
+        (value, gradient), _ = carried.value_and_grad(state, key, X)
+        return {"value": value, "gradient": gradient}
+
+    return estimate
+
+
+# --- The regression
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_coefficients_solve_the_regression(smooth):
+    draw = np.random.default_rng(0)
+    points, values = draw.normal(size=(12, 3)), draw.normal(size=12)
+    counted = np.ones(12)
+    counted[[2, 7]] = 0
+    values[2] = 1e6
+    with jax.enable_x64(True):
+        args = [jnp.asarray(v) for v in (points, values, counted, np.full(3, 0.1), np.full(3, 2.0))]
+        found = _regression.fit(*args, jnp.zeros((3, 12)), smooth)
+        u = (points - 0.1) / 2.0
+        gram = np.asarray(_regression.kernel(jnp.asarray(u), jnp.asarray(u), smooth))
+    kept = counted > 0
+    rest = values[kept] - values[kept].mean()
+    for level, coefficients in zip(_regression.NOISE_LEVELS, found.coefficients, strict=True):
+        exact = np.linalg.solve(gram[np.ix_(kept, kept)] + 3 * level * np.eye(10), rest)
+        assert_trees_close(coefficients[kept], exact, atol=1e-6)
+        assert not np.any(coefficients[~kept])
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_mean_of_the_kernel_is_exact(smooth):
+    """By quadrature in two coordinates."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(24)
+    weights = weights / weights.sum()
+    draw = np.random.default_rng(1)
+    u, mean, deviation = draw.normal(size=(5, 2)), np.array([0.4, -0.7]), np.array([0.5, 1.3])
+    grid = np.stack(np.meshgrid(nodes, nodes, indexing="ij"), -1).reshape(-1, 2)
+    chance = np.outer(weights, weights).ravel()
+    with jax.enable_x64(True):
+        at = jnp.asarray(mean + deviation * grid)
+        exact = _regression.kernel(jnp.asarray(u), at, smooth) @ chance
+        args = [jnp.asarray(v) for v in (u, mean, deviation**2)]
+        assert_trees_close(_regression.expected_kernel(*args, smooth), exact, atol=1e-10)
+
+
+# --- Right
+
+
+def test_without_a_past_it_is_the_perturbed_function():
+    g = smoothed(num_samples=40)
+    carried = px.carry(g)
+    key = jax.random.key(3)
+    found, _ = carried.value_and_grad(carried.init(X), key, X)
+    assert_trees_close(found, jax.value_and_grad(g, argnums=1)(key, X), rtol=1e-5)
+
+
+SAMPLERS = [
+    (px.Normal(), px.Independent()),
+    (px.Normal(), px.Antithetic()),
+    (px.Normal(), px.Orthogonal()),
+    (px.Normal(), px.Sobol()),
+    (px.Normal(), px.OrthogonalArray()),
+    (px.Gumbel(), px.Independent()),
+    (px.Logistic(), px.Independent()),
+]
+
+
+@pytest.mark.parametrize(("noise", "sampler"), SAMPLERS, ids=str)
+def test_unbiased_after_thirty_steps(noise, sampler):
+    carried, state = trained(noise, sampler)
+    # It learnt something: otherwise this would be another test of make_perturbed_fun.
+    assert float(_carry._best(state)[1]) > 0.5
+    x = np.asarray(X, np.float64)
+    exact = exact_of_bumpy(X)
+    if not isinstance(noise, px.Normal):
+        z, step = np.linspace(-12, 60, 200_001, retstep=True)
+        density = np.exp(np.asarray(noise.log_prob(z)))
+        density /= density.sum() * step
+        at = (-x / SIGMA - z[0]) / step
+        slopes = density[np.round(at).astype(int)] / SIGMA
+        first, second = noise.mean, noise.variance + noise.mean**2
+        chance = [density[z > edge].sum() * step for edge in -x / SIGMA]
+        exact = {
+            "value": np.sum(x**2 + 2 * x * SIGMA * first + SIGMA**2 * second) + sum(chance),
+            "gradient": 2 * (x + SIGMA * first) + slopes,
+        }
+    assert_unbiased(
+        estimator(carried),
+        exact,
+        args=(state,),
+        seed=4,
+        num_keys=16_384,
+        promise={"value": 0.01, "gradient": 0.05},
+    )
+
+
+def test_unbiased_whatever_the_state():
+    """Garbage predicts nothing, and costs variance; it is no bias."""
+    carried, state = trained(*SAMPLERS[0])
+    draw = iter(jax.random.split(jax.random.key(5), 99))
+    hostile = jax.tree.map(lambda v: v + 0.06 * jax.random.normal(next(draw), v.shape), state)
+    hostile = hostile._replace(
+        fit=hostile.fit._replace(scale=jnp.full(3, 0.7)), variance=jnp.ones(3), covariance=jnp.ones(3)
+    )
+    assert_unbiased(
+        estimator(carried),
+        exact_of_bumpy(X),
+        args=(hostile,),
+        seed=6,
+        num_keys=2**16,
+        promise={"value": 0.01, "gradient": 0.05},
+    )
+
+
+def test_a_state_that_is_not_a_number_gives_none():
+    carried, state = trained(*SAMPLERS[0])
+    fit = state.fit._replace(coefficients=jnp.full_like(state.fit.coefficients, jnp.nan))
+    (value, gradient), _ = carried.value_and_grad(state._replace(fit=fit), jax.random.key(7), X)
+    assert np.isnan(value)
+    assert np.isnan(gradient).all()
+
+
+def test_mutant_that_learns_before_it_predicts_is_caught():
+    """A prediction made of this step's own evaluations takes from the estimate what it fits."""
+    carried, state = trained(*SAMPLERS[0])
+
+    def early(key, state):
+        _, after = carried.value_and_grad(state, key, X)
+        after = after._replace(variance=jnp.ones(3), covariance=jnp.ones(3), error=jnp.arange(3.0))
+        return estimator(carried)(key, after)
+
+    forgetful = carried.init(X)
+    assert_biased(early, exact_of_bumpy(X), args=(forgetful,), seed=8, num_keys=16_384)
+    del state
+
+
+def test_mutant_that_weighs_the_past_by_importance_is_caught():
+    """The point of a step depends on the samples of the step before, so these have another law."""
+    g = smoothed(num_samples=NUM_SAMPLES, sampler=px.Independent(), degree=0)
+
+    def reuse(key, _):
+        first, second = jax.random.split(key)
+        slope = jax.grad(g, argnums=1)(first, X)
+        x = X - 0.3 * slope
+        # The samples of the first call, weighted for the second point.
+        z = (jax.random.normal(first, (NUM_SAMPLES, 3)), jax.random.normal(second, (NUM_SAMPLES, 3)))
+        y = X + SIGMA * z[0]
+        value = jax.vmap(bumpy)(y)
+        log = jnp.sum(-(((y - x) / SIGMA) ** 2) / 2 + z[0] ** 2 / 2, axis=1)
+        score = (y - x) / SIGMA**2
+        x_step = x - 0.0 * slope
+        old = jnp.mean(jnp.exp(log)[:, None] * (value - value.mean())[:, None] * score, axis=0)
+        return {"gradient": old - 2 * x_step}
+
+    centred = {"gradient": exact_of_bumpy(X)["gradient"] - 2 * np.asarray(X, np.float64)}
+    assert_biased(reuse, centred, args=(None,), seed=9, num_keys=16_384)
+
+
+# --- Precise
+
+
+def test_what_is_linear_is_known_after_some_steps():
+    """The gradient of a linear function is exact, as far as the regression has converged."""
+    slope = jnp.array([1.0, -2.0, 3.0])
+    g = smoothed(lambda x: slope @ x, sampler=px.Independent(), degree=0)
+    carried = px.carry(g, memory=128)
+    step = jax.jit(carried.value_and_grad)
+    state = carried.init(X)
+    for key in jax.random.split(jax.random.key(10), 20):
+        _, state = step(state, key, X)
+    keys = jax.random.split(jax.random.key(11), 64)
+    (_, found), _ = jax.vmap(step, (None, 0, None))(state, keys, X)
+    alone = jax.vmap(jax.grad(g, argnums=1), (0, None))(keys, X)
+    error, alone = (np.sqrt(np.mean((v - slope) ** 2)) for v in (found, alone))
+    assert error < alone / 15
+
+
+def test_what_cannot_be_predicted_costs_next_to_nothing():
+    """Products of signs of all coordinates: the share of the prediction goes to nothing."""
+    g = smoothed(lambda x: jnp.prod(jnp.sign(jnp.sin(40 * x))), num_samples=16)
+    carried = px.carry(g)
+    step = jax.jit(carried.value_and_grad)
+    state = carried.init(X)
+    for key in jax.random.split(jax.random.key(12), 40):
+        _, state = step(state, key, X)
+    keys = jax.random.split(jax.random.key(13), 1024)
+    (_, found), _ = jax.vmap(step, (None, 0, None))(state, keys, X)
+    alone = jax.vmap(jax.grad(g, argnums=1), (0, None))(keys, X)
+    assert np.var(found, axis=0).sum() < 1.1 * np.var(alone, axis=0).sum()
+
+
+# --- Usable
+
+
+def test_scans_vmaps_and_takes_trees():
+    def fun(x, shift, *, times):
+        return times * jnp.sum(jnp.floor(x["a"] + shift)) + jnp.sum(x["b"]), x["count"]
+
+    g = px.make_perturbed_fun(fun, 6, {"a": 0.3, "b": jnp.array([0.1, 0.2]), "count": 0.1}, has_aux=True)
+    carried = px.carry(g, memory=20)
+    x = {"a": jnp.float16(0.5), "b": jnp.zeros(2), "count": jnp.arange(2)}
+
+    def run(key):
+        def step(state, key):
+            (value, gradient), state = carried.value_and_grad(state, key, x, 0.25, times=2.0)
+            return state, (value, gradient["b"])
+
+        return jax.lax.scan(step, carried.init(x), jax.random.split(key, 4))
+
+    keys = jax.random.split(jax.random.key(14), 2)
+    state, ((value, aux), slope) = jax.jit(jax.vmap(run))(keys)
+    assert jax.tree.structure(state) == jax.tree.structure(carried.init(x))
+    assert value.shape == (2, 4)
+    assert aux.shape == (2, 4, 6, 2)
+    assert slope.shape == (2, 4, 2)
+    assert np.isfinite(slope).all()
+    one, _ = run(keys[1])
+    assert_trees_close(jax.tree.map(lambda v: v[1], state), one, rtol=1e-3, atol=1e-3)
+
+
+def test_values_that_are_not_finite_are_not_learnt():
+    g = smoothed(lambda x: jnp.where(x[0] > 0.6, jnp.nan, jnp.sum(x)))
+    carried = px.carry(g, memory=16)
+    state = carried.init(X)
+    for key in jax.random.split(jax.random.key(15), 3):
+        _, state = carried.value_and_grad(state, key, X)
+    assert 0 < state.counted.sum() < 16
+    assert all(np.isfinite(v).all() for v in jax.tree.leaves(state))
+
+
+def test_a_plateau_tells_nothing():
+    carried = px.carry(smoothed(lambda x: jnp.sum(x > 9.0)))
+    state = carried.init(X)
+    for key in jax.random.split(jax.random.key(16), 3):
+        (value, gradient), state = carried.value_and_grad(state, key, X)
+    assert value == 0
+    assert not np.any(gradient)
+    assert all(np.isfinite(v).all() for v in jax.tree.leaves(state))
+
+
+def test_far_from_the_origin_no_digits_are_lost():
+    """Points are told from where x began, or steps of 1e-3 would be lost at 1e4 in float32."""
+    near, far = jnp.zeros(2), jnp.full(2, 8192.0)
+    gradients = []
+    for at in (near, far):
+        g = px.make_perturbed_fun(
+            lambda x, at=at: jnp.sum(jnp.floor(64 * (x - at))), 16, 2.0**-6, px.Normal()
+        )
+        carried = px.carry(g, memory=64)
+        state = carried.init(at)
+        for key in jax.random.split(jax.random.key(17), 12):
+            (_, gradient), state = carried.value_and_grad(state, key, at)
+        gradients.append(gradient)
+    assert_trees_close(gradients[1], gradients[0], rtol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: px.carry(bumpy), TypeError, "make_perturbed_fun"),
+        (lambda: px.carry(jax.jit(smoothed())), TypeError, "make_perturbed_fun"),
+        (lambda: px.carry(smoothed(noise=px.Cauchy())), ValueError, "finite mean and variance"),
+        (lambda: px.carry(smoothed(), memory=0), ValueError, "memory must be >= 1, got 0"),
+        (lambda: step_of(smoothed(lambda x: 2 * x)), TypeError, r"real scalar, got float32\[3\]"),
+        (
+            lambda: step_of(px.make_perturbed_fun(bumpy, 8, jnp.eye(3), px.Normal())),
+            ValueError,
+            "sigma is a matrix",
+        ),
+    ],
+)
+def test_errors_tell_what_to_do(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def step_of(g):
+    carried = px.carry(g)
+    return carried.value_and_grad(carried.init(X), jax.random.key(0), X)
