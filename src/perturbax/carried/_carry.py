@@ -10,6 +10,7 @@ as q predicts f. Samples of the past enter through q alone, never through weight
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -38,9 +39,10 @@ class CarriedState(NamedTuple):
       values: what it was there, (M,).
       counted: 1 for a finite value, 0 for any other and for places not yet taken, (M,).
       fit: the predictions made of them, one for each of R noise levels.
-      error: running mean square of what each prediction left of the values of the next step, (R,).
-      covariance: running covariance of prediction and values, in units of the values' variance, (R,).
-      variance: running variance of the prediction, in the same units, (R,).
+      error: running mean square of what each prediction left of the next step's values, in units
+        of their variance, (R,).
+      covariance: running covariance of prediction and values, in these units, (R,).
+      variance: running variance of the prediction, in these units, (R,).
     """
 
     origin: Array
@@ -104,7 +106,7 @@ class Carried:
         leaves, names, merge = _checks.perturbed_leaves(x)
         scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
         dtype = _checks.noise_dtype(leaves)
-        here = _flat(leaves, dtype) - state.origin
+        mean, variance = _moments(settings.noise)
         sigma = _spread(scales, leaves, names, dtype)
         state = lax.stop_gradient(state)
         best, share = _best(state)
@@ -114,7 +116,7 @@ class Carried:
         def residual(y: Any, *args: Any, **kwargs: Any) -> Any:
             out = fun(y, *args, **kwargs)
             value, aux = out if settings.has_aux else (out, None)
-            point = _flat(_checks.perturbed_leaves(y)[0], dtype) - state.origin
+            point = _offset(_checks.perturbed_leaves(y)[0], state.origin)
             q = _regression.predict(chosen, point[None], smooth)[0, 0]
             wide = _scalar(value).astype(jnp.promote_types(jnp.result_type(value), dtype))
             return wide - q.astype(wide.dtype), (value, point, aux)
@@ -123,28 +125,23 @@ class Carried:
 
         def estimate(values: list[Array]) -> tuple[Array, Any]:
             rest, seen = smoothed(key, merge(values), *args, **kwargs)
-            wide = _flat(values, dtype) - state.origin
-            mean = (wide + sigma * settings.noise.mean - chosen.centre) / chosen.scale
-            variance = settings.noise.variance * (sigma / chosen.scale) ** 2
-            k = _regression.expected_kernel(chosen.points, mean, variance, smooth)
+            middle = (_offset(values, state.origin) + sigma * mean - chosen.centre) / chosen.scale
+            spread = variance * (sigma / chosen.scale) ** 2
+            k = _regression.expected_kernel(chosen.points, middle, spread, smooth)
             return rest + (chosen.coefficients[0] @ k).astype(rest.dtype), seen
 
         (value, seen), parts = jax.value_and_grad(estimate, has_aux=True)(leaves)
         values, points, aux = seen
-        deviation = settings.noise.variance**0.5
-        after = _learn(
-            state,
-            points,
-            jnp.asarray(values).astype(dtype),
-            lax.stop_gradient(here + sigma * settings.noise.mean),
-            lax.stop_gradient(sigma * deviation),
-            smooth,
-        )
+        centre, scale = _offset(leaves, state.origin) + sigma * mean, sigma * variance**0.5
+        values = jnp.asarray(values).astype(dtype)
+        after = _learn(state, points, values, *lax.stop_gradient((centre, scale)), smooth)
         rest = iter(parts)
         gradient = jax.tree.map(
-            lambda v: next(rest)
-            if jnp.issubdtype(jnp.result_type(v), jnp.floating)
-            else jnp.zeros(jnp.shape(v), jax.dtypes.float0),
+            lambda v: (
+                next(rest)
+                if jnp.issubdtype(jnp.result_type(v), jnp.floating)
+                else jnp.zeros(jnp.shape(v), jax.dtypes.float0)
+            ),
             x,
         )
         return ((value, aux) if settings.has_aux else value, gradient), after
@@ -206,20 +203,27 @@ def carry(perturbed_fun: PerturbedFun, *, memory: int | None = None) -> Carried:
     if not isinstance(perturbed_fun, PerturbedFun):
         kind = getattr(perturbed_fun, "__name__", type(perturbed_fun).__name__)
         raise TypeError(
-            f"perturbed_fun must be what make_perturbed_fun returned, got {kind}; carry first, then "
-            "apply jit, vmap and scan to value_and_grad"
+            f"perturbed_fun must be what make_perturbed_fun returned, got {kind}; carry first, "
+            "then apply jit, vmap and scan to value_and_grad"
         )
-    noise = perturbed_fun.settings.noise
     if memory is not None:
         memory = _checks.check_count(memory, "memory")
-    moments = [getattr(noise, name, None) for name in ("mean", "variance")]
-    if not all(isinstance(v, int | float) and abs(v) < float("inf") for v in moments):
-        raise ValueError(
-            "carry needs noise with a finite mean and variance, given as noise.mean and "
-            f"noise.variance; {noise!r} has {moments[0]} and {moments[1]}: use Normal(), "
-            "for example"
-        )
+    _moments(perturbed_fun.settings.noise)
     return Carried(perturbed_fun, memory)
+
+
+def _moments(noise: Any) -> tuple[float, float]:
+    """Mean and variance of the noise, if they are known and finite."""
+    found = []
+    for name in ("mean", "variance"):
+        moment = getattr(noise, name, None)
+        if not isinstance(moment, int | float) or not math.isfinite(moment):
+            raise ValueError(
+                f"carry needs noise with a finite mean and variance, but noise.{name} is {moment} "
+                f"for {noise!r}: use Normal(), for example"
+            )
+        found.append(float(moment))
+    return found[0], found[1]
 
 
 def _best(state: CarriedState) -> tuple[Array, Array]:
@@ -240,10 +244,9 @@ def _learn(
 ) -> CarriedState:
     """What is known after the function had the values (N,) at the points (N, D)."""
     values, points = lax.stop_gradient((values, points))
-    finite = jnp.isfinite(values) & jnp.all(jnp.isfinite(points), axis=1)
+    finite = jnp.isfinite(values)
     counted = finite.astype(values.dtype)
     values = jnp.where(finite, values, 0)
-    points = jnp.where(finite[:, None], points, centre[None])
     # What the predictions, made before, were worth at these points.
     total = jnp.maximum(jnp.sum(counted), 1)
 
@@ -292,8 +295,8 @@ def _scalar(value: Any) -> Array:
     if shapes != [()] or jnp.issubdtype(jnp.result_type(leaves[0]), jnp.complexfloating):
         kinds = [f"{jnp.result_type(v)}{list(s)}" for v, s in zip(leaves, shapes, strict=True)]
         raise TypeError(
-            f"carry needs a function whose value is a real scalar, got {', '.join(kinds) or 'none'}: "
-            "carry the perturbed function of a loss instead"
+            f"carry needs a function whose value is a real scalar, got {', '.join(kinds) or 'none'}"
+            ": carry the perturbed function of a loss instead"
         )
     return jnp.asarray(leaves[0])
 
@@ -301,6 +304,12 @@ def _scalar(value: Any) -> Array:
 def _flat(leaves: list[Array], dtype: Any) -> Array:
     flat = [jnp.asarray(v).astype(dtype).reshape(-1) for v in leaves]
     return jnp.concatenate(flat) if flat else jnp.zeros((0,), dtype)
+
+
+def _offset(leaves: list[Array], origin: Array) -> Array:
+    """Where a point lies from the origin, (D,); 0 in coordinates that are masked by an infinity."""
+    away = _flat(leaves, origin.dtype) - origin
+    return jnp.where(jnp.isfinite(away), away, 0)
 
 
 def _spread(scales: list[Array], leaves: list[Array], names: list[str], dtype: Any) -> Array:

@@ -17,7 +17,6 @@ Reference: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -75,7 +74,13 @@ def predict(fit: Fit, y: Array, smooth: bool) -> Array:
 
 
 def fit(
-    points: Array, values: Array, counted: Array, centre: Array, scale: Array, before: Array, smooth: bool
+    points: Array,
+    values: Array,
+    counted: Array,
+    centre: Array,
+    scale: Array,
+    before: Array,
+    smooth: bool,
 ) -> Fit:
     """The regression on the points (M, D) with values (M,) that are counted, 1 or 0.
 
