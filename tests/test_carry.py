@@ -196,7 +196,7 @@ def test_mutant_that_weighs_the_past_by_importance_is_caught():
         y = X + SIGMA * z
         values = jax.vmap(bumpy)(y)
         slope = (values - values.mean()) @ z / (NUM_SAMPLES - 1) / SIGMA
-        x = X - 0.3 * slope
+        x = X - 0.6 * slope
         # The samples of this step, weighted for the point of the next.
         weight = jnp.exp(jnp.sum(z**2 - ((y - x) / SIGMA) ** 2, axis=1) / 2)
         # At every point the mean weight is 1, if samples have the law that they claim.
