@@ -12,13 +12,15 @@ import operator
 import os
 import pickle
 import queue
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from .._checks import check_count
 from ..tracing._host_call import without_jax
@@ -27,7 +29,7 @@ from . import _worker
 # How many threads with hung evaluations may be left behind: none of them can be ended.
 _MOST_LEFT_BEHIND = 500
 # The same in a process of somebody else's executor, which then ends itself.
-_MOST_IN_A_PROCESS = 4
+_MOST_IN_A_PROCESS = 16
 # What a worker may need to start, in seconds, on top of what an evaluation may take.
 _START = 60.0
 # Variables that tell numerical libraries how many threads to use.
@@ -352,10 +354,10 @@ def _end_crew(shared: _Shared, wait: float = 0.0) -> None:
 class ProcessWorkers:
     """Processes that evaluate host functions, and can be ended one by one.
 
-    Each worker is a new Python process, not a copy of this one, and does not import JAX unless the
-    function does. An evaluation that takes longer than `timeout` is ended with its worker and with
-    all processes that it started, and the worker is replaced; so is one that dies. Nothing is left
-    behind when the workers are closed, when the program ends, or when it is killed.
+    Workers are not copies of this process, and do not import JAX unless the function does. An
+    evaluation that takes longer than `timeout` is ended with its worker and with all processes that
+    it started, and the worker is replaced, within milliseconds; so is one that dies. Nothing is
+    left behind when the workers are closed, when the program ends, or when it is killed.
 
     Args:
       num_workers: number of processes; None for as many as this machine has cores.
@@ -368,6 +370,7 @@ class ProcessWorkers:
 
     Raises:
       ImportError: if cloudpickle is missing: pip install 'perturbax[processes]'.
+      NotImplementedError: on Windows.
       TypeError: where an argument is not of the kind described.
       ValueError: where a number is below 1.
 
@@ -387,6 +390,11 @@ class ProcessWorkers:
         initializer: Callable[[], Any] | None = None,
         threads_per_worker: int | None = 1,
     ):
+        if os.name != "posix":
+            raise NotImplementedError(
+                "perturbax.ProcessWorkers needs a POSIX system; use loky.get_reusable_executor() "
+                "(pip install 'perturbax[loky]')"
+            )
         if num_workers is None:
             num_workers = os.cpu_count() or 1
         self.num_workers = check_count(num_workers, "num_workers")
@@ -397,10 +405,15 @@ class ProcessWorkers:
         environment = dict(os.environ)
         if threads_per_worker is not None:
             environment |= dict.fromkeys(_THREADS, str(threads_per_worker))
-        first = None if initializer is None else _cloudpickle().dumps(initializer)
         _cloudpickle()
-        self._crew = Crew(self.num_workers, lambda: _Process(environment, first))
+        first = None if initializer is None else _pickled(initializer, "initializer")
+        # What each worker needs is imported once. Numpy with threads of its own forks less well.
+        modules = ("cloudpickle",) if threads_per_worker is None else ("cloudpickle", "numpy")
+        nursery = _Nursery(environment, modules)
+        self._crew = Crew(self.num_workers, lambda: _Process(nursery, first))
         self._closed = False
+        self._nursery = nursery
+        self._end = weakref.finalize(self, nursery.close)
 
     def workers(self, fun: Callable[..., Any]) -> Workers:
         """These processes, to call `fun`."""
@@ -416,6 +429,7 @@ class ProcessWorkers:
         """Ends all workers."""
         self._closed = True
         self._crew.close(wait=5.0)
+        self._end()
 
     def __enter__(self) -> "ProcessWorkers":
         """Returns the workers, which the end of the `with` block closes."""
@@ -478,19 +492,91 @@ def _pickled(value: Any, name: str) -> bytes:
         raise
 
 
+class _Nursery:
+    """The process that forks worker processes; started when it is needed."""
+
+    def __init__(self, environment: dict[str, str], modules: tuple[str, ...]):
+        self._environment, self._modules = environment, modules
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+
+    def fork(self) -> tuple[int, socket.socket]:
+        """A new worker: its process, and the connection with it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            return self._order(b"f", 0, [theirs.fileno()]), ours
+
+    def wait(self, process: int) -> int | None:
+        """The exit status of a worker that ends."""
+        try:
+            return self._order(b"w", process, [])
+        except OSError:  # the nursery has ended, and another one does not know the worker
+            return None
+
+    def _order(self, order: bytes, number: int, files: list[int]) -> int:
+        with self._lock:
+            if self._control is None:
+                self._start()
+            assert self._control is not None
+            try:
+                message = _worker.ORDER.pack(order, number)
+                socket.send_fds(self._control, [message], files)
+                return self._answer(self._control)
+            except OSError:
+                self._stop()
+                raise
+
+    def _answer(self, control: socket.socket) -> int:
+        answer = control.recv(_worker.ANSWER.size, socket.MSG_WAITALL)
+        if len(answer) < _worker.ANSWER.size:
+            raise ConnectionError("the process that starts workers has died")
+        return _worker.ANSWER.unpack(answer)[0]
+
+    def _start(self) -> None:
+        control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", _worker.__file__, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                pass_fds=[theirs.fileno()],
+                process_group=0,  # not to end by the Ctrl-C that is meant for this program
+            )
+        with control.makefile("wb") as stream:
+            _worker.write_message(stream, pickle.dumps((sys.path, self._modules)))
+        self._answer(control)
+        self._control = control
+
+    def _stop(self) -> None:
+        """Ends the process. Workers end when their own connections do."""
+        if self._control is not None:
+            self._control.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._control = self._process = None
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
+
+
 class _Process:
     """A worker process, seen from the thread that has it."""
 
-    def __init__(self, environment: dict[str, str], initializer: bytes | None):
-        self._environment, self._initializer = environment, initializer
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, nursery: _Nursery, initializer: bytes | None):
+        self._nursery, self._initializer = nursery, initializer
+        self._connection: socket.socket | None = None
+        self._stream: Any = None
+        self._process = 0
         self._known: set[int] = set()
         self._lock = threading.Lock()
 
     def call(self, attempt: Attempt) -> None:
         number, function, arguments = attempt.args
         try:
-            if self._process is None:
+            if self._connection is None:
                 self._start(attempt)
             if number not in self._known:
                 self._request("load", number, function)
@@ -511,28 +597,15 @@ class _Process:
         with self._lock:
             if attempt.given_up:
                 raise EOFError
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", _worker.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=self._environment,
-                # It dies with what it has started, and not of the Ctrl-C meant for this program.
-                process_group=0 if os.name == "posix" else None,
-            )
+            self._process, self._connection = self._nursery.fork()
+            self._stream = self._connection.makefile("rwb")
         self._known.clear()
-        _worker.write_message(self._stream("stdin"), pickle.dumps(sys.path))
         if self._initializer is not None:
             self._request("initialize", 0, self._initializer)
 
-    def _stream(self, name: str) -> BinaryIO:
-        stream = getattr(self._process, name, None)
-        if stream is None:
-            raise EOFError
-        return stream
-
     def _request(self, *message: Any) -> Any:
-        _worker.write_message(self._stream("stdin"), pickle.dumps(message, 5))
-        kind, value, text = pickle.loads(_worker.read_message(self._stream("stdout")))
+        _worker.write_message(self._stream, pickle.dumps(message, 5))
+        kind, value, text = pickle.loads(_worker.read_message(self._stream))
         if kind != "raised":
             return value
         value.add_note(f"Raised in a worker process:\n\n{text}")
@@ -540,9 +613,8 @@ class _Process:
 
     def kill(self) -> bool:
         with self._lock:
-            process = self._process
-            if process is not None:
-                _kill(process)
+            if self._process:
+                _kill(self._process)
         return True
 
     def close(self) -> None:
@@ -551,27 +623,23 @@ class _Process:
     def _end(self) -> int | None:
         """Ends the process; its exit status, if there was one."""
         with self._lock:
-            process, self._process = self._process, None
-        if process is None:
+            process, self._process = self._process, 0
+        if not process:
             return None
         _kill(process)
-        for stream in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):
-                if stream is not None:
-                    stream.close()
-        return process.wait()
+        assert self._connection is not None
+        with contextlib.suppress(OSError):  # of what could not be written any more
+            self._stream.close()
+        self._connection.close()
+        self._connection = None
+        return self._nursery.wait(process)
 
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
+def _kill(process: int) -> None:
     """Ends a worker and all that it started."""
-    if process.poll() is not None:
-        return
-    if os.name == "posix":
-        import signal
-
+    for end in (os.kill, os.killpg):  # it may not have a group yet
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
+            end(process, signal.SIGKILL)
 
 
 def _how(code: int | None) -> str:

@@ -1,11 +1,12 @@
-"""The program of a worker process, and what runs inside workers of others.
+"""The program of worker processes, and what runs inside workers of others.
 
-It imports nothing but Python's own library, so that a worker starts fast: run as a script it does
-not import the package, hence not JAX.
+It imports nothing but Python's own library (and numpy), and is run as a script, so that it does not
+import the package, hence not JAX. One process, the nursery, waits for orders and forks workers; it
+never does anything else, so that a worker takes milliseconds to start, and forks safely.
 
-A worker reads requests from standard input and writes replies to standard output, each a pickle
-with its length in front. It ends, with all processes that it started, when its input does: that is
-what is left of a program that was killed.
+A worker is connected with the main program by a socket: requests and replies are pickles with
+their length in front. It ends, with all processes that it started, when the socket does; so does
+the nursery. That is what is left of a program that was killed.
 """
 
 import io
@@ -13,6 +14,7 @@ import os
 import pickle
 import queue
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -109,11 +111,12 @@ def timed(fun: Any, timeout: float, most: int, in_main: bool, /, *args: Any, **k
     return value
 
 
+# --- Workers
+
+
 def _end() -> None:
     """Ends this process and all that it started."""
-    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)
-    os._exit(0)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _listen(stream: BinaryIO, inbox: "queue.SimpleQueue[bytes]") -> None:
@@ -124,40 +127,81 @@ def _listen(stream: BinaryIO, inbox: "queue.SimpleQueue[bytes]") -> None:
         _end()
 
 
-def main() -> None:
-    """Answers requests until the input ends."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    # Of the function: it reads nothing, and what it prints goes where errors go.
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-    os.dup2(2, 1)
+def serve(connection: socket.socket) -> None:
+    """Answers requests until the connection ends."""
+    requests, replies = connection.makefile("rb"), connection.makefile("wb")
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests, inbox), daemon=True).start()
-    sys.path[:] = pickle.loads(inbox.get())
     functions: dict[int, Any] = {}
     args, kwargs = (), {}
     while True:
         kind, number, payload = pickle.loads(inbox.get())
+        value = None
         try:
             if kind == "initialize":
                 pickle.loads(payload)()
-                reply = dump(("done", None, ""))
             elif kind == "load":
                 functions[number] = pickle.loads(payload)
-                reply = dump(("done", None, ""))
             elif kind == "arguments":  # apart, for what it takes is not the function's time
                 args, kwargs = pickle.loads(payload)
-                reply = dump(("done", None, ""))
             else:
                 value = functions[number](*args, **kwargs)
                 args, kwargs = (), {}
-                try:
-                    reply = dump(("returned", value, ""))
-                except Exception as error:
-                    raise TypeError(f"fun returned what cannot be pickled: {error}") from error
+            reply = _reply(value)
         except BaseException as error:
             reply = exception_message(error)
         write_message(replies, reply)
+
+
+def _reply(value: Any) -> bytes:
+    try:
+        return dump(("returned", value, ""))
+    except Exception as error:
+        raise TypeError(f"fun returned what cannot be pickled: {error}") from error
+
+
+# --- The nursery: orders are a letter and a number, answers are a number
+
+ORDER = struct.Struct("<cq")
+ANSWER = struct.Struct("<q")
+
+
+def _fork(control: socket.socket, connection: int) -> int:
+    """Starts a worker at the other end of the connection; its process."""
+    process = os.fork()
+    if process:
+        os.close(connection)
+        return process
+    control.close()
+    os.setpgid(0, 0)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:  # or all workers would draw the same random numbers
+        numpy.random.seed()
+    try:
+        serve(socket.socket(fileno=connection))
+    finally:
+        os._exit(1)
+    return 0
+
+
+def main() -> None:
+    """Carries out orders until there can be no more."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    stream = control.makefile("rb")
+    sys.path[:], modules = pickle.loads(read_message(stream))
+    for module in modules:
+        __import__(module)
+    control.sendall(ANSWER.pack(os.getpid()))
+    while True:
+        message, connections, _, _ = socket.recv_fds(control, ORDER.size, 1)
+        if len(message) < ORDER.size:
+            return
+        order, number = ORDER.unpack(message)
+        if order == b"f":
+            answer = _fork(control, connections[0])
+        else:
+            answer = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+        control.sendall(ANSWER.pack(answer))
 
 
 if __name__ == "__main__":
