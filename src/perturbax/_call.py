@@ -42,6 +42,7 @@ class Settings:
       has_aux: whether the function returns a pair (value, aux).
       sampler: draws the samples; None leaves it open.
       degree: of the surrogate; None leaves it open.
+      missing: "propagate" or "drop", what becomes of samples whose value has a NaN.
     """
 
     num_samples: int = 1000
@@ -52,6 +53,7 @@ class Settings:
     has_aux: bool = False
     sampler: Sampler | None = None
     degree: int | None = None
+    missing: str = "propagate"
 
     def __post_init__(self) -> None:
         """Checks all that can be checked before a call."""
@@ -66,6 +68,7 @@ class Settings:
         checked["has_aux"] = _checks.check_bool(self.has_aux, "has_aux")
         _checks.check_sampler(self.sampler)
         _checks.check_degree(self.degree)
+        _checks.check_missing(self.missing)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -158,6 +161,7 @@ def prepare(
         shapes=tuple(v.shape for v in leaves),
         dtypes=tuple(v.dtype for v in leaves),
         dtype=dtype,
+        drop_missing=settings.missing == "drop",
         own_operands=own_operands,
     )
     both = Operands(operands, noise_operands)

@@ -49,6 +49,12 @@ def check_bool(value: object, name: str) -> bool:
     return bool(value)
 
 
+def check_missing(value: Any) -> None:
+    """Raises unless `value` is one of the words."""
+    if value not in ("propagate", "drop"):
+        raise ValueError(f"missing must be 'propagate' or 'drop', got {value!r}")
+
+
 def check_level(
     value: Any,
     name: str = "level",

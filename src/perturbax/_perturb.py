@@ -70,6 +70,7 @@ def make_perturbed_fun(
     has_aux: bool = False,
     sampler: Sampler | None = None,
     degree: int | None = None,
+    missing: str = "propagate",
 ) -> PerturbedFun:
     r"""Smooths a function by averaging it over noise added to its input.
 
@@ -107,6 +108,10 @@ def make_perturbed_fun(
       has_aux: whether fun returns a pair (value, aux). The perturbed function then returns a pair
         too, with aux as it is, stacked over the samples. In x and sigma aux has the derivative
         zero; in further arguments it is differentiable as fun's own.
+      missing: what becomes of samples at which fun's value has a NaN: "propagate" makes the result
+        NaN; "drop" leaves them out, as if they had not been drawn. That changes no expectation if
+        failing has nothing to do with where the sample is; see the guide to functions outside JAX
+        for what is estimated if it has.
 
     Returns:
       A function `g(key, x, *args, **kwargs)`, a `PerturbedFun`, that returns an estimate of
@@ -139,6 +144,6 @@ def make_perturbed_fun(
     """
     _checks.check_fun(fun)
     settings = Settings(
-        num_samples, sigma, noise, use_baseline, batch_size, has_aux, sampler, degree
+        num_samples, sigma, noise, use_baseline, batch_size, has_aux, sampler, degree, missing
     )
     return PerturbedFun(fun, settings)

@@ -14,8 +14,8 @@ from .._call import run
 from .._perturb import PerturbedFun
 from ..estimator._default_rule import RULE
 from ..estimator._derivatives import jacobians_of_groups
-from ..estimator._formula import fitted, unit_of
-from ..execution._chunks import Chunk, drawer, evaluate_at, sizes_of, stacked, summed
+from ..estimator._formula import Part, fitted, kept, unit_of
+from ..execution._chunks import Chunk, drawer, evaluate_at, stacked, summed
 from ..execution._plan import (
     Operands,
     Plan,
@@ -23,7 +23,6 @@ from ..execution._plan import (
     chunk_size,
     concatenate,
     flat_scale,
-    group_sizes,
     in_groups,
     noise_in,
     split_leaves,
@@ -43,7 +42,10 @@ class Intervals(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("value", "value_error", "gradient", "gradient_error", "aux"),
+    data_fields=(
+        *("value", "value_error", "gradient", "gradient_error", "aux"),
+        *("missing", "empty_groups"),
+    ),
     meta_fields=("degrees_of_freedom",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Estimate:
       gradient_error: its standard errors, of the same structure.
       aux: stacked over the samples if the function has any, else None.
       degrees_of_freedom: of the standard errors, one less than there are groups of samples.
+      missing: with missing="drop", how many samples were left out; else None.
+      empty_groups: with missing="drop", how many groups have no sample left, which
+        degrees_of_freedom counts and `interval` does not; else None.
     """
 
     value: Any
@@ -68,6 +73,8 @@ class Estimate:
     gradient_error: Any
     aux: Any
     degrees_of_freedom: int
+    missing: Array | None = None
+    empty_groups: Array | None = None
 
     def interval(self, level: float = 0.95) -> Intervals:
         """Confidence intervals, number by number, of the value and of the gradient.
@@ -93,7 +100,14 @@ class Estimate:
             )
         import scipy.stats  # takes long to import
 
-        width = float(scipy.stats.t.ppf((1 + level) / 2, self.degrees_of_freedom))
+        degrees = np.arange(self.degrees_of_freedom + 1)
+        if self.empty_groups is None:
+            degrees = degrees[-1]
+        # NaN without a degree of freedom.
+        width: Any = scipy.stats.t.ppf((1 + level) / 2, np.where(degrees > 0, degrees, np.nan))
+        if self.empty_groups is not None:
+            left = jnp.maximum(self.degrees_of_freedom - self.empty_groups, 0)
+            width = jnp.asarray(width, np.float32)[left]
 
         def ends(middle: Any, error: Any) -> tuple[Any, Any]:
             low = jax.tree.map(lambda m, e: m - width * e, middle, error)
@@ -188,7 +202,8 @@ def estimate(
         )
     derive = getattr(plan.noise, "derivatives", 1) > 0
     found, aux = run(call, _with_errors, plan, derive)
-    leaves, tree = jax.tree.flatten(found)
+    missing, empty_groups = found.missing, found.empty_groups
+    leaves, tree = jax.tree.flatten(found._replace(missing=None, empty_groups=None))
     found = tree.unflatten(_scales.nan_unless_valid(leaves, call.sigma, call.x))
 
     def like_x(parts: list[Array]) -> Any:
@@ -208,6 +223,8 @@ def estimate(
         gradient_error=like_jacobian(found.jacobian_error),
         aux=jax.tree.unflatten(call.aux_tree, aux) if call.settings.has_aux else None,
         degrees_of_freedom=plan.num_groups - 1,
+        missing=missing,
+        empty_groups=empty_groups,
     )
 
 
@@ -218,6 +235,8 @@ class _Estimates(NamedTuple):
     value_error: list[Array]
     jacobian: list[list[Array]]
     jacobian_error: list[list[Array]]
+    missing: Array | None
+    empty_groups: Array | None
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -240,14 +259,23 @@ def _with_errors(
         if most < plan.groups_at_a_time():
             plan = dataclasses.replace(plan, batch_size=most * plan.group_size)
     noise_of = drawer(plan, words, operands)
-    shares = jnp.asarray(group_sizes(plan) / plan.num_samples, plan.value_dtype)
 
     def evaluate(chunk: Chunk, _: Any) -> tuple[Array, list[Array]]:
         return evaluate_at(plan, operands, point, noise_of(chunk))
 
     f, aux = stacked(plan, evaluate)
-    value = jnp.mean(f, axis=0)
-    unit = unit_of(f - value[None])  # lest squares overflow or vanish
+    # What is fitted serves the Jacobian alone; the rest tells which samples are missing.
+    fit_for = plan if derive else dataclasses.replace(plan, degree=None)
+    surrogates = fitted(fit_for, operands, point, noise_of, f)
+    parts, number, value = surrogates.parts, surrogates.number, surrogates.value
+    groups, missing, empty = plan.num_groups, None, None
+    if parts.present is not None:
+        missing = plan.num_samples - jnp.sum(parts.sizes)
+        empty = jnp.sum(parts.sizes == 0, dtype=np.int32)
+        groups = (plan.num_groups - empty).astype(plan.dtype)
+    shares = parts.sizes.astype(f.dtype) / number
+    deviations = kept(f - value[None], parts.present)
+    unit = unit_of(deviations)  # lest squares overflow or vanish
 
     def squares(parts: Array, whole: Array, share: Array, unit: Array) -> Array:
         """Sums over the groups of |C_g - n_g / N C|^2 in squared units."""
@@ -255,7 +283,7 @@ def _with_errors(
         return jnp.sum((jnp.abs(deviations) / unit[None]) ** 2, axis=0)
 
     def error(squares: Array, unit: Array) -> Array:
-        return unit * jnp.sqrt(squares * (plan.num_groups / max(plan.num_groups - 1, 1)))
+        return unit * jnp.sqrt(squares * (groups / jnp.maximum(groups - 1, 1)))
 
     def in_leaves(flat: Array) -> list[Array]:
         dtypes = plan.output_dtypes
@@ -263,10 +291,10 @@ def _with_errors(
             dtypes = [np.dtype(jnp.finfo(dtype).dtype) for dtype in dtypes]
         return split_leaves(flat, plan.outputs, dtypes)
 
-    means = jnp.sum(in_groups(plan, f - value[None]), axis=1) / plan.num_samples
+    means = jnp.sum(in_groups(plan, deviations), axis=1) / number
     value_error = error(squares(means, jnp.zeros_like(value), shares, unit), unit)
     if not derive:
-        return _Estimates(in_leaves(value), in_leaves(value_error), [], []), aux
+        return _Estimates(in_leaves(value), in_leaves(value_error), [], [], missing, empty), aux
 
     _, pull = jax.vjp(lambda v: standardised(plan, v, scale)[0], flat_x)
 
@@ -275,19 +303,15 @@ def _with_errors(
             return lax.complex(in_x(in_a.real), in_x(in_a.imag))
         return jax.vmap(jax.vmap(pull))(in_a.astype(plan.dtype))[0].astype(in_a.dtype)
 
-    surrogates = fitted(plan, operands, point, noise_of, f)
-    parts = surrogates.rest, surrogates.beta
-
-    def jacobians(chunk: Chunk, parts: Any) -> Array:
-        z, wanted = noise_of(chunk), (True, False)
-        [in_a] = jacobians_of_groups(plan, wanted, noise, None, chunk, z, *parts)
-        return in_x(in_a)
+    def jacobians(chunk: Chunk, part: Part) -> Array:
+        [in_a] = jacobians_of_groups(plan, (True, False), noise, None, noise_of(chunk), part)
+        return in_x(in_a / number)
 
     jacobian = summed(plan, lambda *args: jnp.sum(jacobians(*args), axis=0), parts)
 
-    def jacobian_squares(chunk: Chunk, parts: Any) -> Array:
-        share = sizes_of(plan, chunk).astype(f.dtype) / plan.num_samples
-        return squares(jacobians(chunk, parts), jacobian, share, unit[:, None])
+    def jacobian_squares(chunk: Chunk, part: Part) -> Array:
+        share = part.sizes.astype(f.dtype) / number
+        return squares(jacobians(chunk, part), jacobian, share, unit[:, None])
 
     jacobian_error = error(summed(plan, jacobian_squares, parts), unit[:, None])
 
@@ -303,5 +327,7 @@ def _with_errors(
         in_leaves(value_error),
         by_leaf_of_x(jacobian),
         by_leaf_of_x(jacobian_error),
+        missing,
+        empty,
     )
     return found, aux

@@ -18,7 +18,6 @@ from ..execution._chunks import (
     drawer,
     evaluate_at,
     over_groups,
-    sizes_of,
     stacked,
     summed,
     vmapped_in_parts,
@@ -29,6 +28,7 @@ from ..execution._plan import (
     Plan,
     Point,
     cut,
+    group_sizes,
     in_groups,
     noise_in,
 )
@@ -36,7 +36,18 @@ from ..scale._matrices import Blocks, matmul
 from ..tracing._derivative_rules import any_live, is_live, live_jvp, with_jvp
 from ..tracing._mesh_axes import varying, varying_axes
 from . import _surrogate
-from ._formula import at_x, centre_of, fitted, formula, residual, share_of_one, slope_of
+from ._formula import (
+    Part,
+    at_x,
+    centre_of,
+    fitted,
+    formula,
+    kept,
+    present_in,
+    residual,
+    share_of_one,
+    slope_of,
+)
 
 # Which of a and r derivatives are asked for in.
 Wanted = tuple[bool, bool]
@@ -49,11 +60,14 @@ def _value(
     del a, r
 
     def mean(key: Array, point: Point, operands: Operands) -> Array:
-        def evaluate(chunk: Chunk, _: Any) -> Array:
-            z = draw_noise(plan, key, operands, chunk)
-            return jnp.sum(evaluate_at(plan, operands, point, z)[0], axis=0)
+        def evaluate(chunk: Chunk, _: Any) -> tuple[Array, Any]:
+            f, _ = evaluate_at(plan, operands, point, draw_noise(plan, key, operands, chunk))
+            present = present_in(plan, f)
+            number = None if present is None else jnp.sum(present, dtype=f.dtype)
+            return jnp.sum(kept(f, present), axis=0), number
 
-        return summed(plan, evaluate) / plan.num_samples
+        total, number = summed(plan, evaluate)
+        return total / (plan.num_samples if number is None else number)
 
     return cut(vmapped_in_parts(plan, mean, key, point, operands), plan.outputs)
 
@@ -94,7 +108,8 @@ def _value_and_jacobians(
     Each in a part for each leaf, lest derivatives of one leaf spoil those of the others.
     """
     del a
-    one = _jacobian_of_surrogates if plan.degree else _jacobian_of_baselines
+    by_groups = plan.degree or plan.drop_missing
+    one = _jacobian_of_groups if by_groups else _jacobian_of_baselines
     value, *jacobians = vmapped_in_parts(plan, partial(one, plan, wanted), key, point, r, operands)
     if wanted[1] and not r.ndim:
         jacobians[-1] = jacobians[-1][:, 0]
@@ -138,7 +153,7 @@ def _jacobian_of_baselines(
     if plan.evaluates_at_x:
         start, counted = at_x(plan, operands, point)
 
-    def accumulate(chunk: Chunk, _: Any, centre: Array) -> tuple[Any, tuple[()], Array]:
+    def accumulate(chunk: Chunk, sizes: Array, centre: Array) -> tuple[Any, tuple[()], Array]:
         z = draw_noise(plan, key, operands, chunk)
         f = evaluate_at(plan, operands, point, z)[0]
         if plan.degree == 0 and not plan.evaluates_at_x:
@@ -147,8 +162,7 @@ def _jacobian_of_baselines(
         slopes = [v.astype(f.dtype) for v in slopes_of(wanted, noise, z, r)]
         if plan.degree is None:
             return (jnp.sum(f, axis=0), [(matmul(f.T, v), ()) for v in slopes]), (), centre
-        others = plan.num_samples - sizes_of(plan, chunk)
-        share = share_of_one(others + counted).astype(f.dtype)[:, None]
+        share = share_of_one(plan.num_samples - sizes + counted).astype(f.dtype)[:, None]
         if plan.group_size == 1:  # B_g is dl_i
             columns = jnp.concatenate([f * (1 + share), share], axis=1)
             products = [matmul(columns.T, v) for v in slopes]
@@ -161,7 +175,8 @@ def _jacobian_of_baselines(
             ]
         return (jnp.sum(f, axis=0), [(v[:-1], v[-1:]) for v in products]), (), centre
 
-    (total, sums), _, centre = over_groups(plan, accumulate, carry=start)
+    sizes = jnp.asarray(group_sizes(plan), jnp.int32)
+    (total, sums), _, centre = over_groups(plan, accumulate, sizes, start)
     if plan.degree == 0:
         # A matrix product, lest XLA recompute the total for every leaf of the result.
         jacobians = [product + matmul(-total[:, None], score) for product, score in sums]
@@ -170,50 +185,43 @@ def _jacobian_of_baselines(
     return [centre + total / plan.num_samples, *(v / plan.num_samples for v in jacobians)]
 
 
-def _jacobian_of_surrogates(
+def _jacobian_of_groups(
     plan: Plan, wanted: Wanted, key: Array, point: Point, r: Any, operands: Operands
 ) -> list[Array]:
-    """Value and Jacobians for degrees 1 and 2: the sums of what the groups add."""
+    """Value and Jacobians by what each group adds: for polynomials, or where values are missing."""
     noise, noise_of = noise_in(plan, operands), drawer(plan, key, operands)
 
     def evaluate(chunk: Chunk, _: Any) -> Array:
         return evaluate_at(plan, operands, point, noise_of(chunk))[0]
 
-    f = stacked(plan, evaluate)
-    surrogates = fitted(plan, operands, point, noise_of, f)
+    surrogates = fitted(plan, operands, point, noise_of, stacked(plan, evaluate))
 
-    def weigh(chunk: Chunk, parts: Any) -> list[Array]:
-        found = jacobians_of_groups(plan, wanted, noise, r, chunk, noise_of(chunk), *parts)
+    def weigh(chunk: Chunk, part: Part) -> list[Array]:
+        found = jacobians_of_groups(plan, wanted, noise, r, noise_of(chunk), part)
         return [jnp.sum(v, axis=0) for v in found]
 
-    return [jnp.mean(f, axis=0), *summed(plan, weigh, (surrogates.rest, surrogates.beta))]
+    sums = summed(plan, weigh, surrogates.parts)
+    return [surrogates.value, *(v / surrogates.number for v in sums)]
 
 
 def jacobians_of_groups(
-    plan: Plan,
-    wanted: Wanted,
-    noise: Any,
-    r: Any,
-    chunk: Chunk,
-    z: Array,
-    rest: Array,
-    beta: Any,
+    plan: Plan, wanted: Wanted, noise: Any, r: Any, z: Array, part: Part
 ) -> list[Array]:
-    """What each group of a chunk adds to the Jacobian of V in a and in r, each (count, M, D).
+    """What each group of a chunk adds to N times the Jacobian of V in a and in r, (count, M, D).
 
-    That is (sum_i (f_i - q_i) dl_i + n_g dE q_g) / N over the n_g samples i of group g.
+    That is sum_i (f_i - q_i) dl_i + n_g dE q_g over the n_g samples i of group g.
     """
-    left = jnp.swapaxes(in_groups(plan, residual(plan, noise, z, rest, beta)), 1, 2)
+    left = jnp.swapaxes(in_groups(plan, residual(plan, noise, z, part)), 1, 2)
     slopes = [in_groups(plan, v.astype(left.dtype)) for v in slopes_of(wanted, noise, z, r)]
     sums = [matmul(left, v) for v in slopes]
-    if plan.degree:
-        expected = _surrogate.expected_slopes(beta, plan.dim, plan.degree, noise)
-        slopes = [v for v, asked in zip(expected, wanted, strict=True) if asked]
-        if wanted[1] and not r.ndim:
-            slopes[-1] = jnp.sum(slopes[-1], axis=-1, keepdims=True)
-        sizes = sizes_of(plan, chunk).astype(left.dtype)[:, None, None]
-        sums = [v + sizes * e for v, e in zip(sums, slopes, strict=True)]
-    return [v / plan.num_samples for v in sums]
+    if part.beta is None:
+        return sums
+    expected = _surrogate.expected_slopes(part.beta, plan.dim, plan.degree or 0, noise)
+    slopes = [v for v, asked in zip(expected, wanted, strict=True) if asked]
+    if wanted[1] and not r.ndim:
+        slopes[-1] = jnp.sum(slopes[-1], axis=-1, keepdims=True)
+    sizes = part.sizes.astype(left.dtype)[:, None, None]
+    return [v + sizes * e for v, e in zip(sums, slopes, strict=True)]
 
 
 def slopes_of(wanted: Wanted, noise: Any, z: Array, r: Any) -> list[Array]:

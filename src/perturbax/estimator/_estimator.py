@@ -1,8 +1,10 @@
 """The estimate: arguments made flat, the way to it chosen, the results in leaves."""
 
+import warnings
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from ..execution._plan import (
@@ -48,4 +50,17 @@ def estimate(
         parts = value(a, r)
     else:
         parts, aux = expectation(plan, words, point, a, r, operands), []
-    return shaped(parts, plan.outputs, plan.output_dtypes), aux
+    value = shaped(parts, plan.outputs, plan.output_dtypes)
+    if plan.drop_missing:
+        unknown = [jnp.all(jnp.isnan(lax.stop_gradient(v))) for v in value]
+        jax.debug.callback(partial(_warn_if, plan.num_samples), *unknown)
+    return value, aux
+
+
+def _warn_if(num_samples: int, *unknown: Array) -> None:
+    if all(unknown):
+        warnings.warn(
+            f"the estimate is NaN: all {num_samples} samples are missing, as fun returned NaN at "
+            "each, or the others are infinite, with both signs",
+            stacklevel=2,
+        )

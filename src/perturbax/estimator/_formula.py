@@ -17,8 +17,9 @@ Notation, used throughout (`docs/theory.md` derives it):
 
     V = mean_i [ w_i (f_i - q_i) + E q_i ]
 
-The value of V is the plain mean of the f_i. Its derivatives in x and sigma, which it has through a
-and r alone, are unbiased at every order, because q_i does not depend on the noise of sample i.
+Means are over the samples that are not missing. The value of V is the plain mean of the f_i. Its
+derivatives in x and sigma, which it has through a and r alone, are unbiased at every order, because
+q_i does not depend on the noise of sample i.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,6 @@ from ..execution._plan import (
     cut,
     group_sizes,
     in_groups,
-    mean_over_groups,
     noise_in,
 )
 from ..scale._matrices import Blocks
@@ -63,18 +63,19 @@ def formula(
 
     f, aux = stacked(plan, evaluate)
     surrogates = fitted(plan, operands, point, noise_of, f)
+    number = surrogates.number
 
     def value(a: Array, r: Any) -> list[Array]:
-        def weigh(chunk: Chunk, parts: Any) -> list[Array]:
+        def weigh(chunk: Chunk, part: Part) -> list[Array]:
             z = noise_of(chunk)
             w = unit_weight(log_density(plan, noise, z, a, r))[:, None].astype(f.dtype)
-            return [jnp.sum(w * v, axis=0) for v in cut(residual(plan, noise, z, *parts), outputs)]
+            return [jnp.sum(w * v, axis=0) for v in cut(residual(plan, noise, z, part), outputs)]
 
         outputs = plan.outputs
-        weighed = summed(plan, weigh, (surrogates.rest, surrogates.beta))
+        weighed = summed(plan, weigh, surrogates.parts)
         expected = cut(expected_surrogate(plan, noise, surrogates, a, r), outputs)
-        means = cut(jnp.mean(lax.stop_gradient(f), axis=0), outputs)
-        v = [s / plan.num_samples + e for s, e in zip(weighed, expected, strict=True)]
+        means = cut(lax.stop_gradient(surrogates.value), outputs)
+        v = [s / number + e for s, e in zip(weighed, expected, strict=True)]
         return with_value(means, v)
 
     return value, aux
@@ -120,12 +121,34 @@ def slope_of(noise: Any, z: Array) -> Array:
 # --- Combine
 
 
-class Surrogates(NamedTuple):
-    """What is left of the values (N, M) when each group's constant is subtracted; and the rest."""
+class Part(NamedTuple):
+    """What is known of samples, a row each, and of groups, a row each, after they are evaluated."""
 
-    rest: Array  # (N, M)
-    beta: Array | tuple[()]  # coefficients (groups, P, M) of what polynomials predict of the rest
-    mean: Array  # of the constants, (M,), or of beta, (P, M), over the groups
+    rest: Array  # f less a constant, (N, M): the baseline of the group for degree 0
+    beta: Array | None  # coefficients (groups, P, M) of the polynomials that predict the rest
+    sizes: Array  # how many samples of each group are not missing, (groups,)
+    present: Array | None  # which samples these are, (N,); None for all
+
+
+class Surrogates(NamedTuple):
+    """Values and their predictions, averaged over all samples that are not missing."""
+
+    parts: Part  # of all groups
+    number: Any  # of samples that are not missing
+    value: Array  # mean of f, (M,)
+    mean: Array  # of the baselines, (M,), or of beta, (P, M)
+
+
+def present_in(plan: Plan, f: Array) -> Array | None:
+    """Which rows of the values f (C, M) are not missing: those without a NaN; None for all."""
+    return ~jnp.any(jnp.isnan(f), axis=1) if plan.drop_missing else None
+
+
+def kept(rows: Array, present: Array | None) -> Array:
+    """Rows (C, ...), zero where a sample is missing."""
+    if present is None:
+        return rows
+    return jnp.where(present.reshape(-1, *[1] * (rows.ndim - 1)), rows, jnp.zeros_like(rows))
 
 
 def fitted(
@@ -136,41 +159,59 @@ def fitted(
     f: Array,
 ) -> Surrogates:
     """Each group's surrogate, from the values f (N, M) of the other groups."""
+    present = present_in(plan, f)
+    sizes, number = jnp.asarray(group_sizes(plan), jnp.int32), plan.num_samples
+    if present is not None:
+        f = kept(f, present)
+        sizes = jnp.sum(in_groups(plan, present.astype(jnp.int32)), axis=1)
+        number = jnp.sum(sizes).astype(f.dtype)
+    value = jnp.sum(f, axis=0) / number
+    shares = sizes.astype(f.dtype) / number
+
+    def mean(values: Array) -> Array:
+        # Not a product of matrices, which takes longer to compile.
+        return jnp.sum(shares.reshape(-1, *[1] * (values.ndim - 1)) * values, axis=0)
+
     if plan.degree is None:
-        return Surrogates(f, (), jnp.zeros(f.shape[1], f.dtype))
+        part = Part(f, None, sizes, present)
+        return Surrogates(part, number, value, jnp.zeros_like(value))
     if plan.degree == 0:
-        b = baselines(plan, operands, point, f)
+        b = baselines(plan, operands, point, f, sizes, present)
         rest = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
-        return Surrogates(rest, (), mean_over_groups(plan, b))
+        return Surrogates(Part(rest, None, sizes, present), number, value, mean(b))
     noise: Any = noise_in(plan, operands)
     # For digits only: the fit is equivariant, so that these constants have no influence on f - q
     # but by rounding.
-    f = f - lax.stop_gradient(f[:1])
+    f = kept(f - lax.stop_gradient(f[:1]), present)
     unit = unit_of(f).astype(f.dtype)  # lest squares overflow or vanish
     enough = _surrogate.enough(plan.dim, plan.degree, plan.num_groups, plan.group_size)
-    sizes = np.minimum(group_sizes(plan), enough)
+    seen = np.minimum(group_sizes(plan), enough)
 
-    def equations_of(chunk: Chunk, values: Array) -> _surrogate.Equations:
-        z = noise_of(chunk)
-        weight = jnp.mean(slope_of(noise, z) ** 2, axis=1)
+    def equations_of(chunk: Chunk, rows: Any) -> _surrogate.Equations:
+        z, (values, counts) = noise_of(chunk), rows
+        weight = kept(jnp.mean(slope_of(noise, z) ** 2, axis=1), counts)
         # Rows that the last group lacks have no weight.
-        z, values, weight = (in_groups(plan, v)[:, : sizes[0]] for v in (z, values, weight))
+        z, values, weight = (in_groups(plan, v)[:, : seen[0]] for v in (z, values, weight))
         phi = _surrogate.features(z, plan.degree or 0, noise.mean).astype(f.dtype)
         return _surrogate.normal_equations(phi, values, weight)
 
-    equations = stacked(plan, equations_of, f / unit[None])
-    least = int((sizes.sum() - sizes).min())
+    equations = stacked(plan, equations_of, (f / unit[None], present))
+    least = int((seen.sum() - seen).min())
+    if present is not None:
+        seen = jnp.sum(in_groups(plan, present.astype(jnp.int32))[:, :enough], axis=1)
+        least = least, jnp.sum(seen) - seen
     beta = _surrogate.fit(equations, least) * unit[None, None]
-    return Surrogates(f, beta, mean_over_groups(plan, beta))
+    return Surrogates(Part(f, beta, sizes, present), number, value, mean(beta))
 
 
-def residual(plan: Plan, noise: Any, z: Array, rest: Array, beta: Any) -> Array:
-    """f_i - q_i of a chunk, (C, M): its rows of `Surrogates.rest`, less the polynomials at z."""
-    if not plan.degree:
-        return rest
-    phi = _surrogate.features(in_groups(plan, z), plan.degree, noise.mean).astype(rest.dtype)
-    q = _surrogate.predict(phi, beta)
-    return rest - q.reshape(q.shape[0] * q.shape[1], q.shape[2])[: rest.shape[0]]
+def residual(plan: Plan, noise: Any, z: Array, part: Part) -> Array:
+    """f_i - q_i of a chunk, (C, M); zero where a sample is missing."""
+    rest = part.rest
+    if part.beta is not None:
+        phi = _surrogate.features(in_groups(plan, z), plan.degree or 0, noise.mean)
+        q = _surrogate.predict(phi.astype(rest.dtype), part.beta)
+        rest = rest - q.reshape(q.shape[0] * q.shape[1], q.shape[2])[: rest.shape[0]]
+    return kept(rest, part.present)
 
 
 def expected_surrogate(plan: Plan, noise: Any, surrogates: Surrogates, a: Array, r: Any) -> Array:
@@ -181,12 +222,19 @@ def expected_surrogate(plan: Plan, noise: Any, surrogates: Surrogates, a: Array,
     return phi.astype(surrogates.mean.dtype) @ surrogates.mean
 
 
-def baselines(plan: Plan, operands: Operands, point: Point, f: Array) -> Array:
+def baselines(
+    plan: Plan,
+    operands: Operands,
+    point: Point,
+    f: Array,
+    sizes: Array,
+    present: Array | None = None,
+) -> Array:
     """b: for each group, the mean of f over the other groups and of f0, if used, (groups, M)."""
     centre, counted = at_x(plan, operands, point) if plan.evaluates_at_x else centre_of(f[0])
-    sums = jnp.sum(in_groups(plan, f - centre[None]), axis=1)
+    sums = jnp.sum(in_groups(plan, kept(f - centre[None], present)), axis=1)
     others = jnp.sum(sums, axis=0)[None] - sums
-    share = share_of_one(plan.num_samples - group_sizes(plan) + counted).astype(f.dtype)
+    share = share_of_one(jnp.sum(sizes) - sizes + counted).astype(f.dtype)
     return centre[None] + others * share[:, None]
 
 

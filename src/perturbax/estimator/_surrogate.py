@@ -116,13 +116,15 @@ def normal_equations(phi: Array, f: Array, weight: Array) -> Equations:
     return Equations(matmul(weighted, phi), matmul(weighted, jnp.concatenate(columns, axis=2)))
 
 
-def fit(equations: Equations, least: int) -> Array:
+def fit(equations: Equations, least: int | tuple[int, Array]) -> Array:
     """beta, shape (groups, P, M), from the other groups' equations; equivariant under f + constant.
 
     Args:
       equations: of each group, at least two.
-      least: number of samples that each fit has at least.
+      least: number of samples that each fit has at least; if some are missing, a pair of the number
+        there would be, and of those there are for each fit, (groups,).
     """
+    least, counts = least if isinstance(least, tuple) else (least, None)
     # Of two groups each is fitted on the other.
     pair = equations.gram.shape[0] == 2
     gram, moments = equations if pair else jax.tree.map(_others, equations)
@@ -136,7 +138,7 @@ def fit(equations: Equations, least: int) -> Array:
     stable = jax.lax.stop_gradient(
         gram * ridge[None].astype(gram.dtype) + floor[None].astype(gram.dtype)
     )
-    inverse = _inverse(stable, halve=least >= 2 * size)
+    inverse = _inverse(stable, halve=counts is None and least >= 2 * size)
 
     # What the ridge took from well determined coefficients is given back: each step leaves a
     # thousandth of it. Those that the samples do not determine stay small.
@@ -148,7 +150,8 @@ def fit(equations: Equations, least: int) -> Array:
     beta, rest = jax.lax.fori_loop(0, 1 + _REFINEMENTS, refine, (jnp.zeros_like(moment), moment))
     # Features and weights are real; f may be complex.
     explained = jnp.sum(jnp.real(jnp.conj(beta) * (moment + rest)), axis=1)
-    beta = _shrunk(beta, explained, jnp.real(gram[:, 0, :1]), moments[:, 0], least)
+    counts = least if counts is None else (counts[::-1] if pair else counts)[:, None]
+    beta = _shrunk(beta, explained, jnp.real(gram[:, 0, :1]), moments[:, 0], least, counts)
     return beta[::-1] if pair else beta
 
 
@@ -161,7 +164,9 @@ def _others(values: Array) -> Array:
     return jnp.sum(jnp.where(own, jnp.zeros_like(values)[None], values[None]), axis=1)
 
 
-def _shrunk(beta: Array, explained: Array, weight: Array, totals: Array, least: int) -> Array:
+def _shrunk(
+    beta: Array, explained: Array, weight: Array, totals: Array, least: int, counts: int | Array
+) -> Array:
     """Each polynomial, drawn towards its constant as far as its samples may have made it up.
 
     A function that has nothing of a polynomial would otherwise pay for coefficients that are noise.
@@ -175,7 +180,8 @@ def _shrunk(beta: Array, explained: Array, weight: Array, totals: Array, least: 
       explained: what they explain of the sums of |f|^2, (groups, M).
       weight: sums of w, (groups, 1).
       totals: sums of w times w, f and |f|^2, (groups, 1 + 2 M).
-      least: number of samples that each fit has at least.
+      least: number of samples that each fit has at least, if none is missing.
+      counts: number of samples that each fit has at least, one or (groups, 1).
 
     References:
       James and Stein, Estimation with Quadratic Loss, 1961
@@ -189,13 +195,14 @@ def _shrunk(beta: Array, explained: Array, weight: Array, totals: Array, least: 
     rounding = 16 * float(jnp.finfo(beta.dtype).eps)
     unexplained = jnp.maximum((1 - rounding) * squares - explained, 0)
     spare = least * weight**2 - size * squared_weight
-    spare = jnp.maximum(spare, _LEAST_SPARE * (least - size) * squared_weight)
+    spare = jnp.maximum(spare, _LEAST_SPARE * (counts - size) * squared_weight)
     # What chance may explain, and what is explained beyond the constant, both times the same.
     chance = (size - 1) * unexplained * squared_weight * weight
     gain = (explained * weight - jnp.abs(first) ** 2) * spare
     told = (spare > 0) & (gain > chance)
     # 1 - keep over the weight, in one division, for each is compiled by itself.
-    lost = jnp.where(told, chance, 1) / jnp.where(told, gain * weight, weight)
+    safe = jnp.where(weight > 0, weight, 1)
+    lost = jnp.where(told, chance, 1) / jnp.where(told, gain * weight, safe)
     lost = jax.lax.stop_gradient(lost)
     keep, constant = 1 - lost * weight, lost.astype(beta.dtype) * first
     place = np.eye(1, size, dtype=beta.dtype)[:, :, None]

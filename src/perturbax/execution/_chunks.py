@@ -14,7 +14,7 @@ from ..sampling._draw_groups import draw
 from ..sampling._random_bits import materialise
 from ..tracing._derivative_rules import aligned
 from ..tracing._mesh_axes import in_told_mesh, varying, varying_axes
-from ._plan import Operands, Plan, Point, concatenate, group_sizes, noise_in, perturbed
+from ._plan import Operands, Plan, Point, concatenate, noise_in, perturbed
 
 # Numbers in flight under vmap on a CPU: what all cores share should hold them.
 _BATCH = 2**21
@@ -97,13 +97,6 @@ def _evaluate_at(
 def everything(plan: Plan) -> Chunk:
     """All groups in one chunk."""
     return Chunk(jnp.uint32(0), plan.num_groups, plan.num_samples)
-
-
-def sizes_of(plan: Plan, chunk: Chunk) -> Array:
-    """Samples in each group of a chunk, (count,)."""
-    whole, last = group_sizes(plan)[[0, -1]].astype(np.int32)
-    number = chunk.first + lax.iota(jnp.uint32, chunk.groups)
-    return jnp.where(number == np.uint32(plan.num_groups - 1), last, whole)
 
 
 def summed(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> Any:

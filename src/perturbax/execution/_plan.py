@@ -48,6 +48,7 @@ class Plan:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[np.dtype, ...]
     dtype: np.dtype  # of the noise, the scores and the weights: at least float32
+    drop_missing: bool = False  # whether samples whose value has a NaN are left out
     # Operands of fun that are leaves of x: callbacks of many points see them at each point.
     own_operands: tuple[int, ...] = ()
 
@@ -226,13 +227,6 @@ def group_sizes(plan: Plan) -> np.ndarray:
     sizes = np.full(plan.num_groups, plan.group_size)
     sizes[-1] = plan.num_samples - plan.group_size * (plan.num_groups - 1)
     return sizes
-
-
-def mean_over_groups(plan: Plan, values: Array) -> Array:
-    """The mean of values (groups, ...) of groups, each of which counts by its size."""
-    share = (group_sizes(plan) / plan.num_samples).astype(values.dtype)
-    # Not a product of matrices, which takes longer to compile.
-    return jnp.sum(share.reshape(-1, *[1] * (values.ndim - 1)) * values, axis=0)
 
 
 def in_groups(plan: Plan, rows: Array) -> Array:

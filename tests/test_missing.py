@@ -1,0 +1,173 @@
+"""missing="drop": samples whose value has a NaN are left out, as if they had not been drawn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import perturbax as px
+from helpers import assert_biased, assert_unbiased
+
+KEY = jax.random.key(5, impl="threefry2x32")
+X = jnp.array([0.3, -0.2, 0.1])
+SIGMA = 0.4
+NORMAL = px.Normal()
+
+
+def bumps(y):
+    return jnp.sum(jnp.floor(2 * y)) + y[0] * y[1]
+
+
+def fails(fun, limit=0.3):
+    """fun, which fails in a leaf of its value where the last coordinate is large."""
+
+    def failing(y):
+        return {"a": fun(y), "b": jnp.where(y[-1] > limit, jnp.nan, y)}
+
+    return failing
+
+
+def smooth(fun, num_samples=22, missing="drop", **options):
+    settings = {"noise": NORMAL, "missing": missing, **options}
+    return px.make_perturbed_fun(fun, num_samples, SIGMA, **settings)
+
+
+@pytest.mark.parametrize("size", [1, 6])
+def test_what_is_left_is_estimated_as_if_the_rest_had_not_been_drawn(size):
+    """Value, gradient and standard errors by sums in float64, over samples that did not fail."""
+    options = {"sampler": px.Independent(block=size), "degree": 0}
+    by_formula = smooth(lambda y: (fails(bumps)(y), y), has_aux=True, **options)
+    g = smooth(fails(bumps), **options)
+    _, y = by_formula(KEY, X)
+    y = np.asarray(y, np.float64)
+    f, z = np.asarray(jax.vmap(bumps)(y), np.float64), (y - np.asarray(X)) / SIGMA
+    present, number = y[:, -1] <= np.float32(0.3), 22
+    left = present.sum()
+    assert 5 < left < number
+    parts, shares = [], []
+    for start in range(0, number, size):
+        own = np.isin(np.arange(number), np.arange(start, start + size))
+        others = np.append(f[present & ~own], bumps(X))
+        here = present & own
+        parts.append((f[here] - others.mean()) @ z[here] / SIGMA / left)
+        shares.append(here.sum() / left)
+    parts, shares = np.array(parts), np.array(shares)
+    gradient = parts.sum(axis=0)
+    found = px.estimate(g, KEY, X)
+    for jacobian in (
+        found.gradient["a"],
+        jax.jacrev(g, argnums=1)(KEY, X)["a"],
+        jax.jacfwd(lambda x: by_formula(KEY, x)[0]["a"])(X),
+    ):
+        np.testing.assert_allclose(jacobian, gradient, rtol=1e-4)
+    np.testing.assert_allclose(g(KEY, X)["a"], f[present].mean(), rtol=1e-5)
+    groups = (shares > 0).sum()
+    spread = ((parts - shares[:, None] * gradient) ** 2).sum(axis=0) * groups / (groups - 1)
+    np.testing.assert_allclose(found.gradient_error["a"], np.sqrt(spread), rtol=1e-4)
+    assert found.missing == number - left
+    assert found.empty_groups == len(shares) - groups
+
+
+@pytest.mark.parametrize(
+    ("degree", "sampler"),
+    [(None, px.Independent()), (0, px.Sobol(3)), (1, px.Sobol(4)), (2, px.Sobol(2))],
+    ids=str,
+)
+def test_nothing_changes_where_nothing_is_missing(degree, sampler):
+    options = {"use_baseline": degree is not None, "degree": degree, "sampler": sampler}
+
+    def results(missing):
+        g = smooth(bumps, 41, missing, **options)
+        found = px.estimate(g, KEY, X)
+        assert (found.missing is None) == (missing == "propagate")
+        low, high = found.interval().gradient
+        return jax.value_and_grad(g, argnums=1)(KEY, X), found.gradient_error, low, high
+
+    for got, want in zip(*map(jax.tree.leaves, map(results, ("drop", "propagate"))), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [None, 16])
+def test_a_fit_of_what_is_left_is_exact_for_its_polynomials(batch_size):
+    """One in four is missing, all on one side, and so is the whole last group."""
+    options = {"degree": 2, "sampler": px.Sobol(4), "batch_size": batch_size}
+
+    def quadratic(y):
+        return 3.0 + y @ jnp.array([1.0, -2.0, 0.5]) + y[0] ** 2 - y[1] * y[2]
+
+    g = smooth(lambda y: jnp.where(y[2] > 0.35, jnp.nan, quadratic(y)), 160, **options)
+    gradient, hessian = jax.jit(lambda x: (jax.grad(g, 1)(KEY, x), jax.hessian(g, 1)(KEY, x)))(X)
+    np.testing.assert_allclose(gradient, jax.grad(quadratic)(X), atol=2e-3)
+    np.testing.assert_allclose(hessian, jax.hessian(quadratic)(X), atol=2e-2)
+
+
+def estimator(degree, missing="drop", penalty=jnp.nan):
+    """Of y1^2 y2, from evaluations that fail on a quarter of a coordinate that it does not see."""
+
+    def fun(y):
+        return jnp.where(y[2] > 0.37, penalty, y[0] ** 2 * y[1])
+
+    g = smooth(fun, 32, missing, degree=degree, sampler=px.Independent(block=4))
+
+    def estimate(key, x):
+        value, gradient = jax.value_and_grad(g, argnums=1)(key, x)
+        return {"value": value, "gradient": gradient[:2]}
+
+    return estimate
+
+
+# E of (x1 + s z1)^2 (x2 + s z2), and its derivatives.
+EXACT = {
+    "value": np.float64((0.3**2 + SIGMA**2) * -0.2),
+    "gradient": np.array([2 * 0.3 * -0.2, 0.3**2 + SIGMA**2]),
+}
+SETTINGS = {
+    "args": (X,),
+    "seed": 71,
+    "num_keys": 2**12,
+    "scale": {"value": 1.0, "gradient": 1.0},
+}
+
+
+@pytest.mark.parametrize("degree", [0, 1])
+def test_no_bias_where_failing_has_nothing_to_do_with_the_function(degree):
+    assert_unbiased(estimator(degree), EXACT, promise={"value": 0.01, "gradient": 0.04}, **SETTINGS)
+
+
+def test_values_of_zero_in_place_of_missing_ones_would_be_noticed():
+    """What comes of it if the samples that are missing count."""
+    assert_biased(estimator(0, "propagate", 0.0), EXACT, quantities=("gradient",), **SETTINGS)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_nothing_left_is_nan_and_told(jit):
+    g = smooth(lambda y: jnp.sum(y) * jnp.nan, 10)
+    derive = jax.value_and_grad(g, argnums=1)
+
+    def run():
+        found = (jax.jit(derive) if jit else derive)(KEY, X)
+        jax.effects_barrier()
+        return found
+
+    with pytest.warns(UserWarning, match="all 10 samples are missing"):
+        found = run()
+    assert all(np.isnan(v).all() for v in found)
+
+
+def test_intervals_count_the_groups_that_are_left():
+    """Of six samples four are missing: two groups have one degree of freedom."""
+    seen = jnp.sort(smooth(lambda y: (y[0], y[0]), 6, has_aux=True, degree=0)(KEY, X)[1])
+    fun = lambda y: jnp.where(y[0] > (seen[1] + seen[2]) / 2, jnp.nan, y[1])  # noqa: E731
+    found = px.estimate(smooth(fun, 6, degree=0), KEY, X)
+    assert (found.missing, found.empty_groups, found.degrees_of_freedom) == (4, 4, 5)
+    low, high = jax.jit(lambda found: found.interval(0.9))(found).value
+    np.testing.assert_allclose((high - low) / 2 / found.value_error, 6.3138, rtol=1e-4)
+
+
+def test_a_nan_is_propagated_by_default():
+    assert np.isnan(smooth(fails(bumps), missing="propagate")(KEY, X)["b"]).all()
+
+
+def test_other_words_are_refused():
+    with pytest.raises(ValueError, match="missing must be 'propagate' or 'drop', got 'ignore'"):
+        smooth(bumps, missing="ignore")
