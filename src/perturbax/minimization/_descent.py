@@ -1,0 +1,209 @@
+"""Stepping with an optimiser of optax along the smoothed function's estimated gradient."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .._perturb import make_perturbed_fun
+from ..diagnostics._standard_errors import estimate
+from ..noise._protocol import NoiseDistribution
+from ..sampling._protocol import Sampler
+from ._problem import Objective
+from ._schedules import ADAPTED, Sigma, Sweep, given_sigma
+from ._states import Method, Operands, Step, where
+
+# Steps between two looks at the signal.
+_WINDOW = 20
+# By how much sigma is lowered where the gradients of a window do not add up to more than chance.
+_LOWERED = 0.5
+# Share of the gradient's square that is signal, below which a step needs more samples.
+_WEAK = 0.1
+# Most doublings of the number of samples.
+_MOST_DOUBLINGS = 6
+# The function itself is evaluated, at the centre, for a share of the evaluations no larger than
+# one in as many.
+_SHARE_OF_CENTRES = 20
+
+
+class Optimizer(Protocol):
+    """An optimiser as optax makes them."""
+
+    @property
+    def init(self) -> Callable[[Any], Any]:
+        """The state for given parameters."""
+        ...
+
+    @property
+    def update(self) -> Callable[..., tuple[Any, Any]]:
+        """Updates and the next state, from gradients, the state and the parameters."""
+        ...
+
+
+class Descent(NamedTuple):
+    """The state of a descent.
+
+    Attributes:
+      point: where it is.
+      optimizer: the optimiser's state.
+      multiple: sigma, as a multiple of the problem's scale; not used where sigma is given.
+      sum: of the gradients of this window.
+      noise: squared standard errors of those gradients, added up.
+      signal: squares of those gradients, added up.
+    """
+
+    point: Any
+    optimizer: Any
+    multiple: Array
+    sum: Any
+    noise: Array
+    signal: Array
+
+
+def descent(
+    objective: Objective,
+    optimizer: Optimizer,
+    sigma: Sigma,
+    num_samples: int,
+    doublings: int,
+    grows: bool,
+    noise: NoiseDistribution,
+    sampler: Sampler | None,
+    degree: int | None,
+    batch_size: int | None,
+    choose: Sweep,
+) -> Method:
+    """The method: estimate the gradient, hand it to the optimiser, look at the signal.
+
+    Args:
+      objective: what is minimised.
+      optimizer: of optax.
+      sigma: given, adapted, or a schedule of steps.
+      num_samples: for each step, at first.
+      doublings: how often it was doubled since.
+      grows: whether num_samples may grow.
+      noise: its law.
+      sampler: as for `make_perturbed_fun`.
+      degree: as for `make_perturbed_fun`.
+      batch_size: as for `make_perturbed_fun`.
+      choose: how a first sigma is found.
+    """
+    num_samples <<= doublings
+    grows = grows and doublings < _MOST_DOUBLINGS
+    adapts = sigma == ADAPTED
+    looks = adapts or grows
+    period = max(1, math.ceil(_SHARE_OF_CENTRES / num_samples))
+    dtype = objective.dtype
+
+    def scale_of(operands: Operands, state: Descent, count: Array) -> Any:
+        if adapts:
+            return jax.tree.map(lambda s: state.multiple * s, operands.scale)
+        return given_sigma(sigma, operands, count)
+
+    def init(operands: Operands, key: Array, u: Any) -> Descent:
+        multiple = choose.choose(operands, key, u) if adapts else jnp.ones(())
+        return Descent(
+            point=u,
+            optimizer=optimizer.init(u),
+            multiple=jnp.asarray(multiple, dtype),
+            sum=jax.tree.map(lambda v: jnp.zeros(v.shape, dtype), u) if looks else (),
+            noise=jnp.zeros((), dtype),
+            signal=jnp.zeros((), dtype),
+        )
+
+    def step(
+        operands: Operands, state: Descent, key: Array, count: Array
+    ) -> tuple[Descent, Step]:
+        draw_key, fun_key = jax.random.split(key)
+        scale = scale_of(operands, state, count)
+
+        def value(u: Any) -> tuple[Array, Array]:
+            found = objective.value(operands.function, fun_key, u)
+            return found, found
+
+        smooth = make_perturbed_fun(
+            value,
+            num_samples,
+            scale,
+            noise,
+            batch_size=batch_size,
+            sampler=sampler,
+            degree=degree,
+            has_aux=True,
+        )
+        if looks:
+            found = estimate(smooth, draw_key, state.point)
+            mean, error, gradient = found.value, found.value_error, found.gradient
+        else:
+            slope = jax.value_and_grad(smooth, argnums=1, has_aux=True)
+            (mean, values), gradient = slope(draw_key, state.point)
+            error = jnp.std(values) / math.sqrt(max(1, num_samples - 1))
+        finite = jnp.stack([jnp.isfinite(v).all() for v in jax.tree.leaves(gradient)]).all()
+        given = jax.tree.map(
+            lambda g, u: jnp.where(finite, g, 0).astype(u.dtype), gradient, state.point
+        )
+        updates, optimizer_state = optimizer.update(given, state.optimizer, state.point)
+        moved = jax.tree.map(lambda u, d: (u + d).astype(u.dtype), state.point, updates)
+        # A step without a gradient is not made, and does not reach the optimiser's averages.
+        moved = where(finite, moved, state.point)
+        optimizer_state = where(finite, optimizer_state, state.optimizer)
+
+        evaluated = count % period == 0
+        hard = lax.cond(
+            evaluated,
+            lambda: objective.value(operands.function, fun_key, state.point),
+            lambda: jnp.full((), jnp.nan, dtype),
+        )
+        sigmas = jnp.stack([jnp.mean(jnp.asarray(s, dtype)) for s in jax.tree.leaves(scale)])
+        told = Step(
+            smoothed_value=mean,
+            standard_error=error,
+            hard_value=hard,
+            sigma=jnp.mean(sigmas),
+            candidate=state.point,
+            candidate_value=hard,
+            centre=state.point,
+            evaluations=num_samples + evaluated.astype(jnp.int32),
+            wants_more=jnp.zeros((), bool),
+        )
+        state = state._replace(point=moved, optimizer=optimizer_state)
+        if looks:
+            state, weak = looked(state, gradient, found.gradient_error, finite, count)
+            told = told._replace(wants_more=weak)
+        return state, told
+
+    def looked(
+        state: Descent, gradient: Any, errors: Any, finite: Array, count: Array
+    ) -> tuple[Descent, Array]:
+        squares = lambda tree: sum(jnp.sum(v.astype(dtype) ** 2) for v in jax.tree.leaves(tree))
+        total = jax.tree.map(
+            lambda s, g: s + jnp.where(finite, g, 0).astype(dtype), state.sum, gradient
+        )
+        noise = state.noise + jnp.where(finite, squares(errors), 0)
+        signal = state.signal + jnp.where(finite, squares(gradient), 0)
+        over = (count + 1) % _WINDOW == 0
+        # Of gradients that are noise alone, the sum's square is on average the sum of squares.
+        by_chance = squares(total) <= 2 * noise
+        multiple = state.multiple
+        if adapts:
+            multiple = multiple * jnp.where(over & by_chance, _LOWERED, 1).astype(dtype)
+        weak = over & (signal - noise < _WEAK * noise) if grows else jnp.zeros((), bool)
+        fresh = state._replace(
+            sum=where(over, jax.tree.map(jnp.zeros_like, total), total),
+            noise=jnp.where(over, 0, noise),
+            signal=jnp.where(over, 0, signal),
+            multiple=multiple,
+        )
+        return fresh, weak
+
+    return Method(
+        num_samples=num_samples,
+        most_evaluations=num_samples + 1,
+        init=init,
+        init_evaluations=choose.evaluations if adapts else 0,
+        step=step,
+        grown=(lambda state: state) if grows else None,
+    )

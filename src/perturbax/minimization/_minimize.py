@@ -1,0 +1,407 @@
+"""minimize: the public face, and the loop around the compiled blocks."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+from .. import _checks
+from ..noise._foreign import as_noise
+from ..noise._protocol import NoiseDistribution
+from ..noise._smooth import Normal
+from ..sampling._orthogonal import Orthogonal
+from ..sampling._protocol import Sampler
+from ..scale._scales import check_sigma
+from ._checkpoint import fingerprint, load, save
+from ._descent import Optimizer
+from ._problem import Objective, Problem, make_problem
+from ._progress import Telling
+from ._result import MinimizeHistory, MinimizeResult
+from ._run import Found, Setup, begin, block, empty_history, finish, step
+from ._schedules import ADAPTED, GIVEN, Sigma
+from ._states import CALLED_OFF, EXHAUSTED, RUNNING, Operands, Run
+
+_MAX_EVALUATIONS = 2**31 - 1
+# Longest block of steps, and how long one is to take, in seconds.
+_LONGEST_BLOCK = 1024
+_SECONDS_A_BLOCK = 1.0
+# Between two checkpoints.
+_SECONDS_A_CHECKPOINT = 3.0
+
+
+class MinimizeProgress(NamedTuple):
+    """What a callback is told after each step.
+
+    Attributes:
+      step: number of steps made.
+      evaluations: number of evaluations made.
+      x: where the last step drew its samples around, with the structure of x0.
+      smoothed_value: estimate of the smoothed function there.
+      standard_error: of that estimate.
+      best_value: the lowest value so far; of a noisy function, the lowest smoothed value.
+      sigma: scale of the noise.
+    """
+
+    step: int
+    evaluations: int
+    x: Any
+    smoothed_value: float
+    standard_error: float
+    best_value: float
+    sigma: float
+
+
+def minimize(
+    fun: Callable[..., Any],
+    x0: Any,
+    key: Array,
+    *,
+    args: tuple[Any, ...] = (),
+    optimizer: Optimizer | None = None,
+    sigma: Any = None,
+    num_samples: int | None = None,
+    noise: NoiseDistribution = Normal(),
+    max_evaluations: int = 10_000,
+    tol: float | None = None,
+    lower: Any = None,
+    upper: Any = None,
+    takes_key: bool = False,
+    sampler: Sampler | None = None,
+    degree: int | None = None,
+    batch_size: int | None = None,
+    callback: Callable[[MinimizeProgress], Any] | None = None,
+    progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> MinimizeResult:
+    r"""Minimises a function from its values alone, by way of its smoothed version.
+
+    Each step draws `num_samples` points x + sigma eps and learns from the values of fun there how
+    :math:`F(x) = E[f(x + \sigma \epsilon)]` falls. fun may be a step function, noisy, or a program
+    outside JAX.
+
+    By default a quadratic surrogate is fitted to the samples of this step and of earlier ones (by
+    Stein's identity it has F's gradient and Hessian), and the next samples are drawn around its
+    minimum, no farther than a few sigma; sigma and the shape of the noise follow the surrogate.
+    With `optimizer`, an unbiased estimate of F's gradient is handed to that optimiser in each step.
+
+    Args:
+      fun: from x, and args, to one number: any function that `make_perturbed_fun` takes.
+      x0: where to begin, a pytree of floating arrays.
+      key: one PRNG key; it is consumed.
+      args: further arguments of fun.
+      optimizer: of optax, such as `optax.adam(0.05)`; what evaluates the function itself, such as
+        a line search, is not supported. None for the surrogate.
+      sigma: scale of the noise: a number (or pytree, as for `make_perturbed_fun`); a schedule as
+        optax has them, called with the number of steps; or None, for one that is chosen from a
+        sweep at the start and then adapted: by the surrogate; with an optimizer, halved wherever
+        20 gradients add up to no more than chance would let them.
+      num_samples: evaluations a step. None begins with a number that depends on the number of
+        coordinates, and, with an optimizer, doubles it where less than a tenth of the gradient's
+        square is signal.
+      noise: law of the noise, as for `make_perturbed_fun`.
+      max_evaluations: of fun, all told.
+      tol: the run ends where the smoothed value has not fallen by more than this for 30 steps; None
+        for never.
+      lower: bound of x, a number or a pytree of them with the structure of x0 or a prefix of it;
+        None is for no bound, as a leaf too. fun is evaluated between the bounds only: points
+        outside are reflected.
+      upper: the other bound.
+      takes_key: whether fun takes a key, as `fun(key, x, *args)`. It has a new one in each step,
+        the same for all samples of the step, so that their differences are those of x. A noisy
+        function without a key, one outside JAX, is recognised by two evaluations at x0.
+      sampler: as for `make_perturbed_fun`; the surrogate's default is `Orthogonal()`.
+      degree: as for `make_perturbed_fun`, with an optimizer only.
+      batch_size: as for `make_perturbed_fun`.
+      callback: called with a `MinimizeProgress` after each step; the run ends if it returns true.
+      progress: whether a run of more than a second tells on standard error how far it is: by a bar
+        if tqdm is installed (extra `progress`), else by a line now and then.
+      checkpoint: path of a file to keep the run in, every few seconds and where it is interrupted.
+        If there is one, the run goes on from there, to the same result as without interruption.
+
+    Returns:
+      A `MinimizeResult`: x, value, value_error, num_evaluations, history, reason. Under `jit`, or
+      `vmap` for a batch of starts, everything runs in one program: num_samples does not grow then,
+      and callback and checkpoint are not possible.
+
+    Raises:
+      TypeError: if an argument is of the wrong kind; if x0 has leaves that are not floating.
+      ValueError: if an argument has a value that is not possible; if the checkpoint is of another
+        problem.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import perturbax as px
+      >>> def staircase(x):
+      ...     return jnp.sum(jnp.round(4 * (x - 1)) ** 2)
+      >>> found = px.minimize(staircase, jnp.zeros(5), jax.random.key(0), max_evaluations=2000)
+      >>> float(found.value)
+      0.0
+      >>> found.reason
+      'max_evaluations reached'
+
+    References:
+      Nesterov and Spokoiny, Random Gradient-Free Minimization of Convex Functions, 2017,
+      doi:10.1007/s10208-015-9296-2
+      Powell, The NEWUOA software for unconstrained optimization without derivatives, 2006,
+      doi:10.1007/0-387-30065-1_16
+    """
+    key = _checks.check_key(key, x0)
+    _checks.check_noise(noise)
+    max_evaluations = _checks.check_count(max_evaluations, "max_evaluations", _MAX_EVALUATIONS)
+    takes_key = _checks.check_bool(takes_key, "takes_key")
+    progress = _checks.check_bool(progress, "progress")
+    if not isinstance(args, tuple):
+        raise TypeError(f"args must be a tuple, such as (data,), got {type(args).__name__}")
+    if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            "optimizer must be one of optax, such as optax.adam(0.05), with init and update, got "
+            f"{type(optimizer).__name__}"
+        )
+    if callback is not None:
+        _checks.check_fun(callback, "callback")
+    if degree is not None and optimizer is None:
+        raise ValueError("degree is for gradients: give an optimizer, or leave degree out")
+    problem = make_problem(fun, x0, key, args, takes_key, lower, upper)
+    objective = problem.objective
+    kind, numbers = _sigma(sigma)
+    setup = Setup(
+        objective=objective,
+        optimizer=optimizer,
+        sigma=kind,
+        num_samples=_num_samples(num_samples, objective, optimizer),
+        grows=num_samples is None,
+        doublings=0,
+        noise=as_noise(noise),
+        sampler=sampler if optimizer is not None or sampler is not None else Orthogonal(),
+        degree=degree,
+        batch_size=batch_size,
+    )
+    operands = Operands(
+        function=problem.operands,
+        scale=problem.scale,
+        sigma=numbers,
+        tol=jnp.asarray(-1.0 if tol is None else _tolerance(tol)),
+    )
+    method = setup.method
+    kept = int(_final_evaluations(max_evaluations)[int(takes_key)])
+    least = 2 + method.init_evaluations + method.most_evaluations + kept
+    if max_evaluations < least:
+        raise ValueError(
+            f"max_evaluations must be at least {least} for one step with "
+            f"num_samples={setup.num_samples} and what comes before and after, got "
+            f"{max_evaluations}"
+        )
+    if _is_traced((problem.start, key, operands)):
+        if callback is not None or checkpoint is not None:
+            raise TypeError(
+                "callback and checkpoint need a run outside jit and vmap, but x0, key or args "
+                "are traced"
+            )
+        return _in_one_program(setup, operands, problem, key, max_evaluations)
+    telling = Telling(progress, max_evaluations)
+    try:
+        keeping = None
+        if checkpoint is not None:
+            keeping = Keeping(Path(checkpoint), setup, operands, problem, key)
+        return _in_blocks(
+            setup, operands, problem, key, max_evaluations, callback, telling, keeping
+        )
+    finally:
+        telling.close()
+
+
+def _in_one_program(
+    setup: Setup, operands: Operands, problem: Problem, key: Array, max_evaluations: int
+) -> MinimizeResult:
+    """A run whose numbers are not known yet."""
+    setup = setup._replace(grows=False)
+    run = begin(setup, operands, key, problem.start)
+    most = -(-max_evaluations // setup.num_samples)
+    budget = max_evaluations - _final_evaluations(max_evaluations)
+    run, history = block(setup, most, operands, run, jnp.asarray(most), budget)
+    return _result(problem, run, history, finish(setup.objective, _repeats(max_evaluations), operands, run))
+
+
+def _in_blocks(
+    setup: Setup,
+    operands: Operands,
+    problem: Problem,
+    key: Array,
+    max_evaluations: int,
+    callback: Callable[[MinimizeProgress], Any] | None,
+    telling: Telling,
+    keeping: "Keeping | None",
+) -> MinimizeResult:
+    """A run in blocks of steps, as long as fits between two looks at the clock.
+
+    The blocks' lengths change nothing about the result.
+    """
+    budget = max_evaluations - _final_evaluations(max_evaluations)
+    run, told = None, []
+    if keeping is not None:
+        setup, run, told = keeping.load()
+    if run is None:
+        run = begin(setup, operands, key, problem.start)
+    run = run._replace(status=jnp.where(run.status == EXHAUSTED, RUNNING, run.status))
+    most = 1
+    try:
+        while int(run.status) == RUNNING:
+            begun = time.monotonic()
+            limit = jnp.asarray(1 if callback else most)
+            run, rows = block(setup, _LONGEST_BLOCK, operands, run, limit, budget)
+            steps = int(run.steps) - sum(map(len, told))
+            if steps:
+                told.append(jax.tree.map(lambda column, n=steps: np.asarray(column)[:n], rows))
+            taken = time.monotonic() - begun
+            # The first block was compiled in this time, too.
+            if taken < _SECONDS_A_BLOCK or most == 1:
+                most = min(2 * most, _LONGEST_BLOCK)
+            elif taken > 2 * _SECONDS_A_BLOCK:
+                most = max(most // 2, 1)
+            if bool(run.wants_more):
+                setup = setup._replace(doublings=setup.doublings + 1)
+            if steps:
+                last = jax.tree.map(lambda column: column[-1], told[-1])
+                telling.tell(int(last.evaluations), float(last.best_value), float(last.sigma))
+                if keeping is not None:
+                    keeping.save_now_and_then(setup, run, told)
+                if callback is not None and callback(_progress(problem, run, last)):
+                    run = run._replace(status=jnp.asarray(CALLED_OFF, jnp.int32))
+    except KeyboardInterrupt:
+        if keeping is not None:
+            keeping.save(setup, run, told)
+        raise
+    if keeping is not None:
+        keeping.save(setup, run, told)
+    found = finish(setup.objective, _repeats(max_evaluations), operands, run)
+    history = jax.tree.map(lambda *columns: np.concatenate(columns), *told) if told else None
+    if history is None:
+        empty = empty_history(setup.objective, 0)
+        history = jax.tree.map(np.asarray, empty)
+    return _result(problem, run, history, found)
+
+
+def _progress(problem: Problem, run: Run, last: MinimizeHistory) -> MinimizeProgress:
+    return MinimizeProgress(
+        step=int(run.steps),
+        evaluations=int(last.evaluations),
+        x=problem.inside(run.centre),
+        smoothed_value=float(last.smoothed_value),
+        standard_error=float(last.standard_error),
+        best_value=float(last.best_value),
+        sigma=float(last.sigma),
+    )
+
+
+def _result(problem: Problem, run: Run, history: MinimizeHistory, found: Found) -> MinimizeResult:
+    return MinimizeResult(
+        x=problem.inside(found.u),
+        value=found.value,
+        value_error=found.value_error,
+        num_evaluations=found.evaluations,
+        history=history,
+        num_steps=run.steps,
+        status=run.status,
+    )
+
+
+class Keeping:
+    """A checkpoint of one run."""
+
+    def __init__(
+        self, path: Path, setup: Setup, operands: Operands, problem: Problem, key: Array
+    ):
+        """Takes the run's fingerprint."""
+        if not path.parent.is_dir():
+            raise ValueError(f"checkpoint's folder {os.fspath(path.parent)!r} does not exist")
+        self._path, self._settings = path, setup
+        self._impl = jax.random.key_impl(key)
+        self._last = time.monotonic()
+        run = jax.eval_shape(lambda: begin(setup, operands, key, problem.start))
+        self._like = run
+        stepped = jax.make_jaxpr(
+            lambda run: step(setup, operands, run, jnp.zeros(2, jnp.int32))
+        )(run)
+        self._prints = fingerprint(
+            {
+                "x0": problem.start,
+                "key": jax.random.key_data(key),
+                "fun or its data": (str(setup.objective.traced.jaxpr), problem.operands),
+                "bounds": problem.scale,
+                "sigma or tol": (operands.sigma, operands.tol, setup.sigma == ADAPTED),
+                "optimizer, sigma or noise": (str(stepped), stepped.consts),
+                "num_samples": (setup.num_samples, setup.grows),
+            }
+        )
+
+    def load(self) -> tuple[Setup, Run | None, list[MinimizeHistory]]:
+        """The run as it was kept, or as it was given where nothing was."""
+        rows = empty_history(self._settings.objective, 0)
+        found = load(self._path, self._prints, {"run": self._like, "rows": rows, "doublings": 0})
+        if found is None:
+            return self._settings, None, []
+        run = found["run"]
+        key = jax.random.wrap_key_data(jnp.asarray(run.key), impl=self._impl)
+        run = jax.tree.map(jnp.asarray, run._replace(key=key))
+        setup = self._settings._replace(doublings=int(found["doublings"]))
+        return setup, run, [found["rows"]] if int(run.steps) else []
+
+    def save_now_and_then(self, setup: Setup, run: Run, told: list[MinimizeHistory]) -> None:
+        """Saves if the last time is seconds ago."""
+        if time.monotonic() - self._last >= _SECONDS_A_CHECKPOINT:
+            self.save(setup, run, told)
+
+    def save(self, setup: Setup, run: Run, told: list[MinimizeHistory]) -> None:
+        """Saves the run."""
+        rows = [empty_history(self._settings.objective, 0), *told]
+        rows = jax.tree.map(lambda *columns: np.concatenate(columns), *rows)
+        parts = {"run": run, "rows": rows, "doublings": setup.doublings}
+        save(self._path, self._prints, parts)
+        self._last = time.monotonic()
+
+
+def _sigma(sigma: Any) -> tuple[Sigma, Any]:
+    """What kind of sigma it is, and its numbers."""
+    if sigma is None:
+        return ADAPTED, None
+    if callable(sigma):
+        return sigma, None
+    return GIVEN, jax.tree.map(jnp.asarray, check_sigma(sigma))
+
+
+def _tolerance(tol: Any) -> float:
+    if isinstance(tol, bool) or not isinstance(tol, int | float | np.number):
+        raise TypeError(f"tol must be a number or None, got {type(tol).__name__}")
+    if not tol >= 0 or math.isinf(tol):
+        raise ValueError(f"tol must be >= 0 and finite, got {tol}")
+    return float(tol)
+
+
+def _num_samples(num_samples: Any, objective: Objective, optimizer: Optimizer | None) -> int:
+    if num_samples is not None:
+        return _checks.check_count(num_samples, "num_samples", _MAX_EVALUATIONS)
+    if optimizer is None:
+        return max(5, min(objective.dim // 2, 200))
+    return min(256, max(16, 2 ** math.ceil(math.log2(2 * objective.dim))))
+
+
+def _repeats(max_evaluations: int) -> int:
+    """Evaluations that the value of a noisy function is the mean of."""
+    return max(2, min(100, max_evaluations // 50))
+
+
+def _final_evaluations(max_evaluations: int) -> np.ndarray:
+    """Evaluations kept for the end: of a function without noise, and of a noisy one."""
+    return np.asarray([1, 3 * _repeats(max_evaluations)], np.int32)
+
+
+def _is_traced(values: Any) -> bool:
+    return any(isinstance(v, Tracer) for v in jax.tree.leaves(values))

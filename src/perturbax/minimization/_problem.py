@@ -1,0 +1,226 @@
+"""What is minimised: one number, of a point that is reflected where it leaves its bounds."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from .. import _checks
+from ..tracing._signature import TracedFunction
+from ..tracing._user_code import trace_fun
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A function of points that may lie anywhere, comparable by the operations it consists of.
+
+    Attributes:
+      traced: one number, from a key and the leaves of a point.
+      tree: structure of a point.
+      shapes: of its leaves.
+      dtypes: of its leaves.
+      dtype: that of noise and values, of at least single precision.
+    """
+
+    traced: TracedFunction
+    tree: Any
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[np.dtype, ...]
+    dtype: np.dtype
+
+    @property
+    def dim(self) -> int:
+        """Number of coordinates."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def value(self, operands: Any, key: Array, u: Any) -> Array:
+        """The function at u; only one that takes a key looks at the key."""
+        (number,) = self.traced(operands, key, *jax.tree.leaves(u))
+        return number
+
+
+def evaluations(objective: Objective, operands: Any, keys: Array, u: Any) -> Array:
+    """The function at u, once for each key.
+
+    A function that takes no key, such as one outside JAX, may be noisy all the same. The barrier
+    keeps the compiler from evaluating it once for all keys.
+    """
+
+    def evaluate(u: Any, key: Array) -> tuple[Any, Array]:
+        return lax.optimization_barrier((u, objective.value(operands, key, u)))
+
+    return lax.scan(evaluate, u, keys)[1]
+
+
+class Problem(NamedTuple):
+    """What is minimised, and where.
+
+    Attributes:
+      objective: the function.
+      operands: what it closes over.
+      inside: the point between the bounds that a point stands for.
+      start: x0, with arrays as leaves.
+      scale: how wide each coordinate may be expected to range, with the structure of x0.
+    """
+
+    objective: Objective
+    operands: Any
+    inside: Callable[[Any], Any]
+    start: Any
+    scale: Any
+
+
+def make_problem(
+    fun: Callable[..., Any],
+    x0: Any,
+    key: Array,
+    args: tuple[Any, ...],
+    takes_key: bool,
+    lower: Any,
+    upper: Any,
+) -> Problem:
+    """Checks what is to be minimised, and where.
+
+    Raises:
+      TypeError: if fun is not callable, or a leaf of x0, lower or upper is of the wrong kind.
+      ValueError: if bounds do not fit x0, are not in order, or x0 lies outside.
+    """
+    _checks.check_fun(fun)
+    fixed = [leaf for leaf in jax.tree.leaves(x0) if not _is_floating(leaf)]
+    if fixed and not any(isinstance(leaf, str) for leaf in fixed):
+        kinds = ", ".join(sorted({str(_checks.dtype_of(leaf)) for leaf in fixed}))
+        raise TypeError(
+            f"minimize moves all of x0, but it has leaves of {kinds}: hand those to fun by "
+            "args=(...), or, where they are to be found too, make them floating numbers that fun "
+            "rounds, as jnp.round(x) does"
+        )
+    leaves, names, merge = _checks.perturbed_leaves(x0)
+    if not _checks.num_elements(leaves):
+        raise ValueError("x0 has no coordinates: there is nothing to minimise over")
+    dtype = _checks.noise_dtype(leaves)
+    low = _bounds(lower, x0, leaves, names, "lower", -np.inf)
+    high = _bounds(upper, x0, leaves, names, "upper", np.inf)
+    for bounds in zip(low, high, leaves, names, strict=True):
+        _check_between(*bounds)
+
+    def inside(u: Any) -> Any:
+        parts = zip(jax.tree.leaves(u), low, high, strict=True)
+        return merge([_reflected(*part) for part in parts])
+
+    def value(key_and_leaves: list[Array]) -> Array:
+        x = inside(merge(key_and_leaves[1:]))
+        key = key_and_leaves[0]
+        result = fun(key, x, *args) if takes_key else fun(x, *args)
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(result)]
+        if shapes != [()]:
+            raise TypeError(
+                "fun must return one number, to be minimised, got a result of shape "
+                f"{jax.tree.map(jnp.shape, result)}: return a sum or a mean of it"
+            )
+        (number,) = jax.tree.leaves(result)
+        if jnp.iscomplexobj(number):
+            raise TypeError("fun must return a real number, to be minimised, got a complex one")
+        return jnp.asarray(number).astype(dtype)
+
+    def width(leaf: Array, low: np.ndarray, high: np.ndarray) -> Array:
+        span = jnp.asarray(high - low, dtype)
+        typical = jnp.maximum(1, jnp.sqrt(jnp.mean(leaf.astype(dtype) ** 2)))
+        return jnp.broadcast_to(jnp.where(jnp.isfinite(span), span / 2, typical), leaf.shape)
+
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    traced, operands, *_ = trace_fun(value, [key, *leaves], False)
+    objective = Objective(
+        traced=traced,
+        tree=jax.tree.structure(x0),
+        shapes=tuple(leaf.shape for leaf in leaves),
+        dtypes=tuple(leaf.dtype for leaf in leaves),
+        dtype=dtype,
+    )
+    scale = merge([width(*part) for part in zip(leaves, low, high, strict=True)])
+    return Problem(objective, operands, inside, merge(leaves), scale)
+
+
+def _reflected(u: Array, low: np.ndarray, high: np.ndarray) -> Array:
+    """Coordinates reflected at their bounds, as often as it takes to lie between them.
+
+    A reflection leaves lengths as they are, so that one sigma means the same everywhere, and it
+    lets a minimum lie on a bound. A transform, such as the logistic function, stretches what is
+    close to a bound, and moves a minimum that lies on it to infinity.
+    """
+    if np.isneginf(low).all() and np.isposinf(high).all():
+        return u
+    low, high = low.astype(u.dtype), high.astype(u.dtype)
+    both = np.isfinite(low) & np.isfinite(high)
+    base, end = np.where(np.isfinite(low), low, 0), np.where(np.isfinite(high), high, 0)
+    span = np.where(both, end - base, 1)
+    inside = jnp.mod(u - base, 2 * span)
+    between = base + jnp.minimum(inside, 2 * span - inside)
+    above, below = base + jnp.abs(u - base), end - jnp.abs(end - u)
+    one = jnp.where(np.isfinite(low), above, jnp.where(np.isfinite(high), below, u))
+    # What lies inside is not rounded.
+    reflected = jnp.where((u >= low) & (u <= high), u, jnp.where(both, between, one))
+    return jnp.clip(reflected, low, high)
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, float) or jnp.issubdtype(_checks.dtype_of(leaf), jnp.floating)
+
+
+def _bounds(
+    bound: Any, x0: Any, leaves: list[Array], names: list[str], name: str, missing: float
+) -> list[np.ndarray]:
+    """A bound for each leaf of x0."""
+    if _checks.is_traced(bound):
+        raise TypeError(f"{name} must be known, got a traced value: make it a numpy array")
+
+    def spread(value: Any, part: Any) -> Any:
+        return jax.tree.map(lambda _: missing if value is None else value, part)
+
+    try:
+        tree = jax.tree.map(spread, bound, x0, is_leaf=lambda value: value is None)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be a number or a pytree with the structure of x0 or a prefix of it, got "
+            f"{jax.tree.structure(bound)} for {jax.tree.structure(x0)}"
+        ) from None
+    found = []
+    for part, leaf, leaf_name in zip(jax.tree.leaves(tree), leaves, names, strict=True):
+        array = np.asarray(part)
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"{name} must be real numbers, got {array.dtype} for {leaf_name}")
+        if np.isnan(array).any():
+            raise ValueError(f"{name} must not be NaN (for {leaf_name}); None is for no bound")
+        try:
+            found.append(np.broadcast_to(array.astype(np.float64), leaf.shape))
+        except ValueError:
+            raise ValueError(
+                f"{name} of shape {array.shape} does not broadcast to {leaf_name}, of shape "
+                f"{leaf.shape}"
+            ) from None
+    return found
+
+
+def _check_between(low: np.ndarray, high: np.ndarray, leaf: Array, name: str) -> None:
+    if not (low < high).all():
+        at = np.unravel_index(np.argmin(low < high), low.shape)
+        raise ValueError(
+            f"lower must be below upper, got {low[at]:g} and {high[at]:g} in {name}; what is not "
+            "to move is handed to fun by args=(...)"
+        )
+    if _checks.is_traced(leaf):
+        return
+    known = np.asarray(leaf).astype(np.float64)
+    if not np.isfinite(known).all():
+        raise ValueError(f"x0 must be finite, but {name} is not")
+    inside = (known >= low) & (known <= high)
+    if not inside.all():
+        at = np.unravel_index(np.argmin(inside), known.shape)
+        raise ValueError(
+            f"x0 must lie between lower and upper, got {known[at]:g} in {name}, with bounds "
+            f"{low[at]:g} and {high[at]:g}"
+        )

@@ -1,0 +1,227 @@
+"""The compiled parts of a run: its start, a block of steps, and the evaluation of what it found."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from ..noise._protocol import NoiseDistribution
+from ..sampling._protocol import Sampler
+from ._descent import Optimizer, descent
+from ._problem import Objective, evaluations
+from ._result import MinimizeHistory
+from ._schedules import Sigma, sweep
+from ._states import (
+    CONVERGED,
+    EXHAUSTED,
+    NOT_FINITE,
+    ROUNDING,
+    RUNNING,
+    Method,
+    Operands,
+    Run,
+    where,
+)
+from ._surrogate_search import surrogate_search
+
+# Steps without progress after which a run ends.
+_PATIENCE = 30
+
+
+class Setup(NamedTuple):
+    """What the compiled parts depend on, comparable, so that equal runs are compiled once.
+
+    Attributes:
+      objective: what is minimised.
+      optimizer: of optax, or None.
+      sigma: adapted, given, or a schedule.
+      num_samples: for each step, at first.
+      grows: whether num_samples may grow.
+      doublings: how often it has.
+      noise: its law.
+      sampler: as for `make_perturbed_fun`.
+      degree: as for `make_perturbed_fun`.
+      batch_size: as for `make_perturbed_fun`.
+    """
+
+    objective: Objective
+    optimizer: Optimizer | None
+    sigma: Sigma
+    num_samples: int
+    grows: bool
+    doublings: int
+    noise: NoiseDistribution
+    sampler: Sampler | None
+    degree: int | None
+    batch_size: int | None
+
+    @property
+    def method(self) -> Method:
+        """How to step."""
+        choose = sweep(self.objective, self.noise, self.batch_size)
+        common = self.noise, self.sampler, self.degree, self.batch_size, choose
+        objective, sigma, doublings = self.objective, self.sigma, self.doublings
+        if self.optimizer is None:
+            return surrogate_search(objective, sigma, self.num_samples, doublings, *common)
+        numbers = self.num_samples, doublings, self.grows
+        return descent(objective, self.optimizer, sigma, *numbers, *common)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def begin(setup: Setup, operands: Operands, key: Array, u: Any) -> Run:
+    """The state before the first step."""
+    objective, method = setup.objective, setup.method
+    steps_key, init_key, *two = jax.random.split(key, 4)
+    first, second = evaluations(objective, operands.function, jnp.stack(two), u)
+    noisy = first != second
+    noisy = noisy & jnp.isfinite(first) & jnp.isfinite(second)
+    dtype = objective.dtype
+    infinite = jnp.asarray(jnp.inf, dtype)
+    zero = jnp.zeros((), jnp.int32)
+    return Run(
+        key=steps_key,
+        method=method.init(operands, init_key, u),
+        steps=zero,
+        evaluations=zero + 2 + method.init_evaluations,
+        noisy=noisy,
+        best=u,
+        best_value=jnp.where(noisy | ~jnp.isfinite(first), infinite, first),
+        centre=u,
+        reference=infinite,
+        patience=zero,
+        status=zero,
+        wants_more=jnp.zeros((), bool),
+    )
+
+
+def step(setup: Setup, operands: Operands, run: Run, budget: Array) -> tuple[Run, MinimizeHistory]:
+    """One step, and its row of the history."""
+    objective, method = setup.objective, setup.method
+    key = jax.random.fold_in(run.key, run.steps)
+    state, told = method.step(operands, run.method, key, run.steps)
+    made = run.evaluations + told.evaluations
+    lowest = jnp.where(run.noisy, told.smoothed_value, told.candidate_value)
+    better = lowest < run.best_value
+    best = where(better, where(run.noisy, told.centre, told.candidate), run.best)
+    best_value = jnp.where(better, lowest, run.best_value)
+
+    improved = told.smoothed_value < run.reference - jnp.maximum(operands.tol, 0)
+    patience = jnp.where(improved, 0, run.patience + 1)
+    impatient = patience >= _PATIENCE
+    sizes = [jnp.max(jnp.abs(v)).astype(objective.dtype) for v in jax.tree.leaves(told.centre)]
+    resolution = max(float(jnp.finfo(dtype).eps) for dtype in objective.dtypes)
+    lost = told.sigma <= resolution * jnp.max(jnp.stack(sizes))
+    left = jnp.where(run.noisy, budget[1], budget[0]) - made
+    status = jnp.where(left < method.most_evaluations, EXHAUSTED, RUNNING)
+    status = jnp.where(impatient & (operands.tol >= 0), CONVERGED, status)
+    status = jnp.where(lost, ROUNDING, status)
+    status = jnp.where(impatient & ~jnp.isfinite(run.reference), NOT_FINITE, status)
+    row = MinimizeHistory(
+        evaluations=made,
+        smoothed_value=told.smoothed_value,
+        standard_error=told.standard_error,
+        hard_value=told.hard_value,
+        best_value=best_value,
+        sigma=told.sigma,
+    )
+    run = run._replace(
+        method=state,
+        steps=run.steps + 1,
+        evaluations=made,
+        best=best,
+        best_value=best_value,
+        centre=told.centre,
+        reference=jnp.where(improved, told.smoothed_value, run.reference),
+        patience=patience,
+        status=status.astype(jnp.int32),
+        wants_more=told.wants_more,
+    )
+    return run, row
+
+
+def empty_history(objective: Objective, length: int) -> MinimizeHistory:
+    """Rows of NaN."""
+    column = jnp.full(length, jnp.nan, objective.dtype)
+    return MinimizeHistory(jnp.zeros(length, jnp.int32), column, column, column, column, column)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def block(
+    setup: Setup,
+    length: int,
+    operands: Operands,
+    run: Run,
+    most: Array,
+    budget: Array,
+) -> tuple[Run, MinimizeHistory]:
+    """At most `most` steps, until the run ends or wants more samples.
+
+    Args:
+      setup: how.
+      length: static, of the history; at least `most`.
+      operands: numbers of the run.
+      run: its state.
+      most: steps to make.
+      budget: evaluations that steps may use, of a function without noise and of a noisy one.
+
+    Returns:
+      The state, and the history, whose rows behind the steps that were made are NaN.
+    """
+    rows = empty_history(setup.objective, length)
+    method = setup.method
+    left = jnp.where(run.noisy, budget[1], budget[0]) - run.evaluations
+    ended = (left < method.most_evaluations) & (run.status == RUNNING)
+    run = run._replace(
+        status=jnp.where(ended, EXHAUSTED, run.status), wants_more=jnp.zeros((), bool)
+    )
+    first = run.steps
+
+    def goes_on(carry: tuple[Run, MinimizeHistory]) -> Array:
+        run, _ = carry
+        return (run.status == RUNNING) & ~run.wants_more & (run.steps - first < most)
+
+    def body(carry: tuple[Run, MinimizeHistory]) -> tuple[Run, MinimizeHistory]:
+        run, rows = carry
+        after, row = step(setup, operands, run, budget)
+        at = run.steps - first
+        return after, jax.tree.map(lambda column, v: column.at[at].set(v), rows, row)
+
+    return lax.while_loop(goes_on, body, (run, rows))
+
+
+class Found(NamedTuple):
+    """What a run found, evaluated anew."""
+
+    u: Any
+    value: Array
+    value_error: Array
+    evaluations: Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def finish(objective: Objective, repeats: int, operands: Operands, run: Run) -> Found:
+    """Evaluates the best point, of a noisy function three times `repeats` times."""
+    key = jax.random.fold_in(run.key, np.iinfo(np.int32).max)
+
+    def once() -> tuple[Any, Array, Array, Array]:
+        value = objective.value(operands.function, key, run.best)
+        return run.best, value, jnp.zeros_like(value), run.evaluations + 1
+
+    def several() -> tuple[Any, Array, Array, Array]:
+        def values(u: Any, key: Array) -> Array:
+            return evaluations(objective, operands.function, jax.random.split(key, repeats), u)
+
+        keys = jax.random.split(key, 3)
+        # The centre with the lowest smoothed value and the last one; the better of the two is
+        # evaluated once more, for a value that was not chosen for being low.
+        means = jnp.mean(values(run.best, keys[0])), jnp.mean(values(run.centre, keys[1]))
+        chosen = where(means[0] <= means[1], run.best, run.centre)
+        fresh = values(chosen, keys[2])
+        error = jnp.std(fresh) / jnp.sqrt(max(1.0, repeats - 1))
+        made = run.evaluations + 3 * repeats
+        return chosen, jnp.mean(fresh), error.astype(objective.dtype), made
+
+    return Found(*lax.cond(run.noisy, several, once))

@@ -1,0 +1,385 @@
+"""The default way of stepping: to the minimum of a quadratic surrogate of all recent samples."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.scipy.linalg import solve_triangular
+
+from .._perturb import make_perturbed_fun
+from ..noise._protocol import NoiseDistribution
+from ..sampling._protocol import Sampler
+from ._problem import Objective
+from ._schedules import ADAPTED, Sigma, Sweep, given_sigma
+from ._states import Method, Operands, Step
+
+# Logarithms, base 10, of what the ridge and the prior variance of the quadratic part are chosen
+# from, relative to the linear part's. Single precision cannot factorise with smaller ridges.
+_RIDGES = (-12, 4)
+_RIDGES_SINGLE = (-5, 4)
+_QUADRATICS = (-3, 3)
+# A prior variance that leaves the constant free.
+_CONSTANT = 10.0
+# Most coordinates whose curvatures are learnt as a matrix, at a cost of their third power a step.
+_MOST_METRIC = 200
+# Samples that the surrogate is fitted to: as many for each coordinate, and at most.
+_KEPT, _MOST_KEPT = 4, 1000
+# Longest step, in standard deviations of the noise.
+_RADIUS = 2.0
+# By how much a step may lengthen or shorten the noise along one direction.
+_STRETCH = 1.5
+# Share of the variance between samples that the surrogate explains: below it, sigma is not lowered.
+_EXPLAINED = 0.5
+_SHRINK, _GROW, _RECOVER, _NOTICEABLE = 0.2, 2.0, 1.25, 0.02
+
+
+class Search(NamedTuple):
+    """The state of a search.
+
+    Attributes:
+      centre: the last point that was accepted, flat.
+      value: the surrogate's value there.
+      proposal: where the next samples are drawn around.
+      metric: a matrix of determinant 1; noise is sigma times it times what is drawn.
+      sigma: scale of the noise.
+      points: where the function was evaluated, oldest first.
+      values: what it was; NaN where there is none yet.
+      ridge: index of the ridge.
+      quadratic: index of the prior variance of curvatures.
+      explained: share of the variance between samples that the surrogate explained.
+      direction: 1 or -1, whether sigma grows or shrinks while that share is small.
+    """
+
+    centre: Array
+    value: Array
+    proposal: Array
+    metric: Array
+    sigma: Array
+    points: Array
+    values: Array
+    ridge: Array
+    quadratic: Array
+    explained: Array
+    direction: Array
+
+
+class Fit(NamedTuple):
+    """A quadratic surrogate in units of the noise, around a centre."""
+
+    value: Array
+    gradient: Array
+    curvature: Array
+    value_error: Array
+    explained: Array
+    ridge: Array
+    quadratic: Array
+
+
+def fit(z: Array, values: Array, ridge: Array, quadratic: Array) -> Fit:
+    r"""A quadratic polynomial fitted to values at points z, the Bayesian way.
+
+    The prior of its coefficients is normal, with a curvature that is one number times the identity,
+    plus a symmetric matrix whose entries are as likely positive as negative. Ridge and prior
+    variance move to the neighbours under which the values are most likely. Under normal noise the
+    coefficients of a least-squares fit are those of Stein's identity: the smoothed function's own
+    gradient and Hessian.
+
+    Args:
+      z: shape (M, D).
+      values: shape (M,); those that are not finite are left out.
+      ridge: index of the ridge so far.
+      quadratic: index of the prior variance so far.
+    """
+    dim = z.shape[1]
+    known = jnp.isfinite(values)
+    middle = jnp.nanmedian(jnp.where(known, values, jnp.nan))
+    middle = jnp.where(jnp.isfinite(middle), middle, 0)
+    residual = jnp.where(known, values - middle, 0)
+    num = jnp.maximum(known.sum(), 1)
+    unit = jnp.abs(residual).sum() / num + jnp.finfo(values.dtype).tiny
+    residual = residual / unit
+    gram = z @ z.T
+    squares = jnp.diagonal(gram)
+    spread = (squares - dim) / math.sqrt(2 * dim)
+    # What lies far away, or high above, is described less well by one quadratic.
+    trust = 1 / (jnp.maximum(squares / dim, 1) * (1 + jnp.maximum(residual, 0)) ** 2) ** 2
+    bounds = _RIDGES if values.dtype == np.float64 else _RIDGES_SINGLE
+    both = known[:, None] & known[None, :]
+
+    def likelihood(ridge: Array, quadratic: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+        prior = 10.0 ** quadratic.astype(z.dtype)
+        kernel = _CONSTANT + gram / dim
+        kernel = kernel + prior * (gram**2 / (2 * dim**2) + 3 * jnp.outer(spread, spread))
+        noise = 10.0 ** ridge.astype(z.dtype) / trust
+        matrix = jnp.where(both, kernel, 0) + jnp.diag(jnp.where(known, noise, 1))
+        root = jnp.linalg.cholesky(matrix)
+        white = solve_triangular(root, residual, lower=True)
+        variance = white @ white / num
+        log_det = jnp.sum(jnp.log(jnp.diagonal(root)))
+        tiny = jnp.finfo(values.dtype).tiny
+        likely = -0.5 * num * jnp.log(variance + tiny) - log_det
+        return jnp.where(jnp.isfinite(likely), likely, -jnp.inf), (root, white, variance)
+
+    ridges = jnp.clip(ridge + jnp.array([0, 1, -1, 0, 0, 2]), *bounds)
+    quadratics = jnp.clip(quadratic + jnp.array([0, 0, 0, 1, -1, 0]), *_QUADRATICS)
+    likely, found = jax.vmap(likelihood)(ridges, quadratics)
+    best = jnp.argmax(likely)
+    root, white, variance = jax.tree.map(lambda v: v[best], found)
+    failed = ~jnp.isfinite(likely[best])
+    prior = 10.0 ** quadratics[best].astype(z.dtype)
+
+    inverse = solve_triangular(root, jnp.eye(len(values), dtype=z.dtype), lower=True)
+    weights = inverse.T @ white
+    weights = jnp.where(known, weights, 0)
+    isotropic = prior * 3 * (spread @ weights) * math.sqrt(2 / dim)
+    curvature = prior * (z.T * weights) @ z / dim**2 + isotropic * jnp.eye(dim, dtype=z.dtype)
+    at_centre = jnp.where(known, _CONSTANT - prior * 3 * spread * math.sqrt(dim / 2), 0)
+    left = inverse @ at_centre
+    error = jnp.sqrt(
+        jnp.maximum(_CONSTANT + prior * 3 * dim / 2 - left @ left, 0) * variance
+    )
+    # Each value against the fit to all others.
+    others = weights / jnp.sum(inverse**2, 0)
+    trust = jnp.where(known, trust, 0)
+    mean = trust @ residual / trust.sum()
+    total = trust @ (residual - mean) ** 2
+    explained = 1 - trust @ others**2 / jnp.where(total > 0, total, 1)
+    explained = jnp.where((total > 0) & ~failed, explained, 0)
+    return Fit(
+        value=jnp.where(known.any(), middle + unit * (at_centre @ weights), jnp.nan),
+        gradient=unit * (z.T @ weights) / dim,
+        curvature=unit * (curvature + curvature.T) / 2,
+        value_error=unit * error,
+        explained=explained,
+        ridge=jnp.where(failed, jnp.minimum(ridge + 2, bounds[1]), ridges[best]),
+        quadratic=jnp.where(failed, quadratic, quadratics[best]),
+    )
+
+
+def trust_region_step(gradient: Array, curvatures: Array, radius: float) -> tuple[Array, Array]:
+    """The minimum of a quadratic with these curvatures along the axes, no longer than radius.
+
+    Returns:
+      The step, and whether it is as long as it may be.
+    """
+    tiny = jnp.finfo(gradient.dtype).tiny
+    lowest = jnp.maximum(0, -curvatures.min())
+    length = jnp.linalg.norm(gradient)
+    low = lowest
+    high = lowest + length / radius + tiny
+
+    def step(shift: Array) -> Array:
+        shifted = curvatures + shift
+        return -gradient / jnp.where(shifted > 0, shifted, tiny)
+
+    free = jnp.where(lowest == 0, jnp.linalg.norm(step(jnp.zeros_like(low))), jnp.inf) <= radius
+
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        long = ~(jnp.linalg.norm(step(middle)) <= radius)
+        return jnp.where(long, middle, low), jnp.where(long, high, middle)
+
+    low, high = lax.fori_loop(0, 60, halve, (low, high))
+    return jnp.where(free, step(jnp.zeros_like(low)), step(high)), ~free
+
+
+def surrogate_search(
+    objective: Objective,
+    sigma: Sigma,
+    num_samples: int,
+    doublings: int,
+    noise: NoiseDistribution,
+    sampler: Sampler | None,
+    degree: int | None,
+    batch_size: int | None,
+    choose: Sweep,
+) -> Method:
+    """The method: draw around a proposal, fit, go back if it is worse, propose."""
+    dim, dtype = objective.dim, objective.dtype
+    adapts = sigma == ADAPTED
+    sizes = np.cumsum([math.prod(shape) for shape in objective.shapes])[:-1]
+    batch = num_samples + 1
+    kept = min(_KEPT * dim, _MOST_KEPT) + 10
+    kept = max(2, -(-kept // batch)) * batch
+    learns_metric = dim <= _MOST_METRIC
+    radius = _RADIUS * math.sqrt(dim)
+
+    def point(flat: Array) -> Any:
+        parts = zip(jnp.split(flat, sizes), objective.shapes, objective.dtypes, strict=True)
+        return jax.tree.unflatten(
+            objective.tree, [part.reshape(shape).astype(kind) for part, shape, kind in parts]
+        )
+
+    def flat(u: Any) -> Array:
+        return jnp.concatenate([leaf.ravel().astype(dtype) for leaf in jax.tree.leaves(u)])
+
+    def value_and_place(
+        z: Array, operands: Operands, centre: Array, scale: Array, key: Array
+    ) -> tuple[Array, tuple[Array, Array]]:
+        shift = scale @ z if learns_metric else scale * z
+        value = objective.value(operands.function, key, point(centre + shift))
+        return value, (z, value)
+
+    drawn = make_perturbed_fun(
+        value_and_place,
+        num_samples,
+        1.0,
+        noise,
+        batch_size=batch_size,
+        sampler=sampler,
+        degree=0,
+        has_aux=True,
+    )
+
+    def init(operands: Operands, key: Array, u: Any) -> Search:
+        relative = flat(scales(operands, jnp.zeros((), jnp.int32), u))
+        mean = jnp.exp(jnp.mean(jnp.log(relative)))
+        metric = relative / mean
+        first = choose.choose(operands, key, u) * mean if adapts else mean
+        return Search(
+            centre=flat(u),
+            value=jnp.asarray(jnp.inf, dtype),
+            proposal=flat(u),
+            metric=jnp.diag(metric) if learns_metric else metric,
+            sigma=jnp.asarray(first, dtype),
+            points=jnp.broadcast_to(flat(u), (kept, dim)),
+            values=jnp.full(kept, jnp.nan, dtype),
+            ridge=jnp.asarray(-4, jnp.int32),
+            quadratic=jnp.asarray(-1, jnp.int32),
+            explained=jnp.zeros((), dtype),
+            direction=jnp.ones((), dtype),
+        )
+
+    def scales(operands: Operands, count: Array, u: Any) -> Any:
+        given = operands.scale if adapts else given_sigma(sigma, operands, count)
+        return jax.tree.map(
+            lambda s, part: jax.tree.map(lambda leaf: jnp.broadcast_to(s, leaf.shape), part),
+            given,
+            u,
+        )
+
+    def step(operands: Operands, state: Search, key: Array, count: Array) -> tuple[Search, Step]:
+        draw_key, fun_key = jax.random.split(key)
+        if not adapts:
+            wanted = flat(scales(operands, count, point(state.centre)))
+            state = state._replace(sigma=jnp.exp(jnp.mean(jnp.log(wanted))))
+        scale = state.sigma * state.metric
+        zero = jnp.zeros(dim, dtype)
+        _, (z, values) = drawn(draw_key, zero, operands, state.proposal, scale, fun_key)
+        hard = objective.value(operands.function, fun_key, point(state.proposal))
+        shifts = z @ scale.T if learns_metric else z * scale
+        new_points = jnp.concatenate([state.proposal[None], state.proposal + shifts])
+        new_values = jnp.concatenate([hard[None], values])
+        points = jnp.concatenate([state.points[batch:], new_points])
+        values = jnp.concatenate([state.values[batch:], new_values])
+
+        def fit_around(centre: Array, scale: Array) -> Fit:
+            away = points - centre
+            z = jnp.linalg.solve(scale, away.T).T if learns_metric else away / scale
+            known = jnp.isfinite(values)
+            squares = jnp.where(known, jnp.sum(z**2, 1) / dim, jnp.inf)
+            enough = jnp.sort(squares)[min(dim + num_samples // 2, kept - 1)]
+            enough = jnp.where(jnp.isfinite(enough), enough, jnp.inf)
+            near = known & (squares <= jnp.maximum(16, enough))
+            z = jnp.where(near[:, None], z, 0)
+            return fit(z, jnp.where(near, values, jnp.nan), state.ridge, state.quadratic)
+
+        # Where the proposal turns out worse, the fit is made again, around the old centre. One loop,
+        # for two calls would be compiled twice.
+        class Attempt(NamedTuple):
+            centre: Array
+            back: Array
+            again: Array
+            worse: Array
+            found: Fit
+
+        def attempt(last: Attempt) -> Attempt:
+            found = fit_around(last.centre, last.back * scale)
+            first = ~last.worse
+            worse = ~(found.value <= state.value + found.value_error)
+            back = jnp.where(found.explained > _EXPLAINED, 0.5, 0.9) if adapts else 1.0
+            return Attempt(
+                centre=jnp.where(first & worse, state.centre, last.centre),
+                back=jnp.where(first & worse, back, last.back).astype(dtype),
+                again=first & worse,
+                worse=last.worse | worse,
+                found=found,
+            )
+
+        nothing = jax.tree.map(
+            lambda v: jnp.zeros(v.shape, v.dtype),
+            jax.eval_shape(fit_around, state.proposal, scale),
+        )
+        yes, no = jnp.ones((), bool), jnp.zeros((), bool)
+        begun = Attempt(state.proposal, jnp.ones((), dtype), yes, no, nothing)
+        centre, back, _, worse, found = lax.while_loop(lambda last: last.again, attempt, begun)
+        scale = back * scale
+
+        if learns_metric:
+            curvatures, axes = jnp.linalg.eigh(found.curvature)
+            along, limited = trust_region_step(axes.T @ found.gradient, curvatures, radius)
+            move = axes @ along
+            proposal = centre + scale @ move
+            typical = jnp.mean(jnp.abs(curvatures))
+            stretch = jnp.where(
+                curvatures > 0, jnp.sqrt(typical / jnp.where(curvatures > 0, curvatures, 1)), jnp.inf
+            )
+            stretch = jnp.clip(stretch, 1 / _STRETCH, _STRETCH)
+            stretch = stretch / jnp.exp(jnp.mean(jnp.log(stretch)))
+            metric = state.metric @ (axes * stretch) @ axes.T
+            metric = jnp.where((typical > 0) & jnp.isfinite(metric).all(), metric, state.metric)
+        else:
+            curvatures = jnp.full(dim, jnp.trace(found.curvature) / dim)
+            move, limited = trust_region_step(found.gradient, curvatures, radius)
+            proposal = centre + scale * move
+            metric = state.metric
+        length = jnp.linalg.norm(move) / math.sqrt(dim)
+        sound = jnp.isfinite(length)
+        proposal = jnp.where(sound, proposal, centre)
+        explained = jnp.clip(found.explained, 0, 1)
+        floor = jnp.maximum(_SHRINK, 1 - (explained - _EXPLAINED) / (1 - _EXPLAINED))
+        wanted = jnp.where(limited, jnp.maximum(length, 1.5), length)
+        factor = jnp.where(worse, 1, jnp.clip(wanted, jnp.minimum(floor, 1), _GROW))
+        # Too small a sigma sees plateaus, too large a one what no quadratic describes: it goes the
+        # way that made the surrogate better, and up where half of the values are the same.
+        turn = explained < state.explained - _NOTICEABLE
+        direction = jnp.where(turn, -state.direction, state.direction)
+        flat_here = 2 * jnp.sum(new_values == jnp.median(new_values)) > batch
+        direction = jnp.where(flat_here, 1, direction)
+        factor = jnp.where((explained < _EXPLAINED) | flat_here, _RECOVER**direction, factor)
+        new_sigma = state.sigma * (back * factor).astype(dtype) if adapts else state.sigma
+
+        lowest = jnp.argmin(jnp.where(jnp.isfinite(new_values), new_values, jnp.inf))
+        told = Step(
+            smoothed_value=found.value + jnp.trace(found.curvature) / 2,
+            standard_error=found.value_error,
+            hard_value=hard,
+            sigma=state.sigma,
+            candidate=point(new_points[lowest]),
+            candidate_value=jnp.where(
+                jnp.isfinite(new_values[lowest]), new_values[lowest], jnp.nan
+            ),
+            centre=point(centre),
+            evaluations=jnp.asarray(batch, jnp.int32),
+            wants_more=jnp.zeros((), bool),
+        )
+        state = Search(
+            centre=centre,
+            value=jnp.where(jnp.isfinite(found.value), found.value, jnp.inf),
+            proposal=proposal,
+            metric=metric,
+            sigma=new_sigma,
+            points=points,
+            values=values,
+            ridge=found.ridge,
+            quadratic=found.quadratic,
+            explained=explained.astype(dtype),
+            direction=direction.astype(dtype),
+        )
+        return state, told
+
+    return Method(num_samples, batch, init, choose.evaluations if adapts else 0, step, None)

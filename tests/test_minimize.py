@@ -1,0 +1,428 @@
+"""px.minimize: what it finds, what it tells, what it refuses, and that interruptions cost nothing."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import perturbax as px
+import pytest
+
+quiet = functools.partial(px.minimize, progress=False)
+
+
+def staircase(x):
+    return jnp.sum(jnp.round(4 * (x - 1)) ** 2)
+
+
+def rosenbrock(x):
+    return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+
+ADAM = optax.adam(0.05)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """One run on a staircase, by the default method."""
+    return quiet(staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=600)
+
+
+@pytest.mark.parametrize("optimizer", [None, ADAM], ids=["surrogate", "adam"])
+def test_finds_the_minimum_of_a_staircase(optimizer, found):
+    run = found
+    if optimizer is not None:
+        run = quiet(
+            staircase,
+            jnp.zeros(4),
+            jax.random.key(0),
+            optimizer=optimizer,
+            max_evaluations=3000,
+        )
+    assert run.value == 0
+    assert run.value == staircase(run.x)
+    assert run.value_error == 0
+
+
+def test_a_smooth_valley_is_followed_to_its_end():
+    run = quiet(rosenbrock, jnp.zeros(4), jax.random.key(0), max_evaluations=3000)
+    assert run.value < 1e-9
+    np.testing.assert_allclose(run.x, 1, atol=1e-4)
+    assert run.reason == "sigma is lost in the rounding of x"
+    assert run.num_evaluations < 1500
+
+
+def test_history_counts_and_falls(found):
+    h = found.history
+    assert len(h) == found.num_steps
+    assert (np.diff(h.evaluations) == 6).all()
+    assert (np.diff(h.best_value) <= 0).all()
+    assert found.num_evaluations == h.evaluations[-1] + 1 <= 600
+    assert found.num_evaluations > 600 - 2 * 6
+    assert found.value == h.best_value[-1]
+    assert found.reason == "max_evaluations reached"
+
+
+def test_every_evaluation_is_counted():
+    calls = []
+
+    def on_host(x):
+        calls.append(x.copy())
+        return np.float32(np.sum(np.round(4 * (x - 1)) ** 2))
+
+    def fun(x):
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(on_host, like, x, vmap_method="sequential")
+
+    for optimizer in (None, ADAM):
+        calls.clear()
+        run = quiet(
+            fun, jnp.zeros(4), jax.random.key(0), optimizer=optimizer, max_evaluations=200
+        )
+        assert len(calls) == run.num_evaluations <= 200
+        np.testing.assert_array_equal(calls[-1], run.x)
+
+
+def test_prints_as_a_table(found):
+    head, columns, *rows = str(found).splitlines()
+    assert head == f"value 0 after {found.num_evaluations} evaluations: max_evaluations reached"
+    assert columns.split() == ["step", "evaluations", "smoothed", "±", "error", "best", "sigma"]
+    assert len(rows) == 10
+    assert rows[-1].split()[:2] == [str(len(found.history) - 1), str(found.num_evaluations - 1)]
+
+
+def test_plot(found):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots()
+    assert found.plot(ax=ax) is ax
+    np.testing.assert_array_equal(ax.get_lines()[1].get_ydata(), found.history.best_value)
+    plt.close(figure)
+
+
+def test_is_a_pytree(found):
+    doubled = jax.tree.map(lambda v: 2 * v, found)
+    np.testing.assert_array_equal(doubled.x, 2 * found.x)
+    with pytest.raises(AttributeError):
+        found.x = 0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_batch_of_starts_is_each_start_alone(found):
+    """Under vmap a run takes the steps that it takes alone."""
+    starts = jnp.stack([jnp.zeros(4), jnp.full(4, 3.0)])
+    keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
+    run = functools.partial(quiet, staircase, max_evaluations=600)
+    batch = jax.vmap(run)(starts, keys)
+    first = jax.tree.map(lambda v: v[0], batch)
+    steps = int(first.num_steps)
+    assert steps == found.num_steps
+    assert first.num_evaluations == found.num_evaluations
+    assert first.reason == found.reason
+    assert (batch.value == 0).all()
+    smoothed = first.history.smoothed_value
+    assert np.isnan(smoothed[steps:]).all()
+    np.testing.assert_allclose(smoothed[:3], found.history.smoothed_value[:3], rtol=1e-3)
+
+
+def test_trees_keep_structure_and_dtypes():
+    x0 = {"a": jnp.zeros((2, 2)), "b": jnp.zeros((), jnp.bfloat16)}
+
+    def fun(x, offset):
+        return jnp.sum(jnp.floor(8 * (x["a"] - offset)) ** 2) + jnp.abs(x["b"] - 1)
+
+    run = quiet(fun, x0, jax.random.key(0), args=(0.5,), max_evaluations=600)
+    assert jax.tree.structure(run.x) == jax.tree.structure(x0)
+    assert [v.dtype for v in jax.tree.leaves(run.x)] == [jnp.float32, jnp.bfloat16]
+    assert run.value <= 0.1
+
+
+@pytest.mark.parametrize("optimizer", [None, ADAM], ids=["surrogate", "adam"])
+def test_bounds_hold_and_a_minimum_on_one_is_found(optimizer):
+    """The distances inside are those outside, reflected: no point beyond a bound is evaluated."""
+    seen = []
+
+    def on_host(x):
+        seen.append(x.copy())
+        return np.float32(x[0] - x[1] + (x[2] - 0.25) ** 2 + abs(x[3] + 9))
+
+    def fun(x):
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(on_host, like, x, vmap_method="sequential")
+
+    lower = jnp.array([-1.0, -np.inf, 0.0, -np.inf])
+    upper = np.array([1.0, 2.0, 1.0, np.inf])
+    run = quiet(
+        fun,
+        jnp.array([0.5, 0.0, 0.5, 0.0]),
+        jax.random.key(0),
+        optimizer=optimizer and optax.adam(0.2),
+        sigma=None if optimizer is None else 0.1,
+        max_evaluations=1500,
+        lower=lower,
+        upper=upper,
+    )
+    points = np.array(seen)
+    assert (points >= lower).all()
+    assert (points <= upper).all()
+    np.testing.assert_allclose(run.x, [-1, 2, 0.25, -9], atol=0.1)
+
+
+def test_reflection():
+    from perturbax.minimization._problem import _reflected
+
+    u = jnp.array([0.5, 1.5, 2.5, -0.25, -1.75, 7.0])
+    low, high = np.zeros(6), np.ones(6)
+    np.testing.assert_allclose(_reflected(u, low, high), [0.5, 0.5, 0.5, 0.25, 0.25, 1.0])
+    np.testing.assert_allclose(_reflected(u, low, low + np.inf), jnp.abs(u))
+    np.testing.assert_allclose(_reflected(u, low - np.inf, high), 1 - jnp.abs(1 - u))
+
+
+def test_schedule_of_sigma_is_one_of_steps():
+    def schedule(step):
+        return 0.5 * 0.9**step
+
+    for optimizer in (None, ADAM):
+        run = quiet(
+            staircase,
+            jnp.zeros(4),
+            jax.random.key(0),
+            optimizer=optimizer,
+            sigma=schedule,
+            num_samples=20,
+            max_evaluations=150,
+        )
+        steps = np.arange(len(run.history))
+        np.testing.assert_allclose(run.history.sigma, schedule(steps), rtol=1e-5)
+
+
+def test_fixed_settings_are_the_loop_that_one_would_write():
+    """With sigma and num_samples given, each step is value_and_grad and the optimiser's update."""
+    g = px.make_perturbed_fun(staircase, 32, 0.5, px.Normal())
+    x, state = jnp.zeros(4), ADAM.init(jnp.zeros(4))
+    run = quiet(
+        staircase,
+        x,
+        jax.random.key(3),
+        optimizer=ADAM,
+        sigma=0.5,
+        num_samples=32,
+        max_evaluations=4 * 33 + 3,
+    )
+    key = jax.random.split(jax.random.key(3), 4)[0]
+    for step in range(4):
+        draw, _ = jax.random.split(jax.random.fold_in(key, step))
+        value, gradient = jax.value_and_grad(g, argnums=1)(draw, x)
+        np.testing.assert_allclose(run.history.smoothed_value[step], value, rtol=1e-5)
+        np.testing.assert_allclose(run.history.hard_value[step], staircase(x))
+        updates, state = ADAM.update(gradient, state, x)
+        x = optax.apply_updates(x, updates)
+    assert run.num_steps == 4
+
+
+def test_num_samples_grows_where_the_signal_is_weak():
+    """A function that changes sign from one step to the next: its slope adds up to nothing."""
+
+    def wave(x):
+        return jnp.sum(jnp.sin(1000 * x))
+
+    run = quiet(
+        wave, jnp.ones(3), jax.random.key(0), optimizer=ADAM, sigma=1.0, max_evaluations=3000
+    )
+    taken = np.diff(run.history.evaluations)
+    assert set(taken[:19]) == {16, 17}
+    assert 64 <= taken[-1]
+    assert set(taken) <= {16, 17} | {2**k + 1 for k in range(5, 11)}
+
+
+def test_a_noisy_function_is_noticed_and_its_value_has_an_error():
+    def fun(key, x):
+        return jnp.sum((x - 1) ** 2) + 0.5 * jax.random.normal(key)
+
+    run = quiet(
+        fun, jnp.zeros(4), jax.random.key(0), takes_key=True, max_evaluations=2000, num_samples=8
+    )
+    assert 0.02 < run.value_error < 0.2
+    assert jnp.sum((run.x - 1) ** 2) < 1
+    assert abs(run.value - jnp.sum((run.x - 1) ** 2)) < 5 * run.value_error
+    assert run.num_evaluations == run.history.evaluations[-1] + 3 * 40
+
+
+def test_values_that_are_not_numbers():
+    def partly(x):
+        return jnp.where(x[0] < -0.2, jnp.nan, jnp.sum((x - 1) ** 2))
+
+    run = quiet(partly, jnp.zeros(3), jax.random.key(0), max_evaluations=500)
+    assert run.value < 1e-3
+    never = quiet(lambda x: jnp.nan * jnp.sum(x), jnp.zeros(3), jax.random.key(0))
+    assert never.reason == "every value was NaN or infinite"
+    np.testing.assert_array_equal(never.x, 0)
+
+
+def test_tol_ends_a_run():
+    run = quiet(staircase, jnp.zeros(4), jax.random.key(0), tol=1.0, max_evaluations=5000)
+    assert run.reason == "no improvement by more than tol"
+    assert run.num_evaluations < 2500
+
+
+def test_callback_sees_each_step_and_may_end_the_run(found):
+    told = []
+
+    def callback(progress):
+        told.append(progress)
+        return progress.evaluations >= 300
+
+    run = quiet(
+        staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=600, callback=callback
+    )
+    assert run.reason == "stopped by callback"
+    assert [p.step for p in told] == list(range(1, run.num_steps + 1))
+    np.testing.assert_array_equal(
+        run.history.smoothed_value, found.history.smoothed_value[: len(told)]
+    )
+    assert told[-1].smoothed_value == found.history.smoothed_value[len(told) - 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"x0": jnp.zeros(2, jnp.int32)}, TypeError, "fun rounds"),
+        ({"x0": {"a": jnp.zeros(2), "b": 3}}, TypeError, "args="),
+        ({"x0": jnp.zeros((0, 3))}, ValueError, "no coordinates"),
+        ({"x0": jnp.array([jnp.nan])}, ValueError, "finite"),
+        ({"lower": 1.0}, ValueError, "x0 must lie between"),
+        ({"lower": 1.0, "upper": 0.0}, ValueError, "lower must be below upper"),
+        ({"lower": jnp.zeros(3)}, ValueError, "does not broadcast"),
+        ({"upper": "high"}, TypeError, "real numbers"),
+        ({"upper": [1.0, 2.0]}, ValueError, "structure of x0"),
+        ({"args": 3}, TypeError, "args must be a tuple"),
+        ({"optimizer": 0.1}, TypeError, "optax"),
+        ({"num_samples": 0}, ValueError, "num_samples"),
+        ({"sigma": -1.0}, ValueError, "sigma"),
+        ({"degree": 1}, ValueError, "degree"),
+        ({"tol": -1.0}, ValueError, "tol"),
+        ({"max_evaluations": 20}, ValueError, "max_evaluations must be at least"),
+        ({"fun": lambda x: x}, TypeError, "one number"),
+        ({"fun": 3}, TypeError, "callable"),
+        ({"checkpoint": "/no/such/folder/run"}, ValueError, "folder"),
+    ],
+)
+def test_refused(options, error, words):
+    options = {"fun": lambda x: jnp.sum(jnp.abs(x)), "x0": jnp.zeros(2), **options}
+    with pytest.raises(error, match=words):
+        quiet(options.pop("fun"), options.pop("x0"), jax.random.key(0), **options)
+
+
+def test_refused_under_a_trace(tmp_path):
+    def run(x0):
+        return quiet(staircase, x0, jax.random.key(0), checkpoint=tmp_path / "run")
+
+    with pytest.raises(TypeError, match="outside jit"):
+        jax.jit(run)(jnp.zeros(2))
+
+
+def test_a_checkpoint_that_goes_on_ends_in_the_same_bits(tmp_path):
+    kept = tmp_path / "run"
+    whole = quiet(staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=900)
+    part = quiet(
+        staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=400, checkpoint=kept
+    )
+    assert part.num_evaluations < 401
+    again = quiet(
+        staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=900, checkpoint=kept
+    )
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_checkpoint_of_another_problem_is_refused(tmp_path):
+    kept = tmp_path / "run"
+    data = jnp.arange(4.0)
+
+    def fun(x, data):
+        return jnp.sum(jnp.round(x - data) ** 2)
+
+    run = functools.partial(quiet, max_evaluations=200, checkpoint=kept)
+    run(fun, jnp.zeros(4), jax.random.key(0), args=(data,))
+    before = kept.read_bytes()
+    for what, call in {
+        "x0": lambda: run(fun, jnp.ones(4), jax.random.key(0), args=(data,)),
+        "key": lambda: run(fun, jnp.zeros(4), jax.random.key(1), args=(data,)),
+        "fun or its data": lambda: run(fun, jnp.zeros(4), jax.random.key(0), args=(data + 1,)),
+        "num_samples": lambda: run(
+            fun, jnp.zeros(4), jax.random.key(0), args=(data,), num_samples=7
+        ),
+        "sigma or tol": lambda: run(
+            fun, jnp.zeros(4), jax.random.key(0), args=(data,), tol=1.0
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=f"another problem: .*{what}"):
+            call()
+    kept.write_bytes(before[: len(before) // 2])
+    with pytest.raises(ValueError, match="not one that minimize can read"):
+        run(fun, jnp.zeros(4), jax.random.key(0), args=(data,))
+
+
+KILLED = """
+import sys, time
+import jax, jax.numpy as jnp, numpy as np
+import perturbax as px
+
+def slow(x):
+    time.sleep(0.003)
+    return np.float32(np.sum(np.round(4 * (x - 1)) ** 2))
+
+def fun(x):
+    like = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.pure_callback(slow, like, x, vmap_method="sequential")
+
+px.minimization._minimize._SECONDS_A_CHECKPOINT = 0.1
+px.minimization._minimize._SECONDS_A_BLOCK = 0.05
+checkpoint = sys.argv[1] or None
+run = px.minimize(fun, jnp.zeros(4), jax.random.key(0), max_evaluations=700, checkpoint=checkpoint,
+                  progress=False)
+print(run.num_evaluations, *np.asarray(run.x).view(np.uint32), run.history.evaluations.sum(),
+      run.history.smoothed_value.view(np.uint32).sum())
+"""
+
+
+def test_a_run_ended_by_kill_goes_on_and_ends_in_the_same_bits(tmp_path):
+    kept = tmp_path / "run"
+    command = [sys.executable, "-c", KILLED]
+    whole = subprocess.run([*command, ""], capture_output=True, text=True, check=True)
+    killed = subprocess.Popen([*command, str(kept)])
+    while not kept.exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    begun = kept.stat().st_size
+    assert begun
+    rest = subprocess.run([*command, str(kept)], capture_output=True, text=True, check=True)
+    assert rest.stdout == whole.stdout
+
+
+def test_an_interrupt_keeps_the_run(tmp_path):
+    kept = tmp_path / "run"
+
+    def interrupt(progress):
+        if progress.step == 10:
+            raise KeyboardInterrupt
+
+    run = functools.partial(
+        quiet, staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=600, checkpoint=kept
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(callback=interrupt)
+    seen = []
+    run(callback=lambda progress: seen.append(progress.step))
+    assert seen[0] == 11
