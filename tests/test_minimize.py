@@ -1,4 +1,4 @@
-"""px.minimize: what it finds, what it tells, what it refuses, and that interruptions cost nothing."""
+"""px.minimize: what it finds, tells and refuses, and that interruptions cost nothing."""
 
 import functools
 import os
@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import perturbax as px
 import pytest
+
+import perturbax as px
 
 quiet = functools.partial(px.minimize, progress=False)
 
@@ -82,9 +83,7 @@ def test_every_evaluation_is_counted():
 
     for optimizer in (None, ADAM):
         calls.clear()
-        run = quiet(
-            fun, jnp.zeros(4), jax.random.key(0), optimizer=optimizer, max_evaluations=200
-        )
+        run = quiet(fun, jnp.zeros(4), jax.random.key(0), optimizer=optimizer, max_evaluations=200)
         assert len(calls) == run.num_evaluations <= 200
         np.testing.assert_array_equal(calls[-1], run.x)
 
@@ -215,7 +214,7 @@ def test_fixed_settings_are_the_loop_that_one_would_write():
         optimizer=ADAM,
         sigma=0.5,
         num_samples=32,
-        max_evaluations=4 * 33 + 3,
+        max_evaluations=140,
     )
     key = jax.random.split(jax.random.key(3), 4)[0]
     for step in range(4):
@@ -238,9 +237,9 @@ def test_num_samples_grows_where_the_signal_is_weak():
         wave, jnp.ones(3), jax.random.key(0), optimizer=ADAM, sigma=1.0, max_evaluations=3000
     )
     taken = np.diff(run.history.evaluations)
-    assert set(taken[:19]) == {16, 17}
-    assert 64 <= taken[-1]
-    assert set(taken) <= {16, 17} | {2**k + 1 for k in range(5, 11)}
+    # One more at the centre, in every second step at first, and one for the estimate of few.
+    assert set(taken[:18]) == {17, 18}
+    assert taken[-1] in [2**k + 1 for k in range(6, 11)]
 
 
 def test_a_noisy_function_is_noticed_and_its_value_has_an_error():
@@ -280,9 +279,7 @@ def test_callback_sees_each_step_and_may_end_the_run(found):
         told.append(progress)
         return progress.evaluations >= 300
 
-    run = quiet(
-        staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=600, callback=callback
-    )
+    run = quiet(staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=600, callback=callback)
     assert run.reason == "stopped by callback"
     assert [p.step for p in told] == list(range(1, run.num_steps + 1))
     np.testing.assert_array_equal(
@@ -332,13 +329,9 @@ def test_refused_under_a_trace(tmp_path):
 def test_a_checkpoint_that_goes_on_ends_in_the_same_bits(tmp_path):
     kept = tmp_path / "run"
     whole = quiet(staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=900)
-    part = quiet(
-        staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=400, checkpoint=kept
-    )
+    part = quiet(staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=400, checkpoint=kept)
     assert part.num_evaluations < 401
-    again = quiet(
-        staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=900, checkpoint=kept
-    )
+    again = quiet(staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=900, checkpoint=kept)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
@@ -360,9 +353,7 @@ def test_a_checkpoint_of_another_problem_is_refused(tmp_path):
         "num_samples": lambda: run(
             fun, jnp.zeros(4), jax.random.key(0), args=(data,), num_samples=7
         ),
-        "sigma or tol": lambda: run(
-            fun, jnp.zeros(4), jax.random.key(0), args=(data,), tol=1.0
-        ),
+        "sigma or tol": lambda: run(fun, jnp.zeros(4), jax.random.key(0), args=(data,), tol=1.0),
     }.items():
         with pytest.raises(ValueError, match=f"another problem: .*{what}"):
             call()

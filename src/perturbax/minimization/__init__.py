@@ -1,1 +1,1 @@
-"""Minimising with smoothed derivatives: the driver, its two ways of stepping, and what it returns."""
+"""Minimising with smoothed derivatives: the driver, two ways of stepping, what it returns."""

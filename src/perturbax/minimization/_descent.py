@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from .._perturb import make_perturbed_fun
 from ..diagnostics._standard_errors import estimate
+from ..estimator._default_rule import RULE
 from ..noise._protocol import NoiseDistribution
 from ..sampling._protocol import Sampler
 from ._problem import Objective
@@ -114,9 +115,7 @@ def descent(
             signal=jnp.zeros((), dtype),
         )
 
-    def step(
-        operands: Operands, state: Descent, key: Array, count: Array
-    ) -> tuple[Descent, Step]:
+    def step(operands: Operands, state: Descent, key: Array, count: Array) -> tuple[Descent, Step]:
         draw_key, fun_key = jax.random.split(key)
         scale = scale_of(operands, state, count)
 
@@ -134,13 +133,18 @@ def descent(
             degree=degree,
             has_aux=True,
         )
+        # With few samples the estimate evaluates the function at its centre, too.
+        nets = RULE.nets_for_errors if looks else RULE.nets
+        plan = smooth.prepare(draw_key, state.point, (), {}, num_nets=nets).plan
         if looks:
             found = estimate(smooth, draw_key, state.point)
             mean, error, gradient = found.value, found.value_error, found.gradient
+            gradient_error = found.gradient_error
         else:
             slope = jax.value_and_grad(smooth, argnums=1, has_aux=True)
             (mean, values), gradient = slope(draw_key, state.point)
             error = jnp.std(values) / math.sqrt(max(1, num_samples - 1))
+            gradient_error = None
         finite = jnp.stack([jnp.isfinite(v).all() for v in jax.tree.leaves(gradient)]).all()
         given = jax.tree.map(
             lambda g, u: jnp.where(finite, g, 0).astype(u.dtype), gradient, state.point
@@ -166,19 +170,22 @@ def descent(
             candidate=state.point,
             candidate_value=hard,
             centre=state.point,
-            evaluations=num_samples + evaluated.astype(jnp.int32),
+            evaluations=num_samples + plan.evaluates_at_x + evaluated.astype(jnp.int32),
             wants_more=jnp.zeros((), bool),
         )
         state = state._replace(point=moved, optimizer=optimizer_state)
         if looks:
-            state, weak = looked(state, gradient, found.gradient_error, finite, count)
+            state, weak = looked(state, gradient, gradient_error, finite, count)
             told = told._replace(wants_more=weak)
         return state, told
+
+    def squares(tree: Any) -> Array:
+        leaves = [v.astype(dtype).ravel() for v in jax.tree.leaves(tree)]
+        return jnp.sum(jnp.concatenate(leaves) ** 2)
 
     def looked(
         state: Descent, gradient: Any, errors: Any, finite: Array, count: Array
     ) -> tuple[Descent, Array]:
-        squares = lambda tree: sum(jnp.sum(v.astype(dtype) ** 2) for v in jax.tree.leaves(tree))
         total = jax.tree.map(
             lambda s, g: s + jnp.where(finite, g, 0).astype(dtype), state.sum, gradient
         )
@@ -201,7 +208,7 @@ def descent(
 
     return Method(
         num_samples=num_samples,
-        most_evaluations=num_samples + 1,
+        most_evaluations=num_samples + 2,
         init=init,
         init_evaluations=choose.evaluations if adapts else 0,
         step=step,

@@ -26,7 +26,7 @@ from ._problem import Objective, Problem, make_problem
 from ._progress import Telling
 from ._result import MinimizeHistory, MinimizeResult
 from ._run import Found, Setup, begin, block, empty_history, finish, step
-from ._schedules import ADAPTED, GIVEN, Sigma
+from ._schedules import ADAPTED, GIVEN
 from ._states import CALLED_OFF, EXHAUSTED, RUNNING, Operands, Run
 
 _MAX_EVALUATIONS = 2**31 - 1
@@ -227,7 +227,9 @@ def _in_one_program(
     most = -(-max_evaluations // setup.num_samples)
     budget = max_evaluations - _final_evaluations(max_evaluations)
     run, history = block(setup, most, operands, run, jnp.asarray(most), budget)
-    return _result(problem, run, history, finish(setup.objective, _repeats(max_evaluations), operands, run))
+    return _result(
+        problem, run, history, finish(setup.objective, _repeats(max_evaluations), operands, run)
+    )
 
 
 def _in_blocks(
@@ -316,9 +318,7 @@ def _result(problem: Problem, run: Run, history: MinimizeHistory, found: Found) 
 class Keeping:
     """A checkpoint of one run."""
 
-    def __init__(
-        self, path: Path, setup: Setup, operands: Operands, problem: Problem, key: Array
-    ):
+    def __init__(self, path: Path, setup: Setup, operands: Operands, problem: Problem, key: Array):
         """Takes the run's fingerprint."""
         if not path.parent.is_dir():
             raise ValueError(f"checkpoint's folder {os.fspath(path.parent)!r} does not exist")
@@ -327,9 +327,9 @@ class Keeping:
         self._last = time.monotonic()
         run = jax.eval_shape(lambda: begin(setup, operands, key, problem.start))
         self._like = run
-        stepped = jax.make_jaxpr(
-            lambda run: step(setup, operands, run, jnp.zeros(2, jnp.int32))
-        )(run)
+        stepped = jax.make_jaxpr(lambda run: step(setup, operands, run, jnp.zeros(2, jnp.int32)))(
+            run
+        )
         self._prints = fingerprint(
             {
                 "x0": problem.start,
@@ -368,7 +368,7 @@ class Keeping:
         self._last = time.monotonic()
 
 
-def _sigma(sigma: Any) -> tuple[Sigma, Any]:
+def _sigma(sigma: Any) -> tuple[Any, Any]:
     """What kind of sigma it is, and its numbers."""
     if sigma is None:
         return ADAPTED, None

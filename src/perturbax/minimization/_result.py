@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from ._states import REASONS
 
@@ -70,8 +71,8 @@ class MinimizeResult:
         noisy function.
       value_error: standard error of that mean; 0 where the function is not noisy.
       num_evaluations: how many evaluations were made, all told.
-      history: a `MinimizeHistory`, of all steps. Under `jit` and `vmap`, where the number of steps must not
-        depend on values, rows behind `num_steps` are NaN.
+      history: a `MinimizeHistory`, of all steps. Under `jit` and `vmap`, where the number of
+        steps must not depend on values, rows behind `num_steps` are NaN.
       num_steps: number of steps.
       status: index of the reason for stopping.
     """
@@ -92,7 +93,7 @@ class MinimizeResult:
 
     def __str__(self) -> str:
         """A table of a few of the steps, and what was found."""
-        if np.ndim(self.status) or isinstance(self.status, jax.core.Tracer):
+        if np.ndim(self.status) or isinstance(self.status, Tracer):
             return repr(self)
         steps = int(self.num_steps)
         shown = np.unique(np.linspace(0, max(steps - 1, 0), _ROWS).astype(int)) if steps else ()

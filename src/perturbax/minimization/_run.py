@@ -112,8 +112,8 @@ def step(setup: Setup, operands: Operands, run: Run, budget: Array) -> tuple[Run
     patience = jnp.where(improved, 0, run.patience + 1)
     impatient = patience >= _PATIENCE
     sizes = [jnp.max(jnp.abs(v)).astype(objective.dtype) for v in jax.tree.leaves(told.centre)]
-    resolution = max(float(jnp.finfo(dtype).eps) for dtype in objective.dtypes)
-    lost = told.sigma <= resolution * jnp.max(jnp.stack(sizes))
+    finest = [float(jnp.finfo(d).eps) * v for d, v in zip(objective.dtypes, sizes, strict=True)]
+    lost = told.sigma <= jnp.min(jnp.stack(finest))
     left = jnp.where(run.noisy, budget[1], budget[0]) - made
     status = jnp.where(left < method.most_evaluations, EXHAUSTED, RUNNING)
     status = jnp.where(impatient & (operands.tol >= 0), CONVERGED, status)

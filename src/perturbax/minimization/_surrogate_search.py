@@ -138,9 +138,7 @@ def fit(z: Array, values: Array, ridge: Array, quadratic: Array) -> Fit:
     curvature = prior * (z.T * weights) @ z / dim**2 + isotropic * jnp.eye(dim, dtype=z.dtype)
     at_centre = jnp.where(known, _CONSTANT - prior * 3 * spread * math.sqrt(dim / 2), 0)
     left = inverse @ at_centre
-    error = jnp.sqrt(
-        jnp.maximum(_CONSTANT + prior * 3 * dim / 2 - left @ left, 0) * variance
-    )
+    error = jnp.sqrt(jnp.maximum(_CONSTANT + prior * 3 * dim / 2 - left @ left, 0) * variance)
     # Each value against the fit to all others.
     others = weights / jnp.sum(inverse**2, 0)
     trust = jnp.where(known, trust, 0)
@@ -288,8 +286,8 @@ def surrogate_search(
             z = jnp.where(near[:, None], z, 0)
             return fit(z, jnp.where(near, values, jnp.nan), state.ridge, state.quadratic)
 
-        # Where the proposal turns out worse, the fit is made again, around the old centre. One loop,
-        # for two calls would be compiled twice.
+        # Where the proposal turns out worse, the fit is made again, around the old centre: in a
+        # loop, for two calls would be compiled twice.
         class Attempt(NamedTuple):
             centre: Array
             back: Array
@@ -326,7 +324,9 @@ def surrogate_search(
             proposal = centre + scale @ move
             typical = jnp.mean(jnp.abs(curvatures))
             stretch = jnp.where(
-                curvatures > 0, jnp.sqrt(typical / jnp.where(curvatures > 0, curvatures, 1)), jnp.inf
+                curvatures > 0,
+                jnp.sqrt(typical / jnp.where(curvatures > 0, curvatures, 1)),
+                jnp.inf,
             )
             stretch = jnp.clip(stretch, 1 / _STRETCH, _STRETCH)
             stretch = stretch / jnp.exp(jnp.mean(jnp.log(stretch)))
