@@ -168,7 +168,8 @@ def _reflected(u: Array, low: np.ndarray, high: np.ndarray) -> Array:
 
 
 def _is_floating(leaf: Any) -> bool:
-    return isinstance(leaf, float) or jnp.issubdtype(_checks.dtype_of(leaf), jnp.floating)
+    dtype = _checks.dtype_of(leaf)
+    return isinstance(leaf, float) or (dtype is not None and jnp.issubdtype(dtype, jnp.floating))
 
 
 def _bounds(
