@@ -2,7 +2,7 @@
 
 The value and the gradient, without jit, of a sum of ReLUs in 3 dimensions, 1,000 samples. The
 compilations that JAX reports during the second call are counted; also with a new gradient function,
-and with another key.
+with another key, and of a function in which another Python number stands.
 
     python benchmarks/eager.py
 """
@@ -45,6 +45,14 @@ def main(seconds=4.0):
         "independent": px.make_perturbed_fun(relu_sum, 1_000, sampler=Independent(), degree=0),
         "optax": optax.perturbations.make_perturbed_fun(relu_sum, 1_000),
     }
+    # A slope that changes from step to step, known as a Python number when the function is traced.
+    steeper = {
+        "default": lambda fun: px.make_perturbed_fun(fun, 1_000),
+        "independent": lambda fun: px.make_perturbed_fun(
+            fun, 1_000, sampler=Independent(), degree=0
+        ),
+        "optax": lambda fun: optax.perturbations.make_perturbed_fun(fun, 1_000),
+    }
     transforms = {"value": lambda g: g, "gradient": lambda g: jax.grad(g, argnums=1)}
     results, rows = [], []
     for what, transform in transforms.items():
@@ -54,7 +62,18 @@ def main(seconds=4.0):
             first = compilations(lambda f=function: f(turns[0], x))
             second = compilations(lambda f=function: f(turns[1], x))
             anew = compilations(lambda n=name, t=transform: t(smooths[n])(turns[2], x))
-            counts[name] = {"first": first, "second": second, "made anew": anew}
+            for slope in (2.5, 1.5):
+                other = compilations(
+                    lambda n=name, t=transform, slope=slope: t(
+                        steeper[n](lambda x: slope * relu_sum(x))
+                    )(turns[3], x)
+                )
+            counts[name] = {
+                "first": first,
+                "second": second,
+                "made anew": anew,
+                "another number": other,
+            }
         calls = {n: lambda turn, f=f: f(turns[turn], x) for n, f in functions.items()}
         timing = alternate(calls, seconds, most=MOST)
         for name in functions:
@@ -80,7 +99,7 @@ def main(seconds=4.0):
                 ]
             )
     print("Eager calls, 1,000 x 3; times in ms of a further call; compilations by call")
-    head = ["", "ms", "optax / this", "first", "second", "made anew", "met"]
+    head = ["", "ms", "optax / this", "first", "second", "made anew", "another number", "met"]
     print(table(head, rows))
     write("eager", f"keys 0 to {MOST - 1}, one a turn", results)
 

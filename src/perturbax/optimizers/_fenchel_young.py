@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .._call import Settings
 from .._describe import describe, leading
 from .._types import Fun, PyTree
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
-from ._max import make_perturbed_max, objective_value
+from ._layer import Layer
+from ._max import maximum, objective_value
 from ._perturbed_scores import inner_product, same_shapes
 
 
@@ -87,21 +89,11 @@ def make_fenchel_young_loss(
       Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
       Blondel, Martins and Niculae, Learning with Fenchel-Young Losses, 2019, arXiv:1901.02324
     """
-    perturbed_max = make_perturbed_max(
-        argmax_fun,
-        num_samples,
-        sigma,
-        noise,
-        use_baseline,
-        objective=objective,
-        maximize=maximize,
-        multiplicative=multiplicative,
-        symmetrize=symmetrize,
-        batch_size=batch_size,
-        sampler=sampler,
-        degree=degree,
+    settings = Settings(
+        num_samples, sigma, noise, use_baseline, batch_size, sampler=sampler, degree=degree
     )
-
+    layer = Layer(argmax_fun, settings, maximize, multiplicative)
+    perturbed_max = maximum(layer, objective, symmetrize)
     names = ("key", "theta", "y_true")
 
     def fenchel_young_loss(*args: Any, **kwargs: Any) -> Array:
@@ -115,7 +107,7 @@ def make_fenchel_young_loss(
         else:
             value = objective_value(objective, expected.dtype)
             chosen = value(theta, y_true, *rest, **kwargs)
-        return expected - chosen if maximize else chosen - expected
+        return expected - chosen if layer.maximize else chosen - expected
 
     does = f"Estimates the Fenchel-Young loss of {{name}} from {num_samples} solutions."
     maker = "make_fenchel_young_loss"

@@ -98,13 +98,22 @@ def make_perturbed_max(
     References:
       Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
     """
-    symmetrize = _checks.check_bool(symmetrize, "symmetrize")
-    if objective is not None:
-        _checks.check_fun(objective, "objective")
     settings = Settings(
         num_samples, sigma, noise, use_baseline, batch_size, sampler=sampler, degree=degree
     )
     layer = Layer(argmax_fun, settings, maximize, multiplicative)
+    perturbed_max = maximum(layer, objective, symmetrize)
+    does = f"Estimates the expected optimum of {{name}} by the mean of {num_samples} samples."
+    names = ("key", "theta")
+    describe(perturbed_max, "perturbed_max_of", argmax_fun, names, "make_perturbed_max", does)
+    return perturbed_max
+
+
+def maximum(layer: Layer, objective: Fun | None, symmetrize: bool) -> Callable[..., Array]:
+    """`make_perturbed_max` of a layer: what it returns, but for its description."""
+    symmetrize = _checks.check_bool(symmetrize, "symmetrize")
+    if objective is not None:
+        _checks.check_fun(objective, "objective")
 
     def perturbed_max(*args: Any, **kwargs: Any) -> Array:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
@@ -161,9 +170,6 @@ def make_perturbed_max(
             value = with_envelope_derivatives(traced, len(leaves), num_symmetric, inputs, operands)
         return value if layer.maximize else -value
 
-    does = f"Estimates the expected optimum of {{name}} by the mean of {num_samples} samples."
-    names = ("key", "theta")
-    describe(perturbed_max, "perturbed_max_of", argmax_fun, names, "make_perturbed_max", does)
     return perturbed_max
 
 
