@@ -25,12 +25,18 @@ returns a pytree of arrays, the exact expectation is the same pytree in float64.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.stats
 
 Z_LIMIT = 5.0
@@ -54,6 +60,10 @@ OTHER_PROMISES = 0.05
 # to compile, and for what measures programs.
 AS_FOR_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 LONG = 2**13  # keys
+# Quantities of `derivatives`, up to an order.
+FIRST_ORDER = ("value", "gradient", "dsigma")
+SECOND_ORDER = (*FIRST_ORDER, "hessian", "mixed", "dsigma2")
+ALL_ORDERS = (*SECOND_ORDER, "third")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,6 +391,66 @@ def assert_biased(
     return measurements
 
 
+def derivatives(estimate: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """What a test of unbiasedness runs: named derivatives of an estimate, all by one pass.
+
+    Reverse mode inside, forward mode outside.
+
+    Args:
+        estimate: A function of a key, a vector x and a number sigma to a pytree of arrays.
+        names: Some of `ALL_ORDERS`.
+
+    Returns:
+        A function of the same arguments to a dictionary with the names.
+    """
+
+    def first(key: Any, p: Any) -> tuple[Any, Any]:
+        # One vector of all variables; its last entry is sigma.
+        def twice(p: Any) -> tuple[Any, Any]:
+            value = estimate(key, p[:-1], p[-1])
+            return value, value
+
+        return jax.jacrev(twice, has_aux=True)(p)
+
+    def second(key: Any, p: Any) -> tuple[Any, Any]:
+        def gradient(p: Any) -> tuple[Any, Any]:
+            one, value = first(key, p)
+            return one, (one, value)
+
+        return jax.jacfwd(gradient, has_aux=True)(p)
+
+    def third(key: Any, x: Any, sigma: Any) -> tuple[Any, Any]:
+        def hessian(x: Any) -> tuple[Any, Any]:
+            two, rest = second(key, jnp.append(x, sigma))
+            return two, (two, *rest)
+
+        return jax.jacfwd(hessian, has_aux=True)(x)
+
+    def estimator(key: Any, x: Any, sigma: Any) -> dict[str, Any]:
+        two = three = None
+        if "third" in names:
+            three, (two, one, value) = third(key, x, sigma)
+        elif set(names) - set(FIRST_ORDER):
+            two, (one, value) = second(key, jnp.append(x, sigma))
+        else:
+            one, value = first(key, jnp.append(x, sigma))
+        parts = {
+            "value": (value, ...),
+            "gradient": (one, np.s_[..., :-1]),
+            "dsigma": (one, np.s_[..., -1]),
+            "hessian": (two, np.s_[..., :-1, :-1]),
+            "mixed": (two, np.s_[..., :-1, -1]),
+            "dsigma2": (two, np.s_[..., -1, -1]),
+            "third": (three, np.s_[..., :-1, :-1, :]),
+        }
+        return {
+            name: jax.tree.map(lambda leaf, part=parts[name][1]: leaf[part], parts[name][0])
+            for name in names
+        }
+
+    return estimator
+
+
 def assert_distributed_as(
     samples: Any, cdf: Callable[[np.ndarray], np.ndarray], *, least_p_value: float = 2e-5
 ) -> float:
@@ -438,6 +508,30 @@ def _plain(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf)
+
+
+def import_program(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> types.ModuleType:
+    """Imports a program by its name, as a script beside it would.
+
+    Such programs run for long, so that what they jit in their functions is compiled `AS_FOR_USERS`.
+
+    Args:
+        folder: Where it lies.
+        monkeypatch: What takes the changes back.
+        name: Its name.
+
+    Returns:
+        The module.
+    """
+    monkeypatch.syspath_prepend(folder)
+    program = importlib.import_module(name)
+    jit = functools.partial(jax.jit, compiler_options=AS_FOR_USERS)
+    careful = types.SimpleNamespace(**{**vars(jax), "jit": jit})
+    for module in list(sys.modules.values()):
+        path = getattr(module, "__file__", None)
+        if path and Path(path).parent == folder and hasattr(module, "jax"):
+            monkeypatch.setattr(module, "jax", careful)
+    return program
 
 
 class EvaluationCounter:

@@ -10,7 +10,14 @@ import scipy.stats
 
 import closed_forms as cf
 import perturbax as px
-from helpers import assert_biased, assert_trees_close, assert_unbiased
+from helpers import (
+    ALL_ORDERS,
+    FIRST_ORDER,
+    assert_biased,
+    assert_trees_close,
+    assert_unbiased,
+    derivatives,
+)
 
 KEY = jax.random.key(0, impl="threefry2x32")
 SCORES = np.array([0.5, 0.0625, -0.3125])
@@ -46,30 +53,16 @@ def maximum(solver=one_hot, num_samples=64, sigma=SIGMA, noise=px.Gumbel(), **op
 PROMISES = {"value": 0.01, "gradient": 0.02, "dsigma": 0.05, "hessian": 0.1, "mixed": 0.1}
 
 
-def argmax_estimates(layer, hessian):
-    """Value and derivatives of a layer whose scale is its second argument."""
-
-    def estimates(key, x, sigma):
-        def value(x, sigma):
-            return layer(sigma)(key, x)
-
-        found = {
-            "value": value(x, sigma),
-            "gradient": jax.jacrev(value)(x, sigma),
-            "dsigma": jax.jacfwd(value, argnums=1)(x, sigma),
-        }
-        if hessian:
-            found["hessian"] = jax.jacfwd(jax.jacrev(value))(x, sigma)
-        return found
-
-    return estimates
+def estimates_of(layer, names):
+    """The named derivatives of a layer, which is made of a scale."""
+    return derivatives(lambda key, x, sigma: layer(sigma)(key, x), names)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_argmax_is_a_softmax(sampler):
     """Value, Jacobian, second derivatives and the derivative in sigma, by every sampler."""
     exact = cf.smooth_argmax_gumbel(SCORES, SIGMA).as_dict("value", "gradient", "dsigma", "hessian")
-    estimates = argmax_estimates(lambda s: argmax(sigma=s, sampler=SAMPLERS[sampler]), True)
+    estimates = estimates_of(lambda s: argmax(sigma=s, sampler=SAMPLERS[sampler]), tuple(exact))
     promise = {name: PROMISES[name] for name in exact}
     assert_unbiased(estimates, exact, seed=11, num_keys=8192, args=(X, SIGMA), promise=promise)
 
@@ -77,25 +70,23 @@ def test_argmax_is_a_softmax(sampler):
 @pytest.mark.parametrize("law", LAWS)
 def test_argmax_and_ranks_under_other_noise(law):
     noise, exact_noise = LAWS[law]
-    hessian = law != "laplace"
-    names = ("value", "gradient", "dsigma", *(["hessian"] if hessian else []))
-    layers = {
-        "choice": (one_hot, cf.smooth_argmax),
-        "ranks": (px.solvers.ranks, cf.smooth_ranks),
-    }
+    names = {"choice": FIRST_ORDER, "ranks": FIRST_ORDER}
+    if law != "laplace":
+        names["ranks"] = (*FIRST_ORDER, "hessian")
+    solvers = {"choice": one_hot, "ranks": px.solvers.ranks}
+    smooth = {"choice": cf.smooth_argmax, "ranks": cf.smooth_ranks}
 
     def estimates(key, x, sigma):
         return {
-            name: argmax_estimates(
-                functools.partial(argmax_of, solver=solver, noise=noise),
-                name == "ranks" and hessian,
+            name: estimates_of(
+                functools.partial(argmax_of, solver=solver, noise=noise), names[name]
             )(key, x, sigma)
-            for name, (solver, _) in layers.items()
+            for name, solver in solvers.items()
         }
 
     exact = {
-        "choice": cf.smooth_argmax(SCORES, SIGMA, exact_noise).as_dict(*names[:3]),
-        "ranks": cf.smooth_ranks(SCORES, SIGMA, exact_noise).as_dict(*names),
+        name: smooth[name](SCORES, SIGMA, exact_noise).as_dict(*of_it)
+        for name, of_it in names.items()
     }
     promise = {name: {quantity: PROMISES[quantity] for quantity in exact[name]} for name in exact}
     assert_unbiased(estimates, exact, seed=22, num_keys=8192, args=(X, SIGMA), promise=promise)
@@ -103,25 +94,6 @@ def test_argmax_and_ranks_under_other_noise(law):
 
 def argmax_of(sigma, solver, noise):
     return argmax(solver, sigma=sigma, noise=noise)
-
-
-def max_estimates(layer):
-    def estimates(key, x, sigma):
-        def value(x, sigma):
-            return layer(sigma)(key, x)
-
-        by_x = jax.grad(value)
-        return {
-            "value": value(x, sigma),
-            "gradient": by_x(x, sigma),
-            "dsigma": jax.grad(value, argnums=1)(x, sigma),
-            "hessian": jax.jacfwd(by_x)(x, sigma),
-            "mixed": jax.jacrev(by_x, argnums=1)(x, sigma),
-            "dsigma2": jax.grad(jax.grad(value, argnums=1), argnums=1)(x, sigma),
-            "third": jax.jacfwd(jax.jacfwd(by_x))(x, sigma),
-        }
-
-    return estimates
 
 
 MAX_PROMISES = {
@@ -143,7 +115,7 @@ def test_max_at_every_order(law):
         assert_trees_close(
             exact.as_dict(), cf.smooth_max_gumbel(SCORES, SIGMA).as_dict(), atol=1e-8
         )
-    estimates = max_estimates(lambda s: maximum(sigma=s, noise=noise))
+    estimates = estimates_of(lambda s: maximum(sigma=s, noise=noise), ALL_ORDERS)
     assert_unbiased(
         estimates, exact.as_dict(), seed=13, num_keys=16384, args=(X, SIGMA), promise=MAX_PROMISES
     )
@@ -153,13 +125,9 @@ def test_max_at_every_order(law):
 def test_max_by_every_sampler(sampler):
     names = ("value", "gradient", "dsigma", "mixed")
     exact = cf.smooth_max(SCORES, SIGMA, cf.normal).as_dict(*names)
-    layer = max_estimates(
-        lambda s: maximum(sigma=s, noise=px.Normal(), sampler=SAMPLERS[sampler], degree=0)
+    estimates = estimates_of(
+        lambda s: maximum(sigma=s, noise=px.Normal(), sampler=SAMPLERS[sampler], degree=0), names
     )
-
-    def estimates(key, x, sigma):
-        return {name: layer(key, x, sigma)[name] for name in names}
-
     promise = {name: PROMISES[name] for name in exact}
     assert_unbiased(estimates, exact, seed=14, num_keys=8192, args=(X, SIGMA), promise=promise)
 
@@ -201,17 +169,11 @@ def test_multiplicative_perturbation():
     theta, sigma = np.array([1.5, 1.0]), 0.6
     choice, best = two_way(theta, sigma)
     options = {"noise": px.Normal(), "multiplicative": True}
-    layers = (
-        argmax_estimates(lambda s: argmax(sigma=s, **options), False),
-        max_estimates(lambda s: maximum(sigma=s, **options)),
-    )
+    choose = estimates_of(lambda s: argmax(sigma=s, **options), tuple(choice))
+    take = estimates_of(lambda s: maximum(sigma=s, **options), tuple(best))
 
     def estimates(key, x, sigma):
-        found = layers[1](key, x, sigma)
-        return {
-            "choice": layers[0](key, x, sigma),
-            "best": {name: found[name] for name in best},
-        }
+        return {"choice": choose(key, x, sigma), "best": take(key, x, sigma)}
 
     args = (jnp.asarray(theta, jnp.float32), sigma)
     exact = {"choice": choice, "best": best}
@@ -310,6 +272,17 @@ def test_the_jacobian_is_the_symmetric_part(options):
     assert np.abs(jacobian - jacobian.T).max() > 1e-3
     for one in found:
         assert_trees_close(one, (jacobian + jacobian.T) / 2, atol=2e-6)
+
+
+def test_modes_of_second_derivatives_of_the_maximum_agree():
+    @jax.jit
+    def second_derivatives(*at):
+        gradient = jax.grad(lambda x, sigma: maximum(sigma=sigma)(KEY, x), argnums=(0, 1))
+        return [outer(gradient, argnums=(0, 1))(*at) for outer in (jax.jacrev, jax.jacfwd)]
+
+    reverse, forward = second_derivatives(X, SIGMA)
+    assert_trees_close(reverse, forward, atol=1e-5)
+    assert np.abs(reverse[1][1]) > 1e-3
 
 
 def test_many_scores():

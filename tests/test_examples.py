@@ -1,6 +1,6 @@
 """Runs the examples and holds what they find against exact numbers."""
 
-import importlib
+import functools
 import re
 import struct
 import subprocess
@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
+from helpers import import_program
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture
 def example(monkeypatch):
     """Imports an example by its name, as a script beside it would."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
+    return functools.partial(import_program, EXAMPLES, monkeypatch)
 
 
 def assert_unbiased(estimates, power):

@@ -202,13 +202,13 @@ def all_derivatives(estimate):
     """The derivatives of `exact_halfspace`, of an estimate (key, x, matrix)."""
 
     def estimator(key, x, factor):
-        def gradients(x, factor):
-            return jax.grad(estimate, argnums=(1, 2))(key, x, factor)
+        def slope(x, factor):
+            value, one = jax.value_and_grad(estimate, argnums=(1, 2))(key, x, factor)
+            return one[0], (value, one)
 
-        one = gradients(x, factor)
-        two = jax.jacfwd(lambda *p: gradients(*p)[0], argnums=(0, 1))(x, factor)
+        two, (value, one) = jax.jacfwd(slope, argnums=(0, 1), has_aux=True)(x, factor)
         return {
-            "value": estimate(key, x, factor),
+            "value": value,
             "gradient": one[0],
             "matrix": one[1],
             "hessian": two[0],

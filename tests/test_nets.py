@@ -12,6 +12,7 @@ import scipy
 from scipy.stats import qmc
 
 import perturbax as px
+from helpers import AS_FOR_USERS
 from perturbax.sampling import _generators, _nets
 
 KINDS = [_nets.scrambled_sobol, _nets.scrambled_array]
@@ -135,7 +136,11 @@ def misses(kind, dim, size, count):
         means = 1 - 2 * jnp.mean(jnp.stack(parities).astype(jnp.float32), axis=1)
         return size * means**2
 
-    found = jnp.mean(jax.lax.map(squares, keys, batch_size=64), axis=0)
+    @functools.partial(jax.jit, compiler_options=AS_FOR_USERS)
+    def mean_squares(keys):
+        return jnp.mean(jax.lax.map(squares, keys, batch_size=64), axis=0)
+
+    found = np.asarray(mean_squares(keys))
     return {n: np.array([v for v, s in zip(found, sets, strict=True) if len(s) == n])
             for n in range(1, 6)}  # fmt: skip
 

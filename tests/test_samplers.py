@@ -12,7 +12,7 @@ import scipy
 
 import closed_forms as cf
 import perturbax as px
-from helpers import assert_distributed_as, assert_unbiased
+from helpers import assert_distributed_as, assert_unbiased, derivatives
 from perturbax.estimator import _surrogate
 from perturbax.sampling import _draw_groups, _random_bits
 from perturbax.sampling._merged import Merged
@@ -184,25 +184,17 @@ def test_derivatives_are_unbiased(name, noise_name, degree):
     case = cf.step_and_choice(getattr(cf, noise_name))
     x = jnp.asarray(case.x, jnp.float32)
 
-    def estimator(key):
-        def estimate(p):
-            return smooth(case.fun, x, p[-1], noise, sampler=SAMPLERS[name], degree=degree)(
-                key, p[:-1]
-            )
+    def estimate(key, x, sigma):
+        return smooth(case.fun, x, sigma, noise, sampler=SAMPLERS[name], degree=degree)(key, x)
 
-        p = jnp.append(x, case.sigma)
-        one = jax.jacrev(estimate)(p)
-        two = jax.jacfwd(jax.jacrev(estimate))(p)
-        hessian = two[..., :-1, :-1]
-        return {
-            "value": estimate(p),
-            "gradient": one[..., :-1],
-            "dsigma": one[..., -1],
-            "hessian": hessian,
-        }
-
-    exact = {name: getattr(case.exact, name) for name in PROMISES}
-    assert_unbiased(estimator, exact, seed=4, num_keys=32768, promise=PROMISES)
+    assert_unbiased(
+        derivatives(estimate, tuple(PROMISES)),
+        {name: getattr(case.exact, name) for name in PROMISES},
+        args=(x, jnp.float32(case.sigma)),
+        seed=4,
+        num_keys=32768,
+        promise=PROMISES,
+    )
 
 
 class ByInverse:

@@ -1,10 +1,12 @@
 """Runs the benchmarks on real tasks in a smoke size, against figures known from elsewhere."""
 
-import importlib
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from helpers import import_program
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -12,8 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def benchmark_module(monkeypatch):
     """Imports a benchmark by its name, as a script beside it would."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
+    return functools.partial(import_program, BENCHMARKS, monkeypatch)
 
 
 def test_shortest_path_task(benchmark_module):

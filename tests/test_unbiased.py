@@ -15,11 +15,15 @@ import pytest
 import closed_forms as cf
 import perturbax as px
 from helpers import (
+    ALL_ORDERS,
+    FIRST_ORDER,
+    SECOND_ORDER,
     EvaluationCounter,
     assert_biased,
     assert_distributed_as,
     assert_trees_close,
     assert_unbiased,
+    derivatives,
     find_biased,
 )
 from reference import MUTATIONS, differentiate_samples, make_reference_fun
@@ -35,10 +39,6 @@ PROMISES = {
     "third": 0.10,
 }
 NOISES = {"Normal": px.Normal(), "Gumbel": px.Gumbel()}
-FIRST_ORDER = ("value", "gradient", "dsigma")
-SECOND_ORDER = (*FIRST_ORDER, "hessian", "mixed", "dsigma2")
-ALL_ORDERS = (*SECOND_ORDER, "third")
-
 both_noises = pytest.mark.parametrize("noise_name", NOISES)
 with_and_without_baseline = pytest.mark.parametrize(
     "use_baseline", [True, False], ids=["baseline", "no-baseline"]
@@ -48,56 +48,6 @@ with_and_without_baseline = pytest.mark.parametrize(
 def f32(value):
     """As float32 arrays on the device."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), value)
-
-
-def derivatives(estimate, names):
-    """From ``estimate(key, x, sigma)`` to a function that returns the named derivatives of it.
-
-    Reverse mode inside, forward mode outside, in one pass for all that is asked.
-    """
-
-    def at(key, x, sigma):
-        # One vector of all variables; its last entry is sigma.
-        return lambda p: estimate(key, p[:-1], p[-1]), jnp.append(x, sigma)
-
-    def first(key, x, sigma):
-        fun, p = at(key, x, sigma)
-        return jax.jacrev(fun)(p), fun(p)
-
-    def second(key, x, sigma):
-        def gradient(p):
-            one, value = first(key, p[:-1], p[-1])
-            return one, (one, value)
-
-        two, (one, value) = jax.jacfwd(gradient, has_aux=True)(jnp.append(x, sigma))
-        return two, (two, one, value)
-
-    def third(key, x, sigma):
-        return jax.jacfwd(lambda x: second(key, x, sigma), has_aux=True)(x)
-
-    def estimator(key, x, sigma):
-        two = three = None
-        if "third" in names:
-            three, (two, one, value) = third(key, x, sigma)
-        elif set(names) - set(FIRST_ORDER):
-            _, (two, one, value) = second(key, x, sigma)
-        else:
-            one, value = first(key, x, sigma)
-        parts = {
-            "value": (value, ...),
-            "gradient": (one, np.s_[..., :-1]),
-            "dsigma": (one, np.s_[..., -1]),
-            "hessian": (two, np.s_[..., :-1, :-1]),
-            "mixed": (two, np.s_[..., :-1, -1]),
-            "dsigma2": (two, np.s_[..., -1, -1]),
-            "third": (three, np.s_[..., :-1, :-1, :]),
-        }
-        return {
-            name: jax.tree.map(lambda leaf, part=parts[name][1]: leaf[part], parts[name][0])
-            for name in names
-        }
-
-    return estimator
 
 
 def averaged(estimator, repeats):
