@@ -27,6 +27,7 @@ returns a pytree of arrays, the exact expectation is the same pytree in float64.
 import dataclasses
 import functools
 import importlib
+import os
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -34,10 +35,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+
+# JAX 0.6 has it in jax.experimental alone, later releases in jax alone.
+enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
 
 Z_LIMIT = 5.0
 Z_OF_POWER = 3.09  # the normal quantile of .999
@@ -58,7 +63,14 @@ LEAST_PROMISES = {
 OTHER_PROMISES = 0.05
 # How XLA compiles for users, where `conftest.py` asks for less: for what runs longer than it takes
 # to compile, and for what measures programs.
-AS_FOR_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+AS_FOR_USERS = {
+    option: value
+    for option, value in (
+        ("xla_backend_optimization_level", 3),
+        ("xla_cpu_use_fusion_emitters", True),
+    )
+    if option in os.environ.get("XLA_FLAGS", "")
+}
 LONG = 2**13  # keys
 # Quantities of `derivatives`, up to an order.
 FIRST_ORDER = ("value", "gradient", "dsigma")

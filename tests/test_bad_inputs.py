@@ -15,7 +15,7 @@ from jax.experimental import io_callback
 
 import perturbax as px
 import reference
-from helpers import AS_FOR_USERS, assert_trees_close
+from helpers import AS_FOR_USERS, assert_trees_close, enable_x64
 
 KEY = jax.random.key(0, impl="threefry2x32")
 X = jnp.array([0.5, -1.0, 2.0])
@@ -680,7 +680,7 @@ def test_sigma_may_be_none_where_x_is():
 
 
 def test_sigma_of_double_precision_leaves_single_precision_alone():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         x = jnp.asarray(X, jnp.float32)
         value, y = samples(sigma=np.float64(0.1))(KEY, x)
         assert value.dtype == y.dtype == jnp.float32
@@ -688,7 +688,7 @@ def test_sigma_of_double_precision_leaves_single_precision_alone():
 
 
 def test_sigma_keeps_double_precision():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         x = jnp.zeros(3)
         _, unit = samples(sigma=1.0)(KEY, x)
         _, y = samples(sigma=0.1)(KEY, x)
@@ -1205,7 +1205,7 @@ def test_log_density_may_be_the_sum_over_coordinates():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_strict_promotion_in_double_precision(dtype, num_samples):
     """Sizes of groups were of 64 bits, and a count of 32."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         x = jnp.asarray([0.1, 0.2], dtype)
         g = px.make_perturbed_fun(lambda y: jnp.sum(y * y), num_samples, 1.0, degree=0)
         expected = jax.grad(g, argnums=1)(KEY, x)

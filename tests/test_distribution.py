@@ -11,7 +11,7 @@ import scipy.special
 
 import closed_forms as cf
 import perturbax as px
-from helpers import assert_biased, assert_trees_close, assert_unbiased
+from helpers import assert_biased, assert_trees_close, assert_unbiased, enable_x64
 from perturbax.optimizers import _distribution
 from test_argmax import KEY, SAMPLERS, SCORES, SIGMA, HostSolver, X, one_hot, two_way
 
@@ -251,7 +251,7 @@ def test_solves_transforms_and_costs_with_parameters():
 def test_an_expectation_has_the_dtype_of_the_weights(dtype):
     """With integer costs it was float64, and without 64 bits a warning."""
     cost = jnp.array([0, 1, 1], dtype)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         found = make()(KEY, X.astype(jnp.float32))
         wide = found.expectation(lambda y: cost[jnp.argmax(y)])
     mean = make()(KEY, X).expectation(lambda y: cost[jnp.argmax(y)])

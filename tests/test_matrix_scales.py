@@ -8,7 +8,7 @@ import scipy.special
 
 import closed_forms as cf
 import perturbax as px
-from helpers import assert_biased, assert_trees_close, assert_unbiased
+from helpers import assert_biased, assert_trees_close, assert_unbiased, enable_x64
 from perturbax.scale import _matrices
 
 KEY = jax.random.key(0, impl="threefry2x32")
@@ -130,7 +130,7 @@ def test_transforms_and_batches():
 
 
 def test_double_precision():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         x, factor = (jnp.asarray(np.asarray(v, np.float64)) for v in (X, L))
         key = jax.random.key(0, impl="threefry2x32")
         fun = smooth(lambda y: y @ y, 64, degree=2)

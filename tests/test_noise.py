@@ -14,7 +14,7 @@ import scipy.stats
 
 import closed_forms as cf
 import perturbax as px
-from helpers import assert_distributed_as, assert_unbiased
+from helpers import assert_distributed_as, assert_unbiased, enable_x64
 from perturbax.noise._foreign import as_noise
 from perturbax.noise._inverse import from_normal, from_words
 from perturbax.noise._traced import trace_noise
@@ -80,7 +80,7 @@ def test_words_become_quantiles(name):
 def test_wide_words_become_quantiles(name):
     noise, reference = LAWS[name]
     values = words(64)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         z = np.asarray(noise.from_bits(jnp.asarray(values)))
     tail, upper = tails(values)
     if name == "Triangular":  # scipy's loses half the digits next to the ends
@@ -122,7 +122,7 @@ def test_gumbel_reaches_into_both_tails():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_samples_follow_the_law(name, dtype):
     noise, reference = LAWS[name]
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         z = noise.sample(jax.random.key(7), (300, 400), dtype)
     assert z.dtype == dtype
     assert z.shape == (300, 400)
@@ -249,7 +249,7 @@ def test_a_noise_with_nothing_but_from_bits_is_mapped_through_it(wide):
     class FromBits:
         from_bits = px.Logistic().from_bits
 
-    with jax.enable_x64(wide):
+    with enable_x64(wide):
         z = jnp.array([-30, -5, -3, -1e-7, 0, 1e-7, 0.5, 5, 30], jnp.float64 if wide else "f4")
         found = np.asarray(from_normal(FromBits(), z))
         exact = np.asarray(from_normal(px.Logistic(), z))
@@ -303,7 +303,7 @@ def test_df_is_checked(df, error):
 def test_score_identities_hold_for_the_draws(name, dtype):
     """E[s] = 0 and E[z s] = 1: what a draw in half precision, or another density, would break."""
     noise, _ = LAWS[name]
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         z = noise.sample(jax.random.key(31), (400_000,), dtype)
         s = -jax.vmap(jax.grad(noise.log_prob))(z)
     z, s = np.asarray(z, np.float64), np.asarray(s, np.float64)

@@ -12,6 +12,7 @@ import scipy.sparse
 import scipy.stats
 from scipy.sparse import csgraph
 
+from helpers import enable_x64
 from perturbax import solvers
 
 SIDES = [(-1, 0), (0, -1), (0, 1), (1, 0)]
@@ -641,7 +642,7 @@ def test_the_result_has_the_dtype_of_the_scores(solver, shape):
         short or "float16",
     ]
     assert {result(dtype) for dtype in ("float32", "int8", "int32", "uint8")} == {"float32"}
-    with jax.enable_x64(True):
+    with enable_x64(True):
         assert {result(dtype) for dtype in ("float64", "int64")} == {"float64"}
         assert result("float32") == "float32"
 
@@ -659,7 +660,7 @@ def test_bfloat16_gives_the_solution_that_float32_gives(solver, shape):
 def test_float64_decides_by_differences_that_float32_cannot_hold():
     close = 1 + 1e-12 * np.array([0, 2, 1])
     triangle = [(0, 1), (1, 2), (0, 2)]
-    with jax.enable_x64(True):
+    with enable_x64(True):
         assert solvers.one_hot_argmax(close).tolist() == [0, 1, 0]
         assert solvers.ranks(close).tolist() == [1, 3, 2]
         assert solvers.minimum_spanning_tree(close, triangle).tolist() == [1, 0, 1]
@@ -691,7 +692,7 @@ def test_nan_among_the_scores_makes_the_solution_nan(solver, shape):
 def test_strict_promotion(solver, shape, dtype):
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         jax.eval_shape(jax.vmap(solver), jax.ShapeDtypeStruct((2, *shape), dtype))
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+    with enable_x64(True), jax.numpy_dtype_promotion("strict"):
         jax.eval_shape(jax.vmap(solver), jax.ShapeDtypeStruct((2, *shape), dtype))
 
 

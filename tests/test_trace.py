@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 import perturbax as px
-from helpers import EvaluationCounter, assert_trees_close
+from helpers import EvaluationCounter, assert_trees_close, enable_x64
 from perturbax.tracing._signature import trace
 
 KEY = jax.random.key(0, impl="threefry2x32")
@@ -293,7 +293,7 @@ def test_sign_of_a_zero_is_that_of_the_call():
 
 @pytest.mark.parametrize("x64", [False, True])
 def test_numbers_keep_their_types(x64):
-    with jax.enable_x64(x64):
+    with enable_x64(x64):
         fun = lambda y: (y * 2.0, 2.5, np.float32(2.5), y.astype(jnp.bfloat16) * 2.0, 1j)  # noqa: E731
         leaf = jnp.ones(3, jnp.float32)
         traced, operands = trace(fun, leaf)

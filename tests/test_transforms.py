@@ -21,7 +21,7 @@ from jax.experimental import io_callback
 
 import perturbax as px
 import reference
-from helpers import EvaluationCounter, assert_trees_close
+from helpers import EvaluationCounter, assert_trees_close, enable_x64
 
 KEY = jax.random.key(0, impl="threefry2x32")
 X = jnp.array([0.5, -1.0, 2.0])
@@ -865,7 +865,7 @@ def test_dtypes_of_x(dtype):
         seen.append(str(y.dtype))
         return fun(y)
 
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         x = jnp.asarray(np.asarray(X), dtype)
         value, gradient = value_and_grad(f)(KEY, x)
         samples = smooth(lambda y: (f(y), y), has_aux=True)
@@ -881,7 +881,7 @@ def test_dtypes_of_x(dtype):
 
 
 def test_double_precision_is_double_precision():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         x = jnp.asarray(np.asarray(X), jnp.float64)
         samples = smooth(lambda y: (fun(y), y), has_aux=True, use_baseline=False)
         _, y = samples(KEY, x)
@@ -892,7 +892,7 @@ def test_double_precision_is_double_precision():
 
 
 def test_mixed_dtypes():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         x = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones(2, jnp.float64), "c": jnp.float16(1.0)}
         value, gradient = value_and_grad(lambda t: jnp.sum(t["a"]) + jnp.sum(t["b"]) + t["c"])(
             KEY, x
