@@ -42,7 +42,7 @@ import pytest
 import scipy.stats
 
 # JAX 0.6 has it in jax.experimental alone, later releases in jax alone.
-enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 Z_LIMIT = 5.0
 Z_OF_POWER = 3.09  # the normal quantile of .999
