@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import norm
 
 import perturbax as px
-from helpers import assert_biased, assert_trees_close, assert_unbiased
+from helpers import assert_biased, assert_trees_close, assert_unbiased, enable_x64
 from perturbax.carried import _carry, _regression
 
 X = jnp.array([0.3, -0.2, 0.1])
@@ -66,7 +66,7 @@ def test_coefficients_solve_the_regression(smooth):
     counted = np.ones(12)
     counted[[2, 7]] = 0
     values[2] = 1e6
-    with jax.enable_x64(True):
+    with enable_x64(True):
         args = [jnp.asarray(v) for v in (points, values, counted, np.full(3, 0.1), np.full(3, 2.0))]
         found = _regression.fit(*args, jnp.zeros((3, 12)), smooth)
         u = (points - 0.1) / 2.0
@@ -88,7 +88,7 @@ def test_the_mean_of_the_kernel_is_exact(smooth):
     u, mean, deviation = draw.normal(size=(5, 2)), np.array([0.4, -0.7]), np.array([0.5, 1.3])
     grid = np.stack(np.meshgrid(nodes, nodes, indexing="ij"), -1).reshape(-1, 2)
     chance = np.outer(weights, weights).ravel()
-    with jax.enable_x64(True):
+    with enable_x64(True):
         at = jnp.asarray(mean + deviation * grid)
         exact = _regression.kernel(jnp.asarray(u), at, smooth) @ chance
         args = [jnp.asarray(v) for v in (u, mean, deviation**2)]
