@@ -54,6 +54,8 @@ class Orthogonal:
         self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
+        if dim == 0:  # no directions to factorise
+            return jnp.zeros((group_size, 0), dtype)
         rows = -(-group_size // 2) if self.antithetic else group_size
         gauss = Normal().from_bits(_random_bits.grid(jax.random.key_data(key), rows, dim, dtype))
         # Orthogonalisation sees the directions of the rows only, so their lengths are independent
