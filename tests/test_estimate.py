@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import perturbax as px
+from perturbax.diagnostics._standard_errors import estimates_by_degree
 
 KEY = jax.random.key(3)
 X = jnp.array([-0.1, 0.05, 0.2])
@@ -329,3 +330,35 @@ def test_what_it_cannot_do_it_says():
         px.estimate(px.make_perturbed_fun(relu, 1), KEY, X)
     with pytest.raises(TypeError, match="must be what make_perturbed_fun returned, got relu"):
         px.estimate(relu, KEY, X)
+
+
+@pytest.mark.parametrize("sampler", [px.Sobol(4), px.Independent(block=16)], ids=str)
+def test_other_degrees_from_the_same_evaluations(sampler):
+    """As if each were asked for."""
+    calls = []
+
+    def count(x):
+        calls.append(1)
+        return np.float32(np.maximum(x, 0).sum())
+
+    def fun(x):
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(count, like, x, vmap_method="sequential")
+
+    def smooth(fun, degree):
+        return px.make_perturbed_fun(fun, 128, 0.3, px.Normal(), sampler=sampler, degree=degree)
+
+    found = estimates_by_degree(smooth(fun, 1), (2, 0), KEY, X, (), {})
+    jax.block_until_ready(found)
+    assert len(calls) == 128
+    for degree, one in zip((1, 2, 0), found, strict=True):
+        expected = px.estimate(smooth(relu, degree), KEY, X)
+        np.testing.assert_allclose(one.value, expected.value, rtol=1e-6)
+        np.testing.assert_allclose(one.gradient, expected.gradient, atol=1e-3)
+        np.testing.assert_allclose(one.gradient_error, expected.gradient_error, rtol=1e-2)
+
+
+def test_other_degrees_that_take_other_samples_are_refused():
+    smooth = px.make_perturbed_fun(relu, 100, 0.3, px.Normal(), sampler=px.Antithetic(), degree=0)
+    with pytest.raises(ValueError, match="other samples are drawn for degree=1"):
+        estimates_by_degree(smooth, (1,), KEY, X, (), {})

@@ -15,7 +15,7 @@ from .. import _checks
 from .._perturb import PerturbedFun
 from ..sampling._independent import Antithetic, Independent
 from . import _plots, _variance_law
-from ._subject import Subject
+from ._subject import Pilot, Subject
 from ._variance_law import Runs
 from ._words import count_of, numbers_of, percent, seconds_of
 
@@ -260,12 +260,12 @@ def _examine(subject: Subject, wanted: float) -> Diagnosis:
     finite = bool(np.isfinite(pilot.runs.gradient).all() and np.isfinite(pilot.runs.variance))
     runs, alternatives = [pilot.runs], []
     if finite and pilot.runs.variance > 0:
-        others = list(_others(subject))
+        others = _other_samplers(subject)
         share = _nearest_power(subject.num_samples // max(len(others), 1) - 1)
         if share < _FEWEST:
             others = []
         runs += _further_runs(subject, pilot.runs, budget - len(others) * (share + 1), wanted)
-        alternatives = list(_compare(subject, runs, others, share))
+        alternatives = list(_alternatives(subject, pilot, runs, others, share))
     squares, squares_error, _ = _variance_law.signal_of(runs)
     length = math.sqrt(max(squares, 0.0)) if finite else math.nan
     significant = finite and squares > _SIGNIFICANT * squares_error
@@ -380,34 +380,44 @@ def _signal_to_noise(subject: Subject, runs: list[Runs], length: float) -> float
     return length / math.exp(float(log[0]) / 2)
 
 
-def _others(subject: Subject) -> Iterator[dict[str, Any]]:
-    """Other samplers and degrees that are possible here, and not hopeless."""
+def _other_samplers(subject: Subject) -> list[Any]:
+    """Those that are possible here."""
     choice = subject.choose(subject.num_samples)
-    if subject.settings.use_baseline:
-        for degree in range(3):
-            if degree != choice.degree and subject.is_possible(choice.sampler, degree):
-                yield {"sampler": choice.sampler, "degree": degree}
-    for other in (Independent(), Antithetic()):
-        if not isinstance(choice.sampler, type(other)):
-            if subject.is_possible(other, choice.degree):
-                yield {"sampler": other, "degree": choice.degree}
+    return [
+        sampler
+        for sampler in (Independent(), Antithetic())
+        if not isinstance(choice.sampler, type(sampler))
+        and subject.is_possible(sampler, choice.degree)
+    ]
 
 
-def _compare(
-    subject: Subject, runs: list[Runs], others: list[dict[str, Any]], share: int
+def _alternatives(
+    subject: Subject, pilot: Pilot, runs: list[Runs], samplers: list[Any], share: int
 ) -> Iterator[Alternative]:
-    """The variances of others with `share` samples, carried to as many as g has."""
+    """Other degrees, from the pilot's evaluations, and other samplers, from `share` for each.
+
+    These are carried to as many samples as g has; both are compared with what g has there.
+    """
+    choice = subject.choose(subject.num_samples)
     number = np.array([subject.num_samples])
+    for degree, found in pilot.degrees.items():
+        if found.variance:
+            ratio = math.log(found.variance / pilot.runs.variance)
+            uncertain = 2 / found.freedom + 2 / pilot.runs.freedom
+            yield Alternative(repr(choice.sampler), degree, *_interval(ratio, uncertain))
     log, uncertain = _variance_law.predict(runs, subject.law(subject.num_samples), number)
-    for changes in others:
-        found = subject.runs(share, 1, **changes)
-        if not found.variance:
-            continue
-        other_log, other = _variance_law.predict([found], found.law, number)
-        ratio = float(other_log[0] - log[0])
-        width = _NINETY * math.sqrt(float(uncertain[0] + other[0]))
-        ends = [math.exp(ratio + sign * width) for sign in (0, -1, 1)]
-        yield Alternative(repr(changes["sampler"]), changes["degree"], *ends)
+    for sampler in samplers:
+        found = subject.runs(share, 1, sampler=sampler, degree=choice.degree)
+        if found.variance:
+            other_log, other = _variance_law.predict([found], found.law, number)
+            ends = _interval(float(other_log[0] - log[0]), float(uncertain[0] + other[0]))
+            yield Alternative(repr(sampler), choice.degree, *ends)
+
+
+def _interval(log: float, variance: float) -> tuple[float, float, float]:
+    """A number, given its logarithm, and the ends of a 90 % interval."""
+    width = _NINETY * math.sqrt(variance)
+    return math.exp(log), math.exp(log - width), math.exp(log + width)
 
 
 def _equal(values: np.ndarray, value_at_x: Any) -> np.ndarray:

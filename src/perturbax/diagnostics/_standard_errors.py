@@ -1,6 +1,7 @@
 """estimate: a perturbed function and its gradient, with standard errors."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jax import Array, lax
 from .. import _checks
 from .._call import run
 from .._perturb import PerturbedFun
-from ..estimator._default_rule import RULE
+from ..estimator._default_rule import RULE, choose
 from ..estimator._derivatives import jacobians_of_groups
 from ..estimator._formula import Part, fitted, kept, unit_of
 from ..execution._chunks import Chunk, drawer, evaluate_at, stacked, summed
@@ -29,6 +30,7 @@ from ..execution._plan import (
     standardised,
 )
 from ..sampling import _random_bits
+from ..sampling._independent import Independent
 from ..scale import _scales
 from ..tracing._derivative_rules import without_derivatives
 
@@ -174,6 +176,22 @@ def estimate(
     References:
       Owen, Practical Quasi-Monte Carlo Integration, 2023, chapter 17, on replicates of nets
     """
+    return estimates_by_degree(perturbed_fun, (), key, x, args, kwargs)[0]
+
+
+def estimates_by_degree(
+    perturbed_fun: PerturbedFun,
+    degrees: tuple[int, ...],
+    key: Array,
+    x: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> list[Estimate]:
+    """What `estimate` returns, and the same of other degrees from the same evaluations.
+
+    Raises:
+      ValueError: if for one of the degrees other samples would be drawn.
+    """
     if not isinstance(perturbed_fun, PerturbedFun):
         kind = getattr(perturbed_fun, "__name__", type(perturbed_fun).__name__)
         if isinstance(getattr(perturbed_fun, "__wrapped__", None), PerturbedFun):
@@ -200,10 +218,17 @@ def estimate(
             f"{plan.num_samples} with {plan.sampler} makes one; take more samples, or a sampler "
             "with smaller groups, such as Independent() or Sobol(num_groups=8)"
         )
+    plans = [plan]
+    for degree in degrees:
+        choice = choose(plan.num_samples, plan.dim, call.settings.noise, plan.sampler, degree)
+        if choice.sampler != plan.sampler and not isinstance(plan.sampler, Independent):
+            raise ValueError(f"other samples are drawn for degree={degree}: {choice}")
+        plans.append(dataclasses.replace(plan, sampler=choice.sampler, degree=choice.degree))
     derive = getattr(plan.noise, "derivatives", 1) > 0
-    found, aux = run(call, _with_errors, plan, derive)
-    missing, empty_groups = found.missing, found.empty_groups
-    leaves, tree = jax.tree.flatten(found._replace(missing=None, empty_groups=None))
+    found, aux = run(call, _with_errors, tuple(plans), derive)
+    missing, empty_groups = found[0].missing, [one.empty_groups for one in found]
+    numbers = [one._replace(missing=None, empty_groups=None) for one in found]
+    leaves, tree = jax.tree.flatten(numbers)
     found = tree.unflatten(_scales.nan_unless_valid(leaves, call.sigma, call.x))
 
     def like_x(parts: list[Array]) -> Any:
@@ -216,16 +241,19 @@ def estimate(
     def like_jacobian(rows: list[list[Array]]) -> Any:
         return jax.tree.unflatten(call.value_tree, map(like_x, rows)) if derive else None
 
-    return Estimate(
-        value=jax.tree.unflatten(call.value_tree, found.value),
-        value_error=jax.tree.unflatten(call.value_tree, found.value_error),
-        gradient=like_jacobian(found.jacobian),
-        gradient_error=like_jacobian(found.jacobian_error),
-        aux=jax.tree.unflatten(call.aux_tree, aux) if call.settings.has_aux else None,
-        degrees_of_freedom=plan.num_groups - 1,
-        missing=missing,
-        empty_groups=empty_groups,
-    )
+    return [
+        Estimate(
+            value=jax.tree.unflatten(call.value_tree, one.value),
+            value_error=jax.tree.unflatten(call.value_tree, one.value_error),
+            gradient=like_jacobian(one.jacobian),
+            gradient_error=like_jacobian(one.jacobian_error),
+            aux=jax.tree.unflatten(call.aux_tree, aux) if call.settings.has_aux else None,
+            degrees_of_freedom=plan.num_groups - 1,
+            missing=missing,
+            empty_groups=empty,
+        )
+        for plan, one, empty in zip(plans, found, empty_groups, strict=True)
+    ]
 
 
 class _Estimates(NamedTuple):
@@ -241,8 +269,48 @@ class _Estimates(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _with_errors(
-    plan: Plan, derive: bool, key: Array, x: list[Array], sigma: list[Array], operands: Operands
-) -> tuple[_Estimates, list[Array]]:
+    plans: tuple[Plan, ...],
+    derive: bool,
+    key: Array,
+    x: list[Array],
+    sigma: list[Array],
+    operands: Operands,
+) -> tuple[list[_Estimates], list[Array]]:
+    """Estimates for each plan, which all draw the same samples, and aux; evaluated by the first."""
+    if derive:
+        plans = tuple(map(_in_parts, plans))
+    flat_x, scale = concatenate(x, plans[0].dtype), flat_scale(plans[0], sigma)
+    words, point = _random_bits.root(key), Point(flat_x, scale)
+    drawers = [drawer(plan, words, operands) for plan in plans]
+
+    def evaluate(chunk: Chunk, _: Any) -> tuple[Array, list[Array]]:
+        return evaluate_at(plans[0], operands, point, drawers[0](chunk))
+
+    f, aux = stacked(plans[0], evaluate)
+    found = [
+        _combined(plan, derive, noise_of, f, x, point, operands)
+        for plan, noise_of in zip(plans, drawers, strict=True)
+    ]
+    return found, aux
+
+
+def _in_parts(plan: Plan) -> Plan:
+    """The plan, with a bound on the Jacobians of groups that are held at a time."""
+    most = max(1, chunk_size() // max(plan.num_rows * plan.dim, 1))
+    if most < plan.groups_at_a_time():
+        return dataclasses.replace(plan, batch_size=most * plan.group_size)
+    return plan
+
+
+def _combined(
+    plan: Plan,
+    derive: bool,
+    noise_of: Callable[[Chunk], Array],
+    f: Array,
+    x: list[Array],
+    point: Point,
+    operands: Operands,
+) -> _Estimates:
     """Value and, if `derive`, Jacobian in x, with their errors as the groups' spread tells them.
 
     Each group g adds a part to the estimate, C_g, with the surrogate that is fitted on the others.
@@ -250,20 +318,8 @@ def _with_errors(
     quite: surrogates are fitted on common samples. What that correlates is a product of two errors
     of fits.)
     """
-    flat_x, scale = concatenate(x, plan.dtype), flat_scale(plan, sigma)
-    words, point = _random_bits.root(key), Point(flat_x, scale)
+    flat_x, scale = point
     noise = noise_in(plan, operands)
-    if derive:
-        # Bounds the Jacobians of groups that are held at a time.
-        most = max(1, chunk_size() // max(plan.num_rows * plan.dim, 1))
-        if most < plan.groups_at_a_time():
-            plan = dataclasses.replace(plan, batch_size=most * plan.group_size)
-    noise_of = drawer(plan, words, operands)
-
-    def evaluate(chunk: Chunk, _: Any) -> tuple[Array, list[Array]]:
-        return evaluate_at(plan, operands, point, noise_of(chunk))
-
-    f, aux = stacked(plan, evaluate)
     # What is fitted serves the Jacobian alone; the rest tells which samples are missing.
     fit_for = plan if derive else dataclasses.replace(plan, degree=None)
     surrogates = fitted(fit_for, operands, point, noise_of, f)
@@ -294,7 +350,7 @@ def _with_errors(
     means = jnp.sum(in_groups(plan, deviations), axis=1) / number
     value_error = error(squares(means, jnp.zeros_like(value), shares, unit), unit)
     if not derive:
-        return _Estimates(in_leaves(value), in_leaves(value_error), [], [], missing, empty), aux
+        return _Estimates(in_leaves(value), in_leaves(value_error), [], [], missing, empty)
 
     _, pull = jax.vjp(lambda v: standardised(plan, v, scale)[0], flat_x)
 
@@ -322,7 +378,7 @@ def _with_errors(
             for v in columns
         ]
 
-    found = _Estimates(
+    return _Estimates(
         in_leaves(value),
         in_leaves(value_error),
         by_leaf_of_x(jacobian),
@@ -330,4 +386,3 @@ def _with_errors(
         missing,
         empty,
     )
-    return found, aux

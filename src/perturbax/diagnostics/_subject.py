@@ -5,6 +5,7 @@ The one place of `diagnose` that looks at what a perturbed function was made of.
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,12 @@ from .. import _checks
 from .._perturb import PerturbedFun
 from ..estimator._default_rule import Choice, choose_sampler
 from ..estimator._surrogate import num_features
+from ..sampling._independent import Independent
 from ..sampling._nets import OrthogonalArray, Sobol
 from ..scale import _scales
 from ..scale._matrices import is_matrix
 from . import _variance_law
-from ._standard_errors import estimate
+from ._standard_errors import estimates_by_degree
 from ._variance_law import Law, Runs
 
 # A pilot of fewer samples tells too little to go by.
@@ -40,12 +42,14 @@ class Pilot(NamedTuple):
       value_error: its standard errors.
       values: what was averaged, (samples, outputs).
       runs: the gradient.
+      degrees: the gradient by surrogates of other degrees, from the same evaluations.
     """
 
     value: Any
     value_error: Any
     values: np.ndarray
     runs: Runs
+    degrees: dict[int, Runs]
 
 
 class Subject:
@@ -94,7 +98,7 @@ class Subject:
         self._num_outputs = 1
         self._largest = 0
         self._signs: np.ndarray | None = None
-        self._programs: dict[Any, tuple[Any, int]] = {}
+        self._programs: dict[Any, tuple[Any, list[int]]] = {}
 
         def value_at(x: Any) -> Any:
             value = fun(x, *args, **kwargs)
@@ -180,39 +184,66 @@ class Subject:
 
     def pilot(self) -> Pilot:
         """One estimate, with the samples of the function as it is."""
-        value, error, gradients, errors, values, freedom = self._estimates(
-            self.num_samples, 1, {}, True
+        degrees = tuple(self._other_degrees())
+        value, error, gradients, values, freedoms = self._estimates(
+            self.num_samples, 1, {}, True, degrees
         )
-        law = self.law(self.num_samples)
-        # Of a default with nets it takes more, smaller ones than g does.
-        if freedom + 1 != self.choose(self.num_samples).num_groups:
-            law = law._replace(name=(*law.name, "in the groups of px.estimate"))
-        runs = _variance_law.pooled(self.num_samples, gradients, errors**2, freedom, law)
+        # Of a default with nets it takes more, smaller ones than g does: as several runs of g with
+        # fewer samples would.
+        count = (freedoms[0] + 1) // self.choose(self.num_samples).num_groups or 1
+        laws = self.law(self.num_samples), *(self.law(self.num_samples, degree=d) for d in degrees)
+        runs = []
+        for law, (gradient, errors), freedom in zip(laws, gradients, freedoms, strict=True):
+            found = _variance_law.pooled(self.num_samples, gradient, errors**2, freedom, law)
+            runs.append(found.split(count))
         value, error = (jax.tree.map(lambda v: v[0], tree) for tree in (value, error))
-        return Pilot(value, error, values[0].reshape(self.num_samples, -1), runs)
+        return Pilot(
+            value,
+            error,
+            values[0].reshape(self.num_samples, -1),
+            runs[0],
+            dict(zip(degrees, runs[1:], strict=True)),
+        )
+
+    def _other_degrees(self) -> Iterator[int]:
+        """Those that the samples tell, and for which no others would be drawn."""
+        choice = self.choose(self.num_samples)
+        for degree in range(3) if self.settings.use_baseline and self.dim else ():
+            if degree != choice.degree and self.is_possible(choice.sampler, degree):
+                other = self.choose(self.num_samples, sampler=choice.sampler, degree=degree)
+                if other.sampler == choice.sampler or isinstance(choice.sampler, Independent):
+                    yield degree
 
     def runs(self, num_samples: int, count: int, **changes: Any) -> Runs:
         """Some estimates, each with the sampler and degree that g would have with as many."""
         law = self.law(num_samples, **changes)
         choice = self.choose(num_samples, **changes)
         changes = {"sampler": choice.sampler, "degree": choice.degree}
-        _, _, gradients, errors, _, freedom = self._estimates(num_samples, count, changes, False)
+        _, _, [(gradients, errors)], _, [freedom] = self._estimates(
+            num_samples, count, changes, False
+        )
         return _variance_law.pooled(num_samples, gradients, errors**2, freedom, law)
 
     def _estimates(
-        self, num_samples: int, count: int, changes: dict[str, Any], keep: bool
+        self,
+        num_samples: int,
+        count: int,
+        changes: dict[str, Any],
+        keep: bool,
+        degrees: tuple[int, ...] = (),
     ) -> tuple[Any, ...]:
         """Results of `estimate` at new keys, stacked, in double precision.
 
-        The value, its errors, the gradients and their errors as rows, the values of all samples if
-        they are to be kept; and the degrees of freedom of the errors.
+        The value, its errors; for g and for further degrees pairs of the gradients and their errors
+        as rows; the values of all samples, if they are to be kept; and the degrees of freedom of
+        each.
         """
         self._key, key = jax.random.split(self._key)
         keys = jax.random.split(key, count)
         name = num_samples, count, repr(changes), keep
         if name not in self._programs:
-            self._programs[name] = self._compiled(keys, num_samples, changes, keep)
-        program, freedom = self._programs[name]
+            self._programs[name] = self._compiled(keys, num_samples, changes, keep, degrees)
+        program, freedoms = self._programs[name]
         start = time.perf_counter()
         found = jax.block_until_ready(program(keys, self.leaves))
         seconds = time.perf_counter() - start
@@ -221,30 +252,34 @@ class Subject:
         if num_samples * count >= self._largest:
             self._largest = num_samples * count
             self.seconds = seconds / self._largest
-        return *(jax.tree.map(_wide, part) for part in found), freedom
+        return *(jax.tree.map(_wide, part) for part in found), freedoms
 
     def _compiled(
-        self, keys: Array, num_samples: int, changes: dict[str, Any], keep: bool
-    ) -> tuple[Any, int]:
+        self,
+        keys: Array,
+        num_samples: int,
+        changes: dict[str, Any],
+        keep: bool,
+        degrees: tuple[int, ...],
+    ) -> tuple[Any, list[int]]:
         def fun(x: Any) -> Any:
             value = self._value_at(x)
             return value, _joined(value) if keep else ()
 
         changes = {"num_samples": num_samples, "has_aux": True, **changes}
         g = PerturbedFun(fun, dataclasses.replace(self.settings, **changes))
-        freedom = 0
+        freedoms: list[int] = []
 
         def one(key: Array, leaves: list[Array]) -> Any:
-            nonlocal freedom
-            found = estimate(g, key, self._merge(leaves))
-            freedom = found.degrees_of_freedom
-            gradient, error = _joined(found.gradient), _joined(found.gradient_error)
-            return found.value, found.value_error, gradient, error, found.aux
+            found = estimates_by_degree(g, degrees, key, self._merge(leaves), (), {})
+            freedoms[:] = [each.degrees_of_freedom for each in found]
+            gradients = [(_joined(v.gradient), _joined(v.gradient_error)) for v in found]
+            return found[0].value, found[0].value_error, gradients, found[0].aux
 
         def all_of(keys: Array, leaves: list[Array]) -> Any:
             return jax.lax.map(lambda key: one(key, leaves), keys)
 
-        return jax.jit(all_of).lower(keys, self.leaves).compile(), freedom
+        return jax.jit(all_of).lower(keys, self.leaves).compile(), freedoms
 
 
 def _joined(tree: Any) -> Array:

@@ -55,6 +55,15 @@ class Runs:
     degrees_of_freedom: float
     law: Law
 
+    def split(self, count: int) -> "Runs":
+        """Each run seen as the mean of so many smaller ones."""
+        return dataclasses.replace(
+            self,
+            num_samples=self.num_samples // count,
+            num_runs=self.num_runs * count,
+            variances=self.variances * count,
+        )
+
     @property
     def variance(self) -> float:
         """Of one run: the mean squared length of its error."""
