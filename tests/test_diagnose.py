@@ -36,6 +36,7 @@ class Row:
     sigma: Any = 0.3
     num_samples: int = 23
     args: tuple[Any, ...] = ()
+    missing: str = "propagate"
 
 
 def fails(x):
@@ -69,6 +70,7 @@ TABLE = {
     "a constant": Row(lambda x: 3.0, X, ("sigma is too small: 100 % of the samples",)),
     # What fails.
     "NaN": Row(fails, X, (r"\d+ % of the samples are NaN.*finite penalty",)),
+    "NaN that is left out": Row(fails, X, notes=(".*left out",), missing="drop"),
     "overflow": Row(explodes, X + 1, (r"\d+ % of the samples are infinite.*float64",)),
     "an infinite sum": Row(
         lambda x: 3e38 * jnp.where(x[0] > -9, 0.9, x[0]) * jnp.sign(x[1] + 9) + 0 * steps(x),
@@ -101,7 +103,7 @@ TABLE = {
 
 def smoothed(row):
     # So few that nothing is compared, and what is quickest to compile.
-    options = {"sampler": px.Independent(), "degree": 0}
+    options = {"sampler": px.Independent(), "degree": 0, "missing": row.missing}
     return px.make_perturbed_fun(row.fun, row.num_samples, row.sigma, px.Normal(), **options)
 
 

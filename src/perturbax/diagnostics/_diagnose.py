@@ -453,11 +453,12 @@ def _problems(subject: Subject, found: Diagnosis, finite: bool, significant: boo
                 "times the distance of neighbouring numbers, so that fun sees few different "
                 f"inputs. {_wider(dtype)}"
             )
-    if found.share_nan:
+    dropped = subject.settings.missing == "drop"
+    if found.share_nan and not dropped:
         yield (
             f"{percent(found.share_nan)} of the samples are NaN, and so is every estimate. Let "
             "fun return a finite penalty where it fails, for example jnp.where(jnp.isnan(value), "
-            "penalty, value)."
+            "penalty, value); or leave such samples out, by missing='drop'."
         )
     if found.share_infinite:
         yield (
@@ -465,12 +466,13 @@ def _problems(subject: Subject, found: Diagnosis, finite: bool, significant: boo
             "derivatives are not finite. If fun overflows, compute in float64 or return a "
             "logarithm; if infinity stands for failure, return a finite penalty instead."
         )
-    if not (found.share_nan or found.share_infinite or finite):
+    failed = found.share_infinite or (found.share_nan and not dropped)
+    if not (failed or finite):
         yield (
             "all samples are finite, but the estimate is not: their sum, or their spread, leaves "
             "the range of the dtype. Divide fun by a constant, or compute in float64."
         )
-    if found.share_nan or found.share_infinite or not finite:
+    if failed or not finite:
         return
     if lost:
         return  # and that is why
@@ -502,6 +504,11 @@ def _notes(subject: Subject, found: Diagnosis) -> Iterator[str]:
                 f"leaf {name!r} is {dtype}: fun sees inputs rounded to 1/{ratio:.0f} of sigma. "
                 f"{_wider(dtype)}"
             )
+    if found.share_nan and subject.settings.missing == "drop":
+        yield (
+            f"{percent(found.share_nan)} of the samples are NaN and left out: all is about the "
+            "mean over those that are not."
+        )
     for name, dtype in subject.fixed:
         yield (
             f"leaf {name!r} is {dtype}, so it is not perturbed and has no gradient. If it should, "
