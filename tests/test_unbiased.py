@@ -207,7 +207,7 @@ def natural_scales(exact, sigma):
 @pytest.mark.covering("group")
 @both_noises
 @pytest.mark.parametrize(
-    ("group", "num_keys"), [("functions of two", 5 * 2**14), ("orders of three", 5 * 2**12)]
+    ("group", "num_keys"), [("functions of two", 5 * 2**13), ("orders of three", 5 * 2**12)]
 )
 def test_many_functions(noise_name, group, num_keys):
     """Kinks, jumps, polynomials, sets and orders, of which several are vector-valued."""
@@ -253,7 +253,7 @@ def test_argmax(noise_name, use_baseline):
         args=f32((x, sigma)),
         promise=promises(exact),
         seed=21,
-        num_keys=3 * (2**15 if use_baseline else 2**16),
+        num_keys=2**16 if use_baseline else 2**17,
         keys_per_batch=2**9,
     )
 
@@ -342,7 +342,7 @@ def tree_settings(exact):
         "args": f32((TREE_POINT, TREE_SCALES)),
         "scale": largest,
         "seed": 30,
-        "num_keys": 2**19,
+        "num_keys": 5 * 2**16,
         "keys_per_batch": 2**12,
     }
 
@@ -414,7 +414,7 @@ def differentiate_mixture(make, noise, num_samples, use_baseline=True):
 MIXTURE_SETTINGS = {
     "args": f32((MIXTURE_POINT, MIXTURE_SIGMA, THETA)),
     "seed": 31,
-    "num_keys": 2**18,
+    "num_keys": 2**16,
     "keys_per_batch": 2**12,
 }
 
