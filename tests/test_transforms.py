@@ -297,9 +297,10 @@ def test_nested():
 
 def test_on_two_devices():
     tests = Path(__file__).parent
+    unreadable = "ignore:Error reading persistent compilation cache entry"
     path = os.pathsep.join([str(Path(px.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, "-W", "error", str(tests / "sharding.py")],
+        [sys.executable, "-W", "error", "-W", unreadable, str(tests / "sharding.py")],
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
