@@ -12,6 +12,7 @@ import scipy.special
 import closed_forms as cf
 import perturbax as px
 from helpers import assert_biased, assert_trees_close, assert_unbiased, enable_x64
+from perturbax.estimator import _formula
 from perturbax.optimizers import _distribution
 from test_argmax import KEY, SAMPLERS, SCORES, SIGMA, HostSolver, X, one_hot, two_way
 
@@ -134,13 +135,13 @@ def test_second_derivatives_and_multiplicative_noise():
     assert_unbiased(estimates, exact, seed=53, num_keys=20480, args=(X,), promise=promise)
 
 
-# Of the source of `_tabulate`: what a line has, and what a wrong one has in its place.
+# Of the source of `weights_less_baselines`: what a line has, and what a wrong one has instead.
 BASELINE_MUTATIONS = {
     "none": [],
-    "baseline not subtracted from each solution": [("change + by_group[group]", "change")],
-    "baseline not added to the others": [("change_of_class -= counts", "counts -= 0")],
+    "the own group's share not added": [("change + share[group]", "change")],
+    "the shares not subtracted": [("- jnp.sum(share)", "- 0 * jnp.sum(share)")],
     "own group in the baseline": [
-        ("change + by_group[group]", "change"),
+        ("change + share[group]", "change"),
         ("num - np.bincount(group)", "num + 0 * np.bincount(group)"),
     ],
 }
@@ -152,13 +153,17 @@ BASELINE_MUTATIONS = {
 )
 def test_the_baseline_is_of_other_groups_alone(mutation, sampler, monkeypatch):
     """Eight samples, where a baseline that sees its own sample is off by an eighth."""
-    lines = inspect.getsource(_distribution._tabulate)
+    lines = inspect.getsource(_formula.weights_less_baselines)
     for right, wrong in BASELINE_MUTATIONS[mutation]:
         assert lines.count(right) == 1
         lines = lines.replace(right, wrong)
-    names = dict(vars(_distribution))
+    names = dict(vars(_formula))
     exec(lines, names)
-    monkeypatch.setattr(_distribution, "_tabulate", names["_tabulate"])
+    monkeypatch.setattr(_formula, "weights_less_baselines", names["weights_less_baselines"])
+    # Compiled anew: what is kept was traced with the right lines.
+    tabulate = _distribution._tabulate.__wrapped__
+    fresh = jax.jit(lambda *args: tabulate(*args), static_argnums=0)
+    monkeypatch.setattr(_distribution, "_tabulate", fresh)
 
     def mean(key, x, sigma):
         layer = make(num_samples=8, sigma=sigma, noise=px.Normal(), sampler=SAMPLERS[sampler])
