@@ -194,10 +194,11 @@ def _of(value: Any, live: bool = False) -> Any:
     """Of a parameter of an operation; `live` if it is a function called while the program runs."""
     if value is None or type(value) in (bool, int, str):
         return type(value), value
-    if isinstance(value, core.Jaxpr):
-        return _of_jaxpr(value)
+    # First, for JAX 0.12 has one class of both, which keeps its constants.
     if isinstance(value, core.ClosedJaxpr):
         return _of_jaxpr(value.jaxpr), _of(value.consts)
+    if isinstance(value, core.Jaxpr):
+        return _of_jaxpr(value)
     if isinstance(value, list | tuple):
         return type(value), tuple(_of(v, live) for v in value)
     if isinstance(value, dict):
