@@ -4,13 +4,14 @@
 `benchmarks/faster_ways.py` prints what each is worth.
 """
 
+import dataclasses
 import functools
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from ..execution._chunks import (
     Chunk,
@@ -27,12 +28,16 @@ from ..execution._plan import (
     Operands,
     Plan,
     Point,
+    concatenate,
     cut,
+    cut_small,
+    flat_scale,
     group_sizes,
     in_groups,
     noise_in,
+    standardised,
 )
-from ..scale._matrices import Blocks, matmul
+from ..scale._matrices import matmul
 from ..tracing._derivative_rules import any_live, is_live, live_jvp, with_jvp
 from ..tracing._mesh_axes import varying, varying_axes
 from . import _surrogate
@@ -54,10 +59,9 @@ Wanted = tuple[bool, bool]
 
 
 def _value(
-    plan: Plan, key: Array, point: Point, a: Array, r: Any, operands: Operands
+    plan: Plan, key: Array, x: list[Array], sigma: list[Array], operands: Operands
 ) -> list[Array]:
     """The value of V alone, a part for each leaf, with derivatives by the fastest way there is."""
-    del a, r
 
     def mean(key: Array, point: Point, operands: Operands) -> Array:
         def evaluate(chunk: Chunk, _: Any) -> tuple[Array, Any]:
@@ -69,35 +73,63 @@ def _value(
         total, number = summed(plan, evaluate)
         return total / (plan.num_samples if number is None else number)
 
+    point = point_of(plan, x, sigma)
     return cut(vmapped_in_parts(plan, mean, key, point, operands), plan.outputs)
 
 
 def _value_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
-    *_, a_dot, r_dot, operands_dot = tangents
+    key, x, sigma, operands = primals
+    _, x_dot, sigma_dot, operands_dot = tangents
+    in_sigma = any_live(sigma_dot)
     real = not jnp.issubdtype(plan.value_dtype, jnp.complexfloating)
     few = isinstance(plan.num_rows, int) and 0 < plan.num_rows <= MAX_ROWS
-    matrix_dot = r_dot if isinstance(r_dot, Blocks) else None
-    if not few or not real or any_live((operands_dot, matrix_dot)):
-        return live_jvp(lambda *args: _formula_value(plan, *args), primals, tangents)
-    wanted = (is_live(a_dot), matrix_dot is None and is_live(r_dot))
-    value, *jacobians = _jacobian(plan, wanted, *primals)
-    dots = [
-        jnp.asarray(t, plan.value_dtype)
-        for t, asked in zip((a_dot, r_dot), wanted, strict=True)
-        if asked
-    ]
-    rows = zip(*jacobians, strict=True)
-    steps = [[j @ t if t.ndim else j * t for j, t in zip(r, dots, strict=True)] for r in rows]
-    return value, [functools.reduce(jnp.add, parts) for parts in steps]
+    matrices = in_sigma and isinstance(flat_scale(plan, sigma), list)
+    if not few or not real or matrices or any_live(operands_dot):
+        return live_jvp(lambda *args: value_by_formula(plan, *args)[0], primals, tangents)
+
+    wide = dataclasses.replace(plan, dtype=plan.value_dtype)
+    flat_x, *scales = (v.astype(wide.dtype) for v in (concatenate(x, plan.dtype), *sigma))
+
+    def inputs(flat_x: Array, *scales: Array) -> tuple[Array, ...]:
+        found = standardised(wide, flat_x, flat_scale(wide, list(scales) or sigma))
+        return found if scales else found[:1]
+
+    _, pull = jax.vjp(inputs, flat_x, *(scales if in_sigma else ()))
+    a, r = standardised(plan, concatenate(x, plan.dtype), flat_scale(plan, sigma))
+    point, wanted = point_of(plan, x, sigma), (True, in_sigma)
+    value, *jacobians = _jacobian(plan, wanted, key, point, a, r, operands)
+
+    def step(*rows: Array) -> Array:
+        """The derivative of one leaf of the value, whose Jacobians in a and in r these are."""
+        along_x, *along_sigma = jax.vmap(pull)(rows)
+        products = [
+            part.reshape(part.shape[0], -1) @ dot.astype(wide.dtype).reshape(-1)
+            for part, dot in zip(
+                [*cut_small(along_x, x), *along_sigma],
+                [*x_dot, *(sigma_dot if in_sigma else ())],
+                strict=True,
+            )
+            if is_live(dot)
+        ]
+        return functools.reduce(jnp.add, products)
+
+    return value, [step(*rows) for rows in zip(*jacobians, strict=True)]
 
 
 expectation = with_jvp(_value, _value_jvp, 1, symbolic_zeros=True)
 
 
-def _formula_value(
-    plan: Plan, key: Array, point: Point, a: Array, r: Any, operands: Operands
-) -> list[Array]:
-    return formula(plan, key, point, operands)[0](a, r)
+def point_of(plan: Plan, x: list[Array], sigma: list[Array]) -> Point:
+    """x and sigma as a `Point`."""
+    return Point(*lax.stop_gradient((concatenate(x, plan.dtype), flat_scale(plan, sigma))))
+
+
+def value_by_formula(
+    plan: Plan, key: Array, x: list[Array], sigma: list[Array], operands: Operands
+) -> tuple[list[Array], list[Array]]:
+    """V, a part for each leaf, as an expression that JAX differentiates in everything; and aux."""
+    value, aux = formula(plan, key, point_of(plan, x, sigma), operands)
+    return value(*standardised(plan, concatenate(x, plan.dtype), flat_scale(plan, sigma))), aux
 
 
 def _value_and_jacobians(

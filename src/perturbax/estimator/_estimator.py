@@ -7,18 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..execution._plan import (
-    Operands,
-    Plan,
-    Point,
-    concatenate,
-    flat_scale,
-    shaped,
-    standardised,
-)
+from ..execution._plan import Operands, Plan, shaped
 from ..sampling import _random_bits
-from ._derivatives import expectation
-from ._formula import formula
+from ._derivatives import expectation, value_by_formula
 
 
 @partial(jax.jit, static_argnums=0)
@@ -38,18 +29,13 @@ def estimate(
     Returns:
       The leaves of the value, and of aux stacked over samples.
     """
-    # Flat from here on: what is done leaf by leaf is compiled leaf by leaf.
-    flat_x, scale = concatenate(x, plan.dtype), flat_scale(plan, sigma)
-    point = Point(*lax.stop_gradient((flat_x, scale)))
-    a, r = standardised(plan, flat_x, scale)
     words = _random_bits.root(key)
     has_aux = len(plan.fun.out_avals) > plan.num_outputs
     if has_aux or plan.fun.jaxpr.effects:
         # JAX allows no side effects inside a custom derivative rule (jax#11916).
-        value, aux = formula(plan, words, point, operands)
-        parts = value(a, r)
+        parts, aux = value_by_formula(plan, words, x, sigma, operands)
     else:
-        parts, aux = expectation(plan, words, point, a, r, operands), []
+        parts, aux = expectation(plan, words, x, sigma, operands), []
     value = shaped(parts, plan.outputs, plan.output_dtypes)
     if plan.drop_missing:
         unknown = [jnp.all(jnp.isnan(lax.stop_gradient(v))) for v in value]

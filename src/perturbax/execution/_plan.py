@@ -25,6 +25,8 @@ _CHUNK_ACCELERATOR = 2**26
 _PASSES = 2
 # With fewer values of other groups than this, the value at x is worth another evaluation.
 _FEW = 32
+# With more leaves than that, those of x that have few numbers are read by index: as fast, for few.
+_MANY, _TINY = 16, 8
 # Up to this many outputs, the Jacobian is accumulated while evaluating: the noise is drawn once.
 MAX_ROWS = 8
 
@@ -176,7 +178,9 @@ def perturbed(plan: Plan, point: Point, z: Array) -> list[Array]:
         step = concatenate(parts, plan.dtype)
     else:
         step = point.scale * z
-    return split_leaves(point.x + step, specs, plan.dtypes)
+    y = point.x + step
+    parts = cut_small(y, specs, _TINY) if len(specs) > _MANY else cut(y, specs)
+    return shaped(parts, specs, plan.dtypes)
 
 
 def standardised(plan: Plan, flat_x: Array, scale: Scale) -> tuple[Array, Any]:
@@ -208,6 +212,26 @@ def cut(flat: Array, avals: Sequence[Any], axis: int = -1) -> list[Array]:
     if len(avals) == 1:
         return [flat]
     return list(lax.split(flat, [aval.size for aval in avals], axis % flat.ndim)) if avals else []
+
+
+def cut_small(flat: Array, avals: Sequence[Any], most: int = 2**10) -> list[Array]:
+    """`cut` along the last axis; parts of at most so many numbers are read by index.
+
+    Slices at different places are different programs to XLA, and are compiled one by one, at about
+    ten milliseconds each; reads at given places are one program for each shape.
+    """
+    parts, start, axis = [], 0, flat.ndim - 1
+    for aval in avals:
+        size, end = aval.size, start + aval.size
+        if len(avals) == 1 or size > most:
+            parts.append(lax.slice_in_dim(flat, start, end, axis=axis))
+        else:
+            dimensions = lax.GatherDimensionNumbers(tuple(range(axis)), (axis,), (axis,))
+            places = np.arange(start, end, dtype=np.int32)[:, None]
+            sizes, mode = (*flat.shape[:-1], 1), lax.GatherScatterMode.PROMISE_IN_BOUNDS
+            parts.append(lax.gather(flat, places, dimensions, sizes, mode=mode))
+        start = end
+    return parts
 
 
 def shaped(parts: Sequence[Array], avals: Sequence[Any], dtypes: Sequence[np.dtype]) -> list[Array]:
