@@ -17,6 +17,7 @@ LAYERS = [
     "_checks",
     "sampling/_random_bits",
     "tracing/_derivative_rules",
+    "tracing/_linear_algebra",
     "tracing/_callbacks",
     "tracing/_mesh_axes",
     "tracing/_dependence",

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..scale._matrices import matmul
+from ..tracing._linear_algebra import matmul
 
 # Candidates for rho, of which the one that predicted the last steps best is used.
 NOISE_LEVELS = (0.1, 1.0, 10.0)

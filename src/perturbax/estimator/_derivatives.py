@@ -37,8 +37,8 @@ from ..execution._plan import (
     noise_in,
     standardised,
 )
-from ..scale._matrices import matmul
 from ..tracing._derivative_rules import any_live, is_live, live_jvp, with_jvp
+from ..tracing._linear_algebra import matmul
 from ..tracing._mesh_axes import varying, varying_axes
 from . import _surrogate
 from ._formula import (

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..scale._matrices import Blocks, matmul
+from ..scale._matrices import Blocks
+from ..tracing._linear_algebra import invert_positive, matmul
 
 RIDGE = 1e-3
 _REFINEMENTS = 2
@@ -212,12 +213,10 @@ def _shrunk(
 def _inverse(matrix: Array, halve: bool) -> Array:
     """Inverses of positive definite matrices (groups, P, P), by halves if large, or by elimination.
 
-    Halves are faster, and wrong where the matrix is nearly singular. In plain operations: batches
-    of LAPACK's Cholesky factorisations and triangular solves can bring XLA's thread pool to a
-    standstill on machines with two cores.
+    Halves are faster, and wrong where the matrix is nearly singular.
     """
     if not halve or matrix.shape[1] <= _MAX_ELIMINATION:
-        return _eliminate(matrix)
+        return invert_positive(matrix)
     half = matrix.shape[1] // 2
     head, off, tail = matrix[:, :half, :half], matrix[:, :half, half:], matrix[:, half:, half:]
     head = _inverse(head, halve)
@@ -227,21 +226,6 @@ def _inverse(matrix: Array, halve: bool) -> Array:
     head = head - matmul(off, jnp.swapaxes(ratio, 1, 2))
     rows = [jnp.concatenate([head, off], 2), jnp.concatenate([jnp.swapaxes(off, 1, 2), tail], 2)]
     return jnp.concatenate(rows, 1)
-
-
-def _eliminate(matrix: Array) -> Array:
-    """Inverses by Gauss-Jordan elimination in place, each step a change of rank one."""
-    index = np.arange(matrix.shape[1], dtype=np.int32)  # a constant, which need not be compiled
-
-    def eliminate(k: Array, table: Array) -> Array:
-        at_row, at_column = (index == k)[None, :, None], (index == k)[None, None]
-        column = jax.lax.dynamic_index_in_dim(table, k, 2)
-        row = jax.lax.dynamic_index_in_dim(table, k, 1)
-        pivot = jax.lax.dynamic_index_in_dim(row, k, 2)
-        row = jnp.where(at_column, 1, row) / pivot
-        return jnp.where(at_row, row, jnp.where(at_column, 0, table) - column * row)
-
-    return jax.lax.fori_loop(0, matrix.shape[1], eliminate, matrix)
 
 
 def predict(phi: Array, beta: Array) -> Array:

@@ -17,8 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from ..tracing._derivative_rules import with_jvp
-
-_PRECISION = lax.Precision.HIGHEST
+from ..tracing._linear_algebra import invert, matmul, row_lengths
 
 
 def is_matrix(sigma: Any, leaf: Any) -> bool:
@@ -30,7 +29,7 @@ def scaled(sigma: Array, z: Array) -> Array:
     """The scale times noise of the shape of one leaf."""
     if not is_matrix(sigma, z):
         return sigma * z
-    return jnp.tensordot(sigma, z, axes=z.ndim, precision=_PRECISION)
+    return jnp.tensordot(sigma, z, axes=z.ndim, precision=lax.Precision.HIGHEST)
 
 
 class Blocks(NamedTuple):
@@ -122,40 +121,6 @@ def _log_det_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 _log_det = with_jvp(_zero, _log_det_jvp)
 
 
-def invert(matrix: Array) -> Array:
-    """The inverse of a matrix (n, n), by Gauss-Jordan elimination; not finite if there is none.
-
-    In plain operations: batches of LAPACK's factorisations and triangular solves, which vmap makes,
-    can bring XLA's thread pool to a standstill on machines with two cores.
-    """
-    size = matrix.shape[0]
-    if not size:
-        return matrix
-    # Rows of one length, so that pivots compare, whatever the units of the coordinates.
-    lengths = row_lengths(matrix)
-    index = lax.iota(jnp.int32, size)
-
-    def eliminate(k: Array, table: Array) -> Array:
-        column = jnp.abs(lax.dynamic_index_in_dim(table, k, 1, keepdims=False))
-        pivot = jnp.argmax(jnp.where(index >= k, column, -1.0)).astype(index.dtype)
-        table = table[jnp.where(index == k, pivot, jnp.where(index == pivot, k, index))]
-        row = lax.dynamic_index_in_dim(table, k, 0)
-        row = row / lax.dynamic_index_in_dim(row, k, 1)
-        rest = table - lax.dynamic_index_in_dim(table, k, 1) * row
-        return jnp.where((index == k)[:, None], row, rest)
-
-    eye = jnp.eye(size, dtype=matrix.dtype)
-    table = jnp.concatenate([matrix / lengths[:, None], eye], axis=1)
-    return lax.fori_loop(0, size, eliminate, table)[:, size:] / lengths[None]
-
-
-def row_lengths(matrix: Any) -> Any:
-    """The Euclidean length of each row, the scale of a coordinate's noise, of numpy or JAX."""
-    largest = abs(matrix).max(axis=1)  # lest squares overflow
-    safe = largest + (largest == 0).astype(largest.dtype)
-    return safe * ((matrix / safe[:, None]) ** 2).sum(axis=1) ** 0.5
-
-
 def is_regular(matrix: Array) -> Array:
     """Whether a matrix has an inverse to the precision of its dtype."""
     matrix = lax.stop_gradient(matrix)
@@ -167,8 +132,3 @@ def is_regular(matrix: Array) -> Array:
 def is_accurate(inverse: Any, dtype: Any) -> Any:
     """Whether an inverse, of a matrix with rows of length 1, has digits left in `dtype`."""
     return abs(inverse).max() * inverse.shape[0] * float(jnp.finfo(dtype).eps) < 1
-
-
-def matmul(left: Array, right: Array) -> Array:
-    """A matrix product in full precision, whatever the accelerator's default."""
-    return jnp.matmul(left, right, precision=_PRECISION)

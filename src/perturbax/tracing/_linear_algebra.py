@@ -1,0 +1,64 @@
+"""Products in full precision, and the one way to invert a matrix."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+
+def matmul(left: Array, right: Array) -> Array:
+    """A matrix product in full precision, whatever the accelerator's default."""
+    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
+
+
+def invert(matrix: Array) -> Array:
+    """The inverse of a matrix (n, n); not finite if there is none."""
+    if not matrix.size:
+        return matrix
+    # Rows of one length, so that pivots compare, whatever the units of the coordinates.
+    lengths = row_lengths(matrix)
+    return _eliminate(matrix / lengths[:, None], pivoting=True) / lengths[None]
+
+
+def invert_positive(matrices: Array) -> Array:
+    """The inverses of positive definite matrices (count, n, n), which need no pivoting."""
+    return jax.vmap(partial(_eliminate, pivoting=False))(matrices)
+
+
+def _eliminate(matrix: Array, pivoting: bool) -> Array:
+    """The inverse by Gauss-Jordan elimination in place, each step a change of rank one.
+
+    In plain operations: batches of LAPACK's factorisations and triangular solves, which vmap makes,
+    can bring XLA's thread pool to a standstill on machines with two cores.
+    """
+    size = matrix.shape[0]
+    index = np.arange(size, dtype=np.int32)  # a constant, which need not be compiled
+
+    def eliminate(k: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        table, *order = state
+        if pivoting:
+            column = jnp.abs(lax.dynamic_index_in_dim(table, k, 1, keepdims=False))
+            best = jnp.argmax(jnp.where(index >= k, column, -1.0)).astype(index.dtype)
+            swap = jnp.where(index == k, best, jnp.where(index == best, k, index))
+            table, order = table[swap], [order[0][swap]]
+        at_row, at_column = (index == k)[:, None], (index == k)[None]
+        column = lax.dynamic_index_in_dim(table, k, 1)
+        row = lax.dynamic_index_in_dim(table, k, 0)
+        row = jnp.where(at_column, 1, row) / lax.dynamic_index_in_dim(row, k, 1)
+        table = jnp.where(at_row, row, jnp.where(at_column, 0, table) - column * row)
+        return table, *order
+
+    start = (matrix, jnp.asarray(index)) if pivoting else (matrix,)
+    inverse, *order = lax.fori_loop(0, size, eliminate, start)
+    # Rows that were exchanged are columns of the inverse.
+    return inverse[:, jnp.argsort(order[0])] if pivoting else inverse
+
+
+def row_lengths(matrix: Any) -> Any:
+    """The Euclidean length of each row, the scale of a coordinate's noise, of numpy or JAX."""
+    largest = abs(matrix).max(axis=1)  # lest squares overflow
+    safe = largest + (largest == 0).astype(largest.dtype)
+    return safe * ((matrix / safe[:, None]) ** 2).sum(axis=1) ** 0.5
