@@ -43,6 +43,7 @@ LAYERS = [
     "sampling/_orthogonal",
     "sampling/_generators",
     "sampling/_nets",
+    "execution/_devices",
     "execution/_plan",
     "execution/_chunks",
     "estimator/_surrogate",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from . import _checks
 from ._types import PyTree
@@ -21,7 +22,13 @@ from .sampling._protocol import Sampler
 from .scale import _scales
 from .tracing import _user_code
 from .tracing._host_call import called
-from .tracing._mesh_axes import share_axes
+from .tracing._mesh_axes import (
+    in_told_types,
+    inside_shard_map,
+    replicated,
+    share_axes,
+    traced_for,
+)
 
 # Sums over samples are divided by their number, an int32.
 _MAX_SAMPLES = 2**31 - 1
@@ -43,6 +50,7 @@ class Settings:
       sampler: draws the samples; None leaves it open.
       degree: of the surrogate; None leaves it open.
       missing: "propagate" or "drop", what becomes of samples whose value has a NaN.
+      mesh: whose devices share the samples, with axes along which JAX itself places arrays.
     """
 
     num_samples: int = 1000
@@ -54,6 +62,7 @@ class Settings:
     sampler: Sampler | None = None
     degree: int | None = None
     missing: str = "propagate"
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         """Checks all that can be checked before a call."""
@@ -69,6 +78,7 @@ class Settings:
         _checks.check_sampler(self.sampler)
         _checks.check_degree(self.degree)
         _checks.check_missing(self.missing)
+        checked["mesh"] = _checks.check_mesh(self.mesh)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -128,13 +138,20 @@ def prepare(
       x: where.
       num_nets: how many nets, where nets are chosen.
     """
+    mesh = settings.mesh
+    if mesh is not None and inside_shard_map():
+        raise ValueError(
+            "mesh must be None inside jax.shard_map and jax.pmap, where each device makes a call "
+            "of its own; call the perturbed function outside of it, or leave mesh away"
+        )
     key = _checks.check_key(key, x)
     leaves, names, merge = _checks.perturbed_leaves(x)
     scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
-    key, leaves, scales = share_axes(key, leaves, scales)
+    key, leaves, scales = replicated(mesh, share_axes(key, leaves, scales))
 
     def trace_at(merge: Callable[[Any], Any]) -> Any:
-        return _user_code.trace_fun(lambda values: fun(merge(values)), leaves, settings.has_aux)
+        with traced_for(mesh):
+            return _user_code.trace_fun(lambda values: fun(merge(values)), leaves, settings.has_aux)
 
     traced, operands, num_outputs, value_tree, aux_tree = trace_at(merge)
     own_operands = ()
@@ -149,7 +166,8 @@ def prepare(
         settings.num_samples, dim, noise, settings.sampler, settings.degree, num_nets
     )
     if isinstance(noise, AdaptedNoise):
-        noise, noise_operands = trace_noise(noise, key, dim, dtype)
+        with traced_for(mesh):
+            noise, noise_operands = trace_noise(noise, key, dim, dtype)
     plan = Plan(
         fun=traced,
         noise=noise,
@@ -163,8 +181,9 @@ def prepare(
         dtype=dtype,
         drop_missing=settings.missing == "drop",
         own_operands=own_operands,
+        mesh=mesh,
     )
-    both = Operands(operands, noise_operands)
+    both = replicated(mesh, Operands(operands, noise_operands))
     return Call(settings, plan, key, leaves, scales, both, value_tree, aux_tree)
 
 
@@ -173,8 +192,10 @@ def run(call: Call, program: Callable[..., Any], *static: Any) -> Any:
 
     What JAX raises has remedies added.
     """
-    with _user_code.explained_vmap(call.settings.batch_size):
-        return called(call.plan.fun.hosts, program, *static, *call.inputs)
+    explained = _user_code.explained_vmap(call.settings.batch_size)
+    with explained, traced_for(call.plan.mesh):
+        found = called(call.plan.fun.hosts, program, *static, *call.inputs)
+    return in_told_types(call.plan.mesh, found)
 
 
 def evaluate(call: Call) -> PyTree:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.sharding import Mesh
 
 from ._types import PyTree
 
@@ -119,6 +120,20 @@ def check_sampler(sampler: object) -> None:
             f"sampler must be hashable, for it is static under jit; make {type(sampler).__name__} "
             "a frozen dataclass"
         )
+
+
+def check_mesh(mesh: Any) -> Mesh | None:
+    """None, or the mesh, with axes along which JAX itself may choose where arrays are."""
+    if mesh is None:
+        return None
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"mesh must be None or a jax.sharding.Mesh, got {type(mesh).__name__}; of all devices "
+            'make one by jax.make_mesh((jax.device_count(),), ("samples",))'
+        )
+    if not mesh.size:
+        raise ValueError("mesh must have at least one device, got an empty mesh")
+    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def check_group_size(sampler: Any, num_samples: int, dim: int) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from jax import Array
+from jax.sharding import Mesh
 
 from . import _checks
 from ._call import Call, Settings, evaluate, prepare
@@ -71,6 +72,7 @@ def make_perturbed_fun(
     sampler: Sampler | None = None,
     degree: int | None = None,
     missing: str = "propagate",
+    mesh: Mesh | None = None,
 ) -> PerturbedFun:
     r"""Smooths a function by averaging it over noise added to its input.
 
@@ -112,6 +114,10 @@ def make_perturbed_fun(
         NaN; "drop" leaves them out, as if they had not been drawn. That changes no expectation if
         failing has nothing to do with where the sample is; see the guide to functions outside JAX
         for what is estimated if it has.
+      mesh: a `jax.sharding.Mesh` whose devices, along all of its axes, share the samples; None for
+        the device that x is on. All arguments and results are replicated. The samples are the same
+        however many devices there are, and so is the result, but for rounding (see the guide to
+        devices). Where it has devices of several processes, all of them make the call.
 
     Returns:
       A function `g(key, x, *args, **kwargs)`, a `PerturbedFun`, that returns an estimate of
@@ -144,6 +150,15 @@ def make_perturbed_fun(
     """
     _checks.check_fun(fun)
     settings = Settings(
-        num_samples, sigma, noise, use_baseline, batch_size, has_aux, sampler, degree, missing
+        num_samples,
+        sigma,
+        noise,
+        use_baseline,
+        batch_size,
+        has_aux,
+        sampler,
+        degree,
+        missing,
+        mesh,
     )
     return PerturbedFun(fun, settings)

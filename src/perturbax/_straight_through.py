@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from . import _checks
 from ._call import Settings, evaluate, prepare
@@ -28,6 +29,7 @@ def make_straight_through_fun(
     batch_size: int | None = None,
     sampler: Sampler | None = None,
     degree: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Fun:
     r"""Gives a function the derivatives of its smoothed version, and leaves its value as it is.
 
@@ -46,6 +48,7 @@ def make_straight_through_fun(
       batch_size: as in `make_perturbed_fun`.
       sampler: as in `make_perturbed_fun`.
       degree: as in `make_perturbed_fun`.
+      mesh: as in `make_perturbed_fun`.
 
     Returns:
       A function `g(key, x, *args, **kwargs)` that returns `fun(x, *args, **kwargs)`, in floating
@@ -72,7 +75,14 @@ def make_straight_through_fun(
     """
     _checks.check_fun(fun)
     settings = Settings(
-        num_samples, sigma, noise, use_baseline, batch_size, sampler=sampler, degree=degree
+        num_samples,
+        sigma,
+        noise,
+        use_baseline,
+        batch_size,
+        sampler=sampler,
+        degree=degree,
+        mesh=mesh,
     )
 
     def straight_through_fun(*args: Any, **kwargs: Any) -> PyTree:

@@ -181,19 +181,21 @@ def _jacobian_of_baselines(
     where B_g is the sum of dl_i over the group g of sample i, and S that of all f_i - c.
     """
     noise = noise_in(plan, operands)
-    start, counted = jnp.zeros((plan.num_rows,), plan.value_dtype), 0
+    first_tells = plan.degree == 0 and not plan.evaluates_at_x
+    start = jnp.full((plan.num_rows,), jnp.nan if first_tells else 0, plan.value_dtype)
+    counted = 0
     if plan.evaluates_at_x:
         start, counted = at_x(plan, operands, point)
 
     def accumulate(chunk: Chunk, sizes: Array, centre: Array) -> tuple[Any, tuple[()], Array]:
         z = draw_noise(plan, key, operands, chunk)
         f = evaluate_at(plan, operands, point, z)[0]
-        if plan.degree == 0 and not plan.evaluates_at_x:
-            centre = jnp.where(chunk.first == 0, centre_of(f[0])[0], centre)
+        if first_tells:
+            centre = jnp.where(jnp.isnan(centre), centre_of(f[0])[0], centre)
         f = f - centre[None]
         slopes = [v.astype(f.dtype) for v in slopes_of(wanted, noise, z, r)]
         if plan.degree is None:
-            return (jnp.sum(f, axis=0), [(matmul(f.T, v), ()) for v in slopes]), (), centre
+            return (jnp.sum(f, axis=0), [(matmul(f.T, v), ()) for v in slopes], ()), (), centre
         share = share_of_one(plan.num_samples - sizes + counted).astype(f.dtype)[:, None]
         if plan.group_size == 1:  # B_g is dl_i
             columns = jnp.concatenate([f * (1 + share), share], axis=1)
@@ -205,10 +207,20 @@ def _jacobian_of_baselines(
                 matmul(columns.T, v) + matmul(own.T, jnp.sum(in_groups(plan, v), axis=1))
                 for v in slopes
             ]
-        return (jnp.sum(f, axis=0), [(v[:-1], v[-1:]) for v in products]), (), centre
+        rows = jnp.full((), chunk.rows, f.dtype)
+        return (jnp.sum(f, axis=0), [(v[:-1], v[-1:]) for v in products], rows), (), centre
+
+    def recount(sums: Any, centre: Array, other: Array) -> Any:
+        """The sums with another c: of 1 more, f_i - c has 1 less, and that times N / n_g dl_i."""
+        total, products, rows = sums
+        change = jnp.where(jnp.isnan(centre), 0, centre - other)
+        more = plan.num_samples * change[:, None]
+        return total + rows * change, [(v + more * score, score) for v, score in products], rows
 
     sizes = jnp.asarray(group_sizes(plan), jnp.int32)
-    (total, sums), _, centre = over_groups(plan, accumulate, sizes, start)
+    (total, sums, _), _, centre = over_groups(
+        plan, accumulate, sizes, start, recount if first_tells else None
+    )
     if plan.degree == 0:
         # A matrix product, lest XLA recompute the total for every leaf of the result.
         jacobians = [product + matmul(-total[:, None], score) for product, score in sums]

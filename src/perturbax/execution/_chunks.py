@@ -14,6 +14,7 @@ from ..sampling._draw_groups import draw
 from ..sampling._random_bits import materialise
 from ..tracing._derivative_rules import aligned
 from ..tracing._mesh_axes import in_told_mesh, varying, varying_axes
+from . import _devices
 from ._plan import Operands, Plan, Point, concatenate, noise_in, perturbed
 
 # Numbers in flight under vmap on a CPU: what all cores share should hold them.
@@ -41,6 +42,8 @@ def draw_noise(plan: Plan, key: Array, operands: Operands, chunk: Chunk) -> Arra
 def drawer(plan: Plan, key: Array, operands: Operands) -> Callable[[Chunk], Array]:
     """`draw_noise` for several passes over the groups, which keeps it unless it is too large."""
     most = _KEPT.get(jax.default_backend(), _KEPT_ACCELERATOR)
+    if plan.shares_groups:
+        return partial(draw_noise, plan, key, operands)
     size = plan.group_size * plan.dim
     whole = plan.groups_at_a_time() == plan.num_groups
     if not whole and (not isinstance(size, int) or plan.num_groups * size > most):
@@ -67,8 +70,20 @@ def evaluate_at(
     The only place that calls fun, which is vmapped over the rows, be there many or one; it is
     called as it is where batch_size is 1, for it may hold what cannot be vmapped.
     """
-    with in_told_mesh():
-        return _evaluate_at(plan, operands, point, z)
+    if plan.mesh is None or plan.shares_groups:
+        with in_told_mesh():
+            return _evaluate_at(plan, operands, point, z)
+    mesh, rows = plan.mesh, z.shape[0]
+    each = -(-rows // mesh.size)
+
+    def on_this(operands: Operands, point: Point, z: Array) -> tuple[Array, list[Array]]:
+        # Where the number of devices does not divide that of rows, some are taken twice.
+        own = _devices.this_device(mesh) * np.uint32(each) + lax.iota(jnp.uint32, each)
+        found = _evaluate_at(plan, operands, point, z[own % np.uint32(rows)])
+        return jax.tree.map(partial(_devices.gathered, mesh), found)
+
+    found = _devices.on_each(mesh, on_this, operands, point, z)
+    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[:rows], found)
 
 
 @partial(jax.jit, static_argnums=0)  # traced once for value and derivative
@@ -110,14 +125,21 @@ def stacked(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> Any:
 
 
 def over_groups(
-    plan: Plan, body: Callable[..., Any], xs: Any = (), carry: Array | None = None
+    plan: Plan,
+    body: Callable[..., Any],
+    xs: Any = (),
+    carry: Array | None = None,
+    recount: Callable[[Any, Array, Array], Any] | None = None,
 ) -> tuple[Any, ...]:
     """Sums the first and stacks the second result of body(chunk, xs of its samples or groups).
 
     `xs` and stacked results have one row a sample or one row a group. If there is a carry, `body`
     takes it as a further argument and returns it as a further result, from chunk to chunk; so does
-    this function.
+    this function. On several devices several chunks are the first one, and recount(sums, carried,
+    other) tells what sums would be if what they ended with were another; of both NaN is nothing.
     """
+    if plan.shares_groups:
+        return _over_shares(plan, body, xs, carry, recount)
     size, total, count = plan.group_size, plan.num_groups, plan.groups_at_a_time()
     carried = () if carry is None else (carry,)
     if count == total:
@@ -160,6 +182,56 @@ def over_groups(
         sums = jax.tree.map(jnp.add, sums, more)
         stack = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stack, last)
     return sums, stack, *carried
+
+
+def _over_shares(
+    plan: Plan,
+    body: Callable[..., Any],
+    xs: Any,
+    carry: Array | None,
+    recount: Callable[[Any, Array, Array], Any] | None,
+) -> tuple[Any, ...]:
+    """`over_groups`, of which each device does a part."""
+    assert plan.mesh is not None
+    size, count = plan.group_size, plan.groups_at_a_time()
+    chunks = -(-plan.num_groups // count)
+    before = chunks - 1  # of the last chunk, which may lack some
+    groups, rows = plan.num_groups - before * count, plan.num_samples - before * count * size
+
+    def whole(number: Array, part: Any, *carried: Array) -> Any:
+        return body(Chunk(number * np.uint32(count), count, count * size), part, *carried)
+
+    def last(number: Array, part: Any, *carried: Array) -> Any:
+        part = jax.tree.map(lambda v: v[: groups if v.shape[0] == count else rows], part)
+        return body(Chunk(number * np.uint32(count), groups, rows), part, *carried)
+
+    def merge(left: Any, right: Any) -> Any:
+        (sums, *carried), (more, *others) = left, right
+        if recount is not None:
+            common = jnp.where(jnp.isnan(carried[0]), others[0], carried[0])
+            more, carried = recount(more, others[0], common), [common]
+        return jax.tree.map(jnp.add, sums, more), *carried
+
+    def chunked(v: Array) -> Array:
+        rows = count * (size if v.shape[0] == plan.num_samples else 1)
+        missing = chunks * rows - v.shape[0]
+        v = jnp.concatenate([v, jnp.zeros((missing, *v.shape[1:]), v.dtype)]) if missing else v
+        return v.reshape(chunks, rows, *v.shape[1:])
+
+    def unchunked(v: Array) -> Array:
+        number = plan.num_groups if v.shape[1] == count else plan.num_samples
+        return v.reshape(chunks * v.shape[1], *v.shape[2:])[:number]
+
+    sums, stack, *carried = _devices.shared_out(
+        plan.mesh,
+        chunks,
+        whole,
+        last if rows < count * size else None,
+        jax.tree.map(chunked, xs),
+        () if carry is None else (carry,),
+        merge,
+    )
+    return sums, jax.tree.map(unchunked, stack), *carried
 
 
 def vmapped_in_parts(plan: Plan, fun: Callable[..., Any], *args: Any) -> Any:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from ..noise._protocol import NoiseDistribution
 from ..noise._traced import TracedNoise
@@ -16,6 +17,7 @@ from ..sampling._protocol import Sampler
 from ..scale._matrices import departures, scaled
 from ..tracing._derivative_rules import departure
 from ..tracing._signature import TracedFunction
+from . import _devices
 
 # Numbers in flight at a time: a chunk of noise should stay in the cache of a core, and fill a GPU.
 CHUNK = {"cpu": 2**19}
@@ -27,6 +29,10 @@ _PASSES = 2
 _FEW = 32
 # With more leaves than that, those of x that have few numbers are read by index: as fast, for few.
 _MANY, _TINY = 16, 8
+# Devices have groups of their own if at least this part of them is busy until the end.
+_BUSY = 0.75
+# How much longer than need be the longest share may be, to save a compilation.
+_UNEVEN = 1.25
 # Up to this many outputs, the Jacobian is accumulated while evaluating: the noise is drawn once.
 MAX_ROWS = 8
 
@@ -51,6 +57,7 @@ class Plan:
     dtypes: tuple[np.dtype, ...]
     dtype: np.dtype  # of the noise, the scores and the weights: at least float32
     drop_missing: bool = False  # whether samples whose value has a NaN are left out
+    mesh: Mesh | None = None  # whose devices share the samples
     # Operands of fun that are leaves of x: callbacks of many points see them at each point.
     own_operands: tuple[int, ...] = ()
 
@@ -110,6 +117,17 @@ class Plan:
         symbolic = [v for v in widths if not isinstance(v, int)]
         return symbolic[0] if symbolic else max(widths, default=1) or 1
 
+    @property
+    def shares_groups(self) -> bool:
+        """Whether devices share the groups; where these are few, they share each group's samples.
+
+        Those cost more to draw, for each device then draws them all.
+        """
+        if self.mesh is None:
+            return False
+        most = np.diff(_devices.starts(self.num_groups, self.mesh.size)).max()
+        return self.num_groups >= _BUSY * self.mesh.size * most
+
     def groups_at_a_time(self) -> int:
         """How many groups a chunk holds."""
         if not isinstance(self.width, int):  # a symbolic shape, while exporting
@@ -125,12 +143,26 @@ class Plan:
         else:
             most = self.batch_size // self.group_size
         most = min(max(most, 1), self.num_groups)
+        if self.mesh is not None and self.shares_groups:
+            return self._groups_of_a_share(most, _devices.num_slots(self.mesh))
         if self.batch_size is None:
             # A divisor saves the last, smaller chunk a compilation of its own.
             for count in range(most, most // 2, -1):
                 if self.num_groups % count == 0:
                     return count
         return most
+
+    def _groups_of_a_share(self, most: int, slots: int) -> int:
+        """At most so many that all slots have as many chunks, but for one."""
+        each = -(-self.num_groups // slots)
+        most = min(most, each)
+        if self.num_groups * self.group_size == self.num_samples:
+            # A divisor saves the last, smaller chunk a compilation of its own.
+            for count in range(most, most // 4, -1):
+                longest = count * -(-self.num_groups // count // slots)
+                if self.num_groups % count == 0 and longest <= _UNEVEN * each:
+                    return count
+        return -(-each // -(-each // most))
 
 
 class Operands(NamedTuple):

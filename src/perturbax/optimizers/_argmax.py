@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.sharding import Mesh
 
 from .. import _checks
 from .._call import Settings
@@ -35,6 +36,7 @@ def make_perturbed_argmax(
     batch_size: int | None = None,
     sampler: Sampler | None = None,
     degree: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Fun:
     r"""Smooths the solution of a linear optimisation problem by averaging it over noisy scores.
 
@@ -67,6 +69,7 @@ def make_perturbed_argmax(
       batch_size: as in `make_perturbed_fun`.
       sampler: as in `make_perturbed_fun`.
       degree: as in `make_perturbed_fun`.
+      mesh: as in `make_perturbed_fun`.
 
     Returns:
       A function `g(key, theta, *args, **kwargs)` that returns an estimate of the mean solution, of
@@ -93,7 +96,14 @@ def make_perturbed_argmax(
     """
     symmetrize = _checks.check_bool(symmetrize, "symmetrize")
     settings = Settings(
-        num_samples, sigma, noise, use_baseline, batch_size, sampler=sampler, degree=degree
+        num_samples,
+        sigma,
+        noise,
+        use_baseline,
+        batch_size,
+        sampler=sampler,
+        degree=degree,
+        mesh=mesh,
     )
     layer = Layer(argmax_fun, settings, maximize, multiplicative)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from .. import _checks
 from .._call import Settings, evaluate, prepare
@@ -70,6 +71,7 @@ def make_perturbed_distribution(
     multiplicative: bool = False,
     batch_size: int | None = None,
     sampler: Sampler | None = None,
+    mesh: Mesh | None = None,
 ) -> Fun:
     r"""Gives the distribution of a solver's solutions when its scores are perturbed.
 
@@ -96,6 +98,7 @@ def make_perturbed_distribution(
       multiplicative: as in `make_perturbed_argmax`.
       batch_size: as in `make_perturbed_argmax`.
       sampler: as in `make_perturbed_argmax`; None chooses, as for degree 0.
+      mesh: as in `make_perturbed_argmax`.
 
     Returns:
       A function `g(key, theta, *args, **kwargs)` that returns an `EmpiricalDistribution`. `key` is
@@ -133,6 +136,7 @@ def make_perturbed_distribution(
         has_aux=True,
         sampler=sampler,
         degree=0,
+        mesh=mesh,
     )
     use_baseline = _checks.check_bool(use_baseline, "use_baseline")
     maximize = _checks.check_bool(maximize, "maximize")

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from .._call import Settings
 from .._describe import describe, leading
@@ -31,6 +32,7 @@ def make_fenchel_young_loss(
     batch_size: int | None = None,
     sampler: Sampler | None = None,
     degree: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Fun:
     r"""A convex loss for scores whose best solution is known, from a solver alone.
 
@@ -63,6 +65,7 @@ def make_fenchel_young_loss(
       batch_size: as in `make_perturbed_argmax`.
       sampler: as in `make_perturbed_argmax`; of first derivatives too.
       degree: as in `make_perturbed_argmax`.
+      mesh: as in `make_perturbed_argmax`.
 
     Returns:
       A function `loss(key, theta, y_true, *args, **kwargs)` that returns an estimate of L, a
@@ -90,7 +93,14 @@ def make_fenchel_young_loss(
       Blondel, Martins and Niculae, Learning with Fenchel-Young Losses, 2019, arXiv:1901.02324
     """
     settings = Settings(
-        num_samples, sigma, noise, use_baseline, batch_size, sampler=sampler, degree=degree
+        num_samples,
+        sigma,
+        noise,
+        use_baseline,
+        batch_size,
+        sampler=sampler,
+        degree=degree,
+        mesh=mesh,
     )
     layer = Layer(argmax_fun, settings, maximize, multiplicative)
     perturbed_max = maximum(layer, objective, symmetrize)

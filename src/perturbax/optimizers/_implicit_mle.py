@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from .. import _checks
@@ -37,6 +38,7 @@ def make_implicit_mle(
     maximize: bool = True,
     batch_size: int | None = None,
     sampler: Sampler | None = None,
+    mesh: Mesh | None = None,
 ) -> Fun:
     r"""A perturbed argmax whose gradient is a difference of two mean solutions.
 
@@ -66,6 +68,7 @@ def make_implicit_mle(
       maximize: False for a solver that minimises costs theta; the solver sees theta - sigma Z.
       batch_size: as in `make_perturbed_fun`.
       sampler: as in `make_perturbed_fun`.
+      mesh: as in `make_perturbed_fun`.
 
     Returns:
       A function `g(key, theta, *args, **kwargs)` that returns the mean solution. Reverse mode of
@@ -102,7 +105,9 @@ def make_implicit_mle(
     sign = 1 if maximize else -1
 
     # With a baseline, should sigma or a further argument be differentiated.
-    settings = Settings(num_samples, sigma, noise, batch_size=batch_size, sampler=sampler, degree=0)
+    settings = Settings(
+        num_samples, sigma, noise, batch_size=batch_size, sampler=sampler, degree=0, mesh=mesh
+    )
 
     def implicit_mle(*args: Any, **kwargs: Any) -> PyTree:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)

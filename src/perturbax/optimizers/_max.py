@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from .. import _checks
 from .._call import Settings
@@ -40,6 +41,7 @@ def make_perturbed_max(
     batch_size: int | None = None,
     sampler: Sampler | None = None,
     degree: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Fun:
     r"""Smooths the optimal value of an optimisation problem by averaging it over noisy scores.
 
@@ -73,6 +75,7 @@ def make_perturbed_max(
       batch_size: as in `make_perturbed_argmax`.
       sampler: as in `make_perturbed_argmax`.
       degree: as in `make_perturbed_argmax`.
+      mesh: as in `make_perturbed_argmax`.
 
     Returns:
       A function `g(key, theta, *args, **kwargs)` that returns an estimate of F, a scalar. `key` is
@@ -99,7 +102,14 @@ def make_perturbed_max(
       Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
     """
     settings = Settings(
-        num_samples, sigma, noise, use_baseline, batch_size, sampler=sampler, degree=degree
+        num_samples,
+        sigma,
+        noise,
+        use_baseline,
+        batch_size,
+        sampler=sampler,
+        degree=degree,
+        mesh=mesh,
     )
     layer = Layer(argmax_fun, settings, maximize, multiplicative)
     perturbed_max = maximum(layer, objective, symmetrize)

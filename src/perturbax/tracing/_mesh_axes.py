@@ -1,10 +1,15 @@
-"""Inside `jax.shard_map`: which mesh axes values vary over."""
+"""Meshes as JAX tells them: inside `jax.shard_map`, which axes values vary over; outside, types."""
 
 import contextlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.core import ShapedArray
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Since jax 0.7.
 _use_mesh: Any = getattr(jax.sharding, "use_abstract_mesh", contextlib.nullcontext)
@@ -51,3 +56,88 @@ def varying_axes(value: Any) -> frozenset[Any]:
     kind: Any = value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
     kind = getattr(kind, "manual_axis_type", kind)  # its name since jax 0.10
     return frozenset(getattr(kind, "varying", None) or getattr(kind, "vma", None) or ())
+
+
+# --- Outside it, for what brings a mesh of its own
+
+
+def traced_for(mesh: Mesh | None) -> Any:
+    """A context in which functions are traced as if no mesh had been set, if there is one here."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return _use_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def inside_shard_map() -> bool:
+    """Whether this is traced as a part of a program of one device among several."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def replicated(mesh: Mesh | None, values: Any) -> Any:
+    """A pytree of arrays that a program on all devices of the mesh, if any, may take as they are.
+
+    That is, in their types nothing tells a mesh: inside `shard_map`, that of arguments is another.
+    """
+    if mesh is None:
+        return values
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Array):
+            return value
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            data, impl = one(jax.random.key_data(value)), jax.random.key_impl(value)
+            return jax.random.wrap_key_data(data, impl=impl)
+        return _placed.bind(value, mesh=mesh, type_sharding=None)
+
+    return jax.tree.map(one, values)
+
+
+def in_told_types(mesh: Mesh | None, values: Any) -> Any:
+    """What `replicated` values have become, with types as the mesh that was set here asks for."""
+    told: Any = jax.sharding.get_abstract_mesh()
+    if mesh is None or not getattr(told, "explicit_axes", ()):
+        return values
+    like = NamedSharding(told, PartitionSpec())
+    return jax.tree.map(lambda v: _placed.bind(v, mesh=mesh, type_sharding=like), values)
+
+
+def _place(value: Array, *, mesh: Mesh, type_sharding: Any) -> Array:
+    if not getattr(value, "committed", False):
+        return value
+    spec = PartitionSpec()
+    if type_sharding is not None:
+        told, spec = type_sharding.mesh, type_sharding.spec
+        devices = mesh.devices.reshape(told.axis_sizes)
+        mesh = Mesh(devices, told.axis_names, axis_types=told.axis_types)
+    return jax.device_put(value, NamedSharding(mesh, spec))
+
+
+def _placed_type(aval: Any, *, mesh: Mesh, type_sharding: Any) -> Any:
+    kind: Any = ShapedArray
+    return kind(aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=type_sharding)
+
+
+def _placed_transpose(cotangent: Any, value: Any, *, mesh: Mesh, type_sharding: Any) -> list[Any]:
+    told = value.aval.sharding
+    if type(cotangent) is ad.Zero or told.mesh.empty:
+        return [cotangent]
+    return [_placed.bind(cotangent, mesh=mesh, type_sharding=told)]
+
+
+def _placed_batch(args: Any, axes: Any, *, mesh: Mesh, type_sharding: Any) -> Any:
+    (value,), (axis,) = args, axes
+    if type_sharding is not None:
+        spec = list(type_sharding.spec)
+        spec = PartitionSpec(*spec[:axis], None, *spec[axis:])
+        type_sharding = NamedSharding(type_sharding.mesh, spec)
+    return _placed.bind(value, mesh=mesh, type_sharding=type_sharding), axis
+
+
+# The same array on all devices of the mesh, with a type that does not tell it, or tells
+# `type_sharding`. Under jit it is XLA that sees to where it is.
+_placed = core.Primitive("placed")
+_placed.def_impl(_place)
+_placed.def_abstract_eval(_placed_type)
+ad.deflinear2(_placed, _placed_transpose)
+batching.primitive_batchers[_placed] = _placed_batch
+mlir.register_lowering(_placed, lambda _, value, **__: [value])

@@ -1,0 +1,257 @@
+"""Checks of `mesh=` that need several devices, run by test_devices.py in a process of their own.
+
+A process fixes its number of devices before anything else. As a program, this file runs all checks
+and prints, as JSON, the traceback of each that fails.
+"""
+
+import functools
+import json
+import re
+import threading
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+import perturbax as px
+from helpers import AS_FOR_USERS, assert_trees_close
+
+KEY = jax.random.key(0)
+X = jnp.array([0.5, -1.0, 2.0])
+NORMAL = px.Normal()
+INDEPENDENT = {"sampler": px.Independent(), "degree": 0}
+
+
+def fun(y, scale=1.5):
+    """A smooth part and steps."""
+    return scale * jnp.sum(jnp.tanh(y) ** 2) + y[0] * y[1] + jnp.sum(y > 0)
+
+
+def mesh(count, *shape):
+    """A mesh of the first devices, of one axis or several."""
+    shape = shape or (count,)
+    return Mesh(np.array(jax.devices()[:count]).reshape(shape), tuple("abc"[: len(shape)]))
+
+
+def smooth(where, fun=fun, num_samples=50, **settings):
+    return px.make_perturbed_fun(fun, num_samples, 0.5, NORMAL, mesh=where, **settings)
+
+
+def derivatives(where, argnums=(0, 1, 2), **settings):
+    """Value and derivatives in x, sigma and an argument of fun."""
+
+    def value(x, sigma, scale):
+        g = px.make_perturbed_fun(fun, sigma=sigma, noise=NORMAL, mesh=where, **settings)
+        return g(KEY, x, scale)
+
+    return jax.jit(jax.value_and_grad(value, argnums=argnums))(X, 0.5, 1.5)
+
+
+def errors(where, x=X, **settings):
+    found = px.estimate(smooth(where, **settings), KEY, x)
+    return found.value, found.value_error, found.gradient, found.gradient_error
+
+
+def check_every_sampler_and_degree():
+    """On three devices, which divide no number of samples or groups here."""
+    cases = [
+        {"num_samples": 50, **INDEPENDENT},
+        {"num_samples": 1, **INDEPENDENT},
+        {"num_samples": 31, "sampler": px.Antithetic(), "use_baseline": False, "batch_size": 4},
+        {"num_samples": 50, "sampler": px.Orthogonal(), "degree": 1},
+        {"num_samples": 64},  # two Sobol nets, whose points are shared
+        {"num_samples": 65, "sampler": px.OrthogonalArray(num_groups=4), "batch_size": 5},
+    ]
+    for i, settings in enumerate(cases):
+        found = functools.partial(derivatives, argnums=(2,) if i in (0, 4) else (0, 1), **settings)
+        assert_trees_close(found(mesh(3)), found(None), rtol=1e-4, atol=1e-5)
+    actual, expected = errors(mesh(3), **cases[4]), errors(None, **cases[4])
+    assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def check_bits_on_any_number_of_devices():
+    """As XLA compiles for users; it rounds in other ways where it is asked for less."""
+
+    def bits(where):
+        compiled = functools.partial(jax.jit, compiler_options=AS_FOR_USERS)
+        yield compiled(jax.value_and_grad(smooth(where, **INDEPENDENT), argnums=1))(KEY, X)
+        nets = {"sampler": px.Sobol(num_groups=8), "num_samples": 64}
+        yield compiled(functools.partial(errors, where, **nets))(X)
+
+    expected = list(bits(mesh(1)))
+    for count in (2, 8):
+        assert_trees_close(list(bits(mesh(count))), expected)
+
+
+def check_second_derivatives():
+    for where, settings in ((mesh(2), INDEPENDENT), (mesh(4, 2, 2), {"num_samples": 64})):
+        expected = jax.jit(jax.hessian(smooth(None, **settings), argnums=1))(KEY, X)
+        actual = jax.jit(jax.hessian(smooth(where, **settings), argnums=1))(KEY, X)
+        assert_trees_close(actual, expected, rtol=1e-4, atol=1e-4)
+    mixed = jax.jacrev(jax.grad(smooth(mesh(2), **INDEPENDENT), argnums=1), argnums=2)
+    expected = jax.jacrev(jax.grad(smooth(None, **INDEPENDENT), argnums=1), argnums=2)
+    assert_trees_close(mixed(KEY, X, 1.5), expected(KEY, X, 1.5), rtol=1e-4, atol=1e-5)
+
+
+def check_vmap_scan_and_eager_calls():
+    keys = jax.random.split(KEY, 2)
+    points = jnp.stack([X, -X])
+
+    def steps(gradient):
+        def step(x, key):
+            return x - 0.1 * gradient(key, x), x
+
+        return jax.lax.scan(step, X, keys)
+
+    def run(where):
+        gradient = jax.grad(smooth(where, **INDEPENDENT), argnums=1)
+        return jax.vmap(gradient)(keys, points), steps(gradient), gradient(KEY, X)
+
+    assert_trees_close(run(mesh(2)), run(None), rtol=1e-4, atol=1e-5)
+
+
+def check_layers():
+    def run(where):
+        layer = px.make_perturbed_argmax(px.solvers.one_hot_argmax, 50, 0.5, mesh=where)
+        value = jax.jit(jax.jacrev(layer, argnums=1))(KEY, X)
+        loss = px.make_fenchel_young_loss(
+            px.solvers.one_hot_argmax, num_samples=50, sigma=0.5, mesh=where
+        )
+        return layer(KEY, X), value, jax.grad(loss, argnums=1)(KEY, X, jnp.array([1.0, 0.0, 0.0]))
+
+    assert_trees_close(run(mesh(2)), run(None), rtol=1e-4, atol=1e-5)
+
+
+def check_aux_and_several_outputs():
+    def both(y):
+        return {"a": jnp.sort(y), "b": jnp.sum(y > 0)}, y
+
+    def run(where):
+        g = smooth(where, both, 21, has_aux=True, **INDEPENDENT)
+        plain = smooth(where, lambda y: both(y)[0], 21, **INDEPENDENT)
+        return g(KEY, X), jax.jit(jax.jacrev(plain, argnums=1))(KEY, X)
+
+    assert_trees_close(run(mesh(2)), run(None), rtol=1e-4, atol=1e-5)
+
+
+def check_each_device_calls_the_host_for_its_own_samples():
+    lock, points = threading.Lock(), []
+
+    def on_host(y):
+        with lock:
+            points.extend(np.reshape(y, (-1, 3)).tolist())
+        return np.sum(np.asarray(y) > 0, axis=-1).astype(np.float32)
+
+    def count_above(y):
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(on_host, like, y, vmap_method="expand_dims")
+
+    def count(y):
+        return jnp.sum(y > 0).astype(jnp.float32)
+
+    for settings in (INDEPENDENT, {"sampler": px.Sobol()}):
+        expected = jax.value_and_grad(smooth(None, count, 64, **settings), argnums=1)(KEY, X)
+        points.clear()
+        g = smooth(mesh(4), count_above, 64, **settings)
+        found = jax.block_until_ready(jax.value_and_grad(g, argnums=1)(KEY, X))
+        assert_trees_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert len(points) == len({tuple(p) for p in points}) == 64
+
+
+def check_meshes_that_are_set_and_explicit_axes():
+    g = functools.partial(smooth, **INDEPENDENT)
+    expected = jax.value_and_grad(g(None), argnums=1)(KEY, X)
+    for axis_type in (AxisType.Auto, AxisType.Explicit):
+        where = jax.make_mesh((2, 2), ("a", "b"), axis_types=(axis_type, axis_type))
+        gradient = jax.value_and_grad(g(where), argnums=1)
+        placed = jax.device_put(X, NamedSharding(where, P()))
+        found = [gradient(KEY, X), gradient(KEY, placed), jax.jit(gradient)(KEY, placed)]
+        in_shardings = NamedSharding(where, P())
+        found.append(jax.jit(gradient, in_shardings=(in_shardings, in_shardings))(KEY, X))
+        if hasattr(jax, "set_mesh"):  # since jax 0.7
+            with jax.set_mesh(where):
+                found += [jax.jit(gradient)(KEY, X), jax.jit(gradient)(KEY, placed)]
+        for one in found:
+            assert_trees_close(one, expected, rtol=1e-4, atol=1e-5)
+
+
+def check_arguments_elsewhere():
+    """An array that was put on another device, or is split over the mesh, is replicated first."""
+    where, x = mesh(2), jnp.arange(4.0) - 1.5
+    gradient = jax.value_and_grad(smooth(where, **INDEPENDENT), argnums=1)
+    expected = jax.value_and_grad(smooth(None, **INDEPENDENT), argnums=1)(KEY, x)
+    for placed in (
+        jax.device_put(x, jax.devices()[5]),
+        jax.device_put(x, NamedSharding(where, P("a"))),
+    ):
+        assert_trees_close(gradient(KEY, placed), expected, rtol=1e-4, atol=1e-5)
+
+
+def collectives(text):
+    """Operations of a compiled program that move data between devices, and their elements."""
+    pattern = r"= (\(?[a-z0-9]+\[[^=]*?) (all-gather|all-reduce|collective-permute|all-to-all)\("
+    found = []
+    for shapes, operation in re.findall(pattern, text):
+        sizes = re.findall(r"[a-z0-9]+\[([0-9,]*)\]", shapes)
+        found.append(
+            (operation, sum(int(np.prod([int(v or 1) for v in s.split(",")])) for s in sizes))
+        )
+    return found
+
+
+def check_what_crosses_between_devices():
+    """Of a gradient, two numbers a coordinate each way, whatever the number of samples."""
+    dim = 1000
+    for num_samples in (100, 400):
+        g = smooth(mesh(2), lambda y: jnp.sum(y > 0), num_samples, **INDEPENDENT)
+        compiled = jax.jit(jax.value_and_grad(g, argnums=1)).lower(KEY, jnp.zeros(dim)).compile()
+        moved = collectives(compiled.as_text())
+        assert {operation for operation, _ in moved} == {"collective-permute"}
+        assert 2 * dim <= sum(size for _, size in moved) <= 2 * dim + 10
+
+
+def check_noise_is_drawn_where_x_lives():
+    """A point that is split over devices by the user: neither it nor its noise is gathered."""
+    where, dim, num_samples = mesh(4), 4096, 64
+    x = jax.device_put(jnp.linspace(-1.0, 1.0, dim), NamedSharding(where, P("a")))
+
+    def loss(y):
+        return jnp.sum(jnp.where(y > 0, y, 0.0))
+
+    gradient = jax.value_and_grad(smooth(None, loss, num_samples, **INDEPENDENT), argnums=1)
+    compiled = jax.jit(gradient).lower(KEY, x).compile()
+    for operation, size in collectives(compiled.as_text()):
+        assert size <= 2 * num_samples, (operation, size)
+    found = compiled(KEY, x)
+    assert found[1].sharding.spec == P("a")
+    assert_trees_close(found, gradient(KEY, jnp.linspace(-1.0, 1.0, dim)), rtol=1e-4, atol=1e-4)
+
+
+def check_error_inside_shard_map():
+    where = mesh(2)
+    g = smooth(where, **INDEPENDENT)
+    inside = jax.shard_map(lambda x: g(KEY, x), mesh=where, in_specs=P(), out_specs=P())
+    with pytest.raises(ValueError, match=r"mesh must be None inside jax\.shard_map"):
+        jax.jit(inside)(X)
+
+
+CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
+
+
+def run_all():
+    """The traceback of every check that fails, by name."""
+    assert jax.device_count() == 8
+    failed = {}
+    for name, check in CHECKS.items():
+        try:
+            check()
+        except Exception:
+            failed[name] = traceback.format_exc()
+    return failed
+
+
+if __name__ == "__main__":
+    print(json.dumps({"ran": len(CHECKS), "failed": run_all()}))
