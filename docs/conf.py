@@ -12,6 +12,7 @@ copyright = author
 release = importlib.metadata.version(project)
 
 extensions = [
+    "gallery",
     "myst_parser",
     "native_math",
     "sphinx.ext.autodoc",

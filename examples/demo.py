@@ -54,7 +54,7 @@ def main(path="build/demo.png", num_keys=100, num_steps=300, problems=None):
     heading("A choice among three options, optimised through its argmax")
     choice = discrete_choice.main()
     heading("Handwritten digits, trained on the number of errors itself")
-    trained = digits.main(num_steps=num_steps)
+    trained = digits.main(None, num_steps=num_steps)
     heading("The same gradients by optax.perturbations")
     compare_optax.main(problems)
     path = draw(path, relu, choice, trained)

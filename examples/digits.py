@@ -11,10 +11,12 @@ Split: 70 % of the images to train (1,257), 30 % to test (540), digits in equal 
 """
 
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
@@ -23,6 +25,9 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 import perturbax as px
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 
 class Images(NamedTuple):
@@ -78,7 +83,10 @@ def logistic_regression(train, test):
     return [1 - classifier.score(i.features.T, i.labels) for i in (train, test)]
 
 
-def main(num_steps=300, num_samples=256, sigma=0.3, learning_rate=0.05, seed=0):
+def main(
+    path="build/digits.png", num_steps=300, num_samples=256, sigma=0.3, learning_rate=0.05, seed=0
+):
+    """Trains, prints what that is worth, and draws it unless path is None; returns the Result."""
     train, test, test_pixels = load()
     smooth_error = px.make_perturbed_fun(error_rate, num_samples, sigma, px.Normal())
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
@@ -117,6 +125,9 @@ def main(num_steps=300, num_samples=256, sigma=0.3, learning_rate=0.05, seed=0):
         test_predictions=np.asarray(predict(weights, test.features)),
     )
     show(result)
+    if path is not None:
+        draw(Path(path), result)
+        print(f"Figure: {path}")
     return result
 
 
@@ -128,6 +139,32 @@ def show(result):
         ("logistic regression", result.logistic_train_error, result.logistic_test_error),
     ):
         print(f"  {name:35} {train:7.1%}  {test:7.1%}")
+
+
+def draw(path, result, rows=3, columns=6):
+    """The errors on the way, and test images that are taken for another digit."""
+    figure = plt.figure(figsize=(11, 4), dpi=150, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
+    axes = left.subplots()
+    axes.semilogy(100 * result.train_errors, color="#1f77b4", label="training")
+    axes.semilogy(100 * result.test_errors, color="#ff7f0e", label="test")
+    reference = 100 * result.logistic_test_error
+    axes.axhline(reference, color="#7f7f7f", ls="--", lw=1, label="logistic regression, test")
+    axes.set(xlabel="step of Adam", ylabel="images wrong, %")
+    axes.set_yticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    wrong = np.flatnonzero(result.test_predictions != result.test_labels)
+    right.suptitle(f"Of the {len(wrong)} test images that it gets wrong", fontsize=10.5)
+    for axes in right.subplots(rows, columns).flat:
+        axes.axis("off")
+    for axes, i in zip(right.axes, wrong[: rows * columns], strict=False):
+        axes.imshow(result.test_pixels[i], cmap="gray_r")
+        axes.set_title(f"{result.test_labels[i]}, not {result.test_predictions[i]}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

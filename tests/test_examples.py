@@ -1,6 +1,8 @@
 """Runs the examples and holds what they find against exact numbers."""
 
+import ast
 import functools
+import inspect
 import re
 import struct
 import subprocess
@@ -80,8 +82,10 @@ def test_discrete_choice_exact_objective(example):
     assert abs(choice.exact_objective(weights, 0.2) + draws.mean()) <= 4.5 * standard_error
 
 
-def test_digits(example):
-    result = example("digits").main()
+def test_digits(example, tmp_path):
+    path = tmp_path / "new" / "digits.png"
+    result = example("digits").main(path)
+    assert path.exists()
     assert result.weights.size == 650
     assert len(result.test_labels) == 540
     assert result.test_errors[-1] < 0.07
@@ -133,6 +137,70 @@ def test_sorting_digits(example, tmp_path):
     assert min(result.right_sets) > 0.03
     assert min(result.right_places) > 0.27
     assert path.exists()
+
+
+def test_assignment(example, tmp_path):
+    path = tmp_path / "new" / "assignment.png"
+    tracker = example("assignment")
+    result = tracker.main(path, num_steps=12, num_scenes=3)
+    assert result.untuned_error > 0.7
+    assert result.tuned_error < 0.5
+    # Distance and the steady colour count for more, and the colour that says nothing for less.
+    distance, steady, _, nothing = result.tuned["log_weights"]
+    assert min(distance, steady) > 0.5 > -0.5 > nothing
+    assert path.exists()
+
+
+def test_assignment_follows_what_cannot_be_mistaken(example):
+    tracker = example("assignment")
+    scenes = tracker.make_scenes(2, seed=3)
+    # Of colours that tell which dot it is, the assignment makes no error; of wrong ones, only some.
+    told = scenes._replace(colours=np.repeat(scenes.dots[..., None], 3, axis=-1).astype(float))
+    settings = {"log_weights": np.array([-20.0, 0.0, 0.0, 0.0]), "belief": np.array(0.0)}
+    assert not tracker.wrong_links(settings, told).any()
+    assert tracker.wrong_links(settings, scenes).mean() > 0.7
+
+
+def test_cart_pole(example, tmp_path):
+    path = tmp_path / "new" / "cart_pole.png"
+    result = example("cart_pole").main(path, max_evaluations=300, num_starts=20)
+    assert len(result.angles[0]) < 20
+    assert result.returns.mean() > 300
+    assert path.exists()
+
+
+def test_cart_pole_keeps_the_energy_of_what_is_not_pushed(example):
+    pole = example("cart_pole")
+    m, half, cart = pole.POLE, pole.HALF_LENGTH, pole.CART
+
+    def energy(state):
+        """Of the cart, and of a uniform rod about its middle."""
+        _, speed, angle, turning = state
+        across = speed + half * turning * np.cos(angle)
+        up = -half * turning * np.sin(angle)
+        rod = m * (across**2 + up**2) / 2 + m * half**2 * turning**2 / 6
+        return cart * speed**2 / 2 + rod + m * pole.GRAVITY * half * np.cos(angle)
+
+    state = np.array([0.0, 0.3, 0.5, -0.7])
+    linear, angular = map(float, pole.accelerations(jnp.asarray(state), 0.0))
+    motion = np.array([state[1], linear, state[3], angular])
+    change = (energy(state + 1e-5 * motion) - energy(state - 1e-5 * motion)) / 2e-5
+    assert abs(change) < 1e-5
+    # A push does work: force times speed.
+    linear, angular = map(float, pole.accelerations(jnp.asarray(state), 10.0))
+    motion = np.array([state[1], linear, state[3], angular])
+    change = (energy(state + 1e-5 * motion) - energy(state - 1e-5 * motion)) / 2e-5
+    assert change == pytest.approx(10.0 * 0.3, abs=1e-4)
+
+
+def test_the_gallery_asks_for_what_the_examples_take(example):
+    text = (EXAMPLES.parent / "docs" / "gallery.md").read_text()
+    shown = re.findall(r"```{example} (\w+)\n(?::arguments: (.*)\n)?", text)
+    assert len(shown) == len(set(shown)) >= 4
+    for name, arguments in shown:
+        call = ast.parse(f"main({arguments})", mode="eval").body
+        taken = {keyword.arg: None for keyword in call.keywords}
+        inspect.signature(example(name).main).bind("figure.png", **taken)
 
 
 def test_demo_draws_its_figure(example, tmp_path, capsys):

@@ -49,7 +49,8 @@ def pages(tmp_path_factory):
     if BROWSER is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
     folder = tmp_path_factory.mktemp("pages")
-    command = [sys.executable, "-m", "sphinx", "--quiet", str(ROOT / "docs"), str(folder)]
+    command = [sys.executable, "-m", "sphinx", "--quiet", "-D", "run_examples=0"]
+    command += [str(ROOT / "docs"), str(folder)]
     subprocess.run(command, check=True, timeout=300)
     return folder
 
