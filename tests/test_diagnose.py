@@ -175,7 +175,7 @@ def test_a_jacobian_too_large_is_combined(monkeypatch):
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: steps, TypeError, "g must be what make_perturbed_fun returned, got steps"),
+        (lambda: steps, TypeError, "g must be what make_perturbed_fun, .* returned, got steps"),
         (
             lambda: jax.jit(px.make_perturbed_fun(steps)),
             TypeError,
@@ -250,3 +250,112 @@ def test_the_least_number_of_samples_may_be_where_another_choice_begins():
 @pytest.mark.parametrize(("number", "expected"), [(7, 7), (24, 24), (101, 110), (3141, 3200)])
 def test_numbers_are_rounded_up_to_two_digits(number, expected):
     assert _variance_law.round_number(number) == expected
+
+
+# --- Layers and losses
+
+SCORES = np.float32([0.5, 0.0625, -0.3125])
+Y_TRUE = np.float32([0.0, 1.0, 0.0])
+
+
+def choice(scores):
+    return jax.nn.one_hot(jnp.argmax(scores), 3)
+
+
+def least(costs):
+    return jax.nn.one_hot(jnp.argmin(costs), 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "args", "at_x", "length"),
+    [
+        # With Gumbel noise the mean solution is a softmax, of the opposite of costs.
+        (lambda **k: px.make_perturbed_argmax(choice, sigma=0.5, **k), (), [1, 0, 0], "jacobian"),
+        (
+            lambda **k: px.make_perturbed_max(least, sigma=0.5, maximize=False, **k),
+            (),
+            -0.3125,
+            "least",
+        ),
+        (
+            lambda **k: px.make_fenchel_young_loss(choice, sigma=0.5, **k),
+            (Y_TRUE,),
+            0.5 - 0.0625,
+            "loss",
+        ),
+        (
+            lambda **k: px.make_perturbed_max(
+                choice, sigma=0.5, objective=lambda theta, y: 2 * theta @ y, **k
+            ),
+            (),
+            1.0,
+            "twice",
+        ),
+    ],
+    ids=["argmax", "minimum", "loss", "objective"],
+)
+def test_layers(make, args, at_x, length):
+    softmax = np.array(jax.nn.softmax(SCORES / 0.5))
+    exact = {
+        "jacobian": np.linalg.norm((np.diag(softmax) - np.outer(softmax, softmax)) / 0.5),
+        "least": np.linalg.norm(jax.nn.softmax(-SCORES / 0.5)),
+        "loss": np.linalg.norm(softmax - Y_TRUE),
+        "twice": 2 * np.linalg.norm(softmax),
+    }[length]
+    g = make(num_samples=128, sampler=px.Independent(), degree=0)
+    found = px.diagnose(g, KEY, SCORES, *args)
+    np.testing.assert_allclose(found.value_at_x, at_x, rtol=1e-6)
+    assert abs(found.gradient_length - exact) < 4 * found.gradient_length_error
+    assert found.gradient_length_error < 0.2 * exact
+    assert 0.3 < found.share_equal < 0.8
+    assert found.suggested_num_samples is not None
+    assert not found.problems
+
+
+def test_evaluations_of_a_layer():
+    calls = []
+
+    def solve(scores):
+        calls.append(1)
+        return np.eye(3, dtype=np.float32)[np.argmax(scores)]
+
+    def solver(scores):
+        like = jax.ShapeDtypeStruct((3,), jnp.float32)
+        return jax.pure_callback(solve, like, scores, vmap_method="sequential")
+
+    layer = px.make_perturbed_argmax(solver, 64, 0.5, sampler=px.Independent(), degree=0)
+    found = px.diagnose(layer, KEY, SCORES)
+    assert 3 * 64 < len(calls) <= found.num_evaluations <= 65 + 4 * 64
+
+
+def test_a_multiplicative_layer_is_sampled_as_it_perturbs():
+    layer = px.make_perturbed_argmax(
+        choice, 23, 0.5, px.Normal(), multiplicative=True, sampler=px.Independent(), degree=0
+    )
+    assert px.diagnose(layer, KEY, np.float32([3.0, -1.0, -2.0])).share_equal == 1
+    assert px.diagnose(layer, KEY, np.float32([1.0, 0.9, 0.8])).share_equal < 0.7
+
+
+def test_a_straight_through_function_is_diagnosed_by_its_derivatives():
+    options = {"sampler": px.Independent(), "degree": 0}
+    through = px.make_straight_through_fun(steps, 23, 0.3, px.Normal(), **options)
+    smooth = px.make_perturbed_fun(steps, 23, 0.3, px.Normal(), **options)
+    found, expected = (px.diagnose(g, KEY, X) for g in (through, smooth))
+    assert found.gradient_length == expected.gradient_length
+    assert found.value == expected.value
+
+
+def test_a_rough_suggestion_says_so():
+    """Of a gradient that is seen, but hardly; the noise of its values is one that has no slope."""
+    for noisy in (False, True):
+        g = px.make_perturbed_fun(
+            lambda x, noisy=noisy: jnp.sum(x) + 2 * noisy * jnp.sin(1e4 * jnp.sum(x)),
+            40,
+            0.3,
+            px.Normal(),
+            sampler=px.Independent(),
+            degree=0,
+        )
+        found = px.diagnose(g, KEY, jnp.zeros(4))
+        assert found.settled != noisy
+        assert any("is a rough one" in note for note in found.notes) == noisy

@@ -1,9 +1,46 @@
 """How the functions that the library makes are called, and how they describe themselves."""
 
+import functools
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec
 
 from ._types import Fun
+
+_Arguments = ParamSpec("_Arguments")
+
+
+class Made(NamedTuple):
+    """How a function was made, which says so by its attribute `made`.
+
+    Attributes:
+      function: the function. What wraps it takes over its attributes, but is not it.
+      maker: the public function that made it.
+      arguments: of that, by name.
+    """
+
+    function: Fun
+    maker: Callable[..., Fun]
+    arguments: dict[str, Any]
+
+    def again(self, **changes: Any) -> Fun:
+        """Made anew with some other arguments."""
+        return self.maker(**{**self.arguments, **changes})
+
+
+def remembered(maker: Callable[_Arguments, Fun]) -> Callable[_Arguments, Fun]:
+    """Has what a maker makes remember how it was made, for diagnostics."""
+    signature = inspect.signature(maker)
+
+    @functools.wraps(maker)
+    def remembering(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Fun:
+        function = maker(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        function.__dict__["made"] = Made(function, maker, dict(bound.arguments))
+        return function
+
+    return remembering
 
 
 def leading(

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from . import _checks
 from ._call import Settings, evaluate, prepare
-from ._describe import describe, leading
+from ._describe import describe, leading, remembered
 from ._types import Fun, PyTree
 from .estimator._formula import with_value
 from .noise._protocol import NoiseDistribution
@@ -19,6 +19,7 @@ from .tracing._derivative_rules import live_jvp, with_jvp
 from .tracing._signature import TracedFunction, trace
 
 
+@remembered
 def make_straight_through_fun(
     fun: Fun,
     num_samples: int = 1000,

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from .. import _checks
-from .._perturb import PerturbedFun
+from .._types import Fun
 from ..sampling._independent import Antithetic, Independent
 from . import _plots, _variance_law
 from ._subject import Pilot, Subject
@@ -31,6 +31,9 @@ _PLATEAU = 0.95
 _SIGNIFICANT = 2.0
 # Spacings of the numbers of x that sigma should be at least, and those of a wide dtype is.
 _FEW_SPACINGS, _MANY_SPACINGS = 8, 1000
+# Ratio of the ends of the suggested range from which on the suggestion is a rough one: 1.69 each
+# way, which is 1.3 in the relative error.
+_SETTLED = 2.86
 # Standard deviations of 90 % of a Gaussian.
 _NINETY = 1.645
 
@@ -122,6 +125,12 @@ class Diagnosis:
         """Whether no problem was found."""
         return not self.problems
 
+    @property
+    def settled(self) -> bool:
+        """Whether the suggested number of samples is known to a factor of about 1.7."""
+        low, high = self.suggested_range
+        return self.suggested_num_samples is not None and high < _SETTLED * low
+
     def __bool__(self) -> bool:
         return self.ok
 
@@ -188,7 +197,7 @@ class Diagnosis:
 
 
 def diagnose(
-    g: PerturbedFun,
+    g: Fun,
     key: Array,
     x: Any,
     /,
@@ -207,10 +216,12 @@ def diagnose(
     with the squared length of the gradient estimated without bias. If the value is not one number,
     the gradient is the whole Jacobian; if that has more than 65,536 entries, the gradient of the
     sum of all numbers of the value with random signs, whose squared length has that of the Jacobian
-    for its mean.
+    for its mean. The gradient of a layer or loss is the one that its own derivative rules give; the
+    samples of a layer are its solutions.
 
     Args:
-      g: what `make_perturbed_fun` returned, with at least 16 samples.
+      g: what `make_perturbed_fun`, `make_straight_through_fun`, `make_perturbed_argmax`,
+        `make_perturbed_max` or `make_fenchel_young_loss` returned, with at least 16 samples.
       key: one PRNG key; it is consumed.
       x: where to look.
       *args: further arguments of the function.
@@ -222,7 +233,7 @@ def diagnose(
       draws the relative error against the number of samples.
 
     Raises:
-      TypeError: if g is not what make_perturbed_fun returned, or anything is traced.
+      TypeError: if g is not what one of these returned, or anything is traced.
       ValueError: if g has fewer than 16 samples, or one group of them; if relative_error is not
         between 0 and 1.
       NotImplementedError: if the noise is good for no derivative.
@@ -248,8 +259,8 @@ def diagnose(
 
 def _examine(subject: Subject, wanted: float) -> Diagnosis:
     value_at_x = subject.value_at_x()
-    budget = _FURTHER * subject.num_samples - 1  # one was at x
     pilot = subject.pilot()
+    budget = (1 + _FURTHER) * subject.num_samples - subject.num_evaluations
     if subject.dim and not pilot.runs.gradient.size:
         raise NotImplementedError(
             f"{subject.settings.noise!r} is good for no derivative, so there is no gradient to "
@@ -285,7 +296,7 @@ def _examine(subject: Subject, wanted: float) -> Diagnosis:
         relative_error=wanted,
         suggested_num_samples=number,
         suggested_range=ends,
-        share_equal=float(np.mean(_equal(pilot.values, value_at_x))),
+        share_equal=float(np.mean(pilot.equal)),
         share_nan=float(np.mean(nan)),
         share_infinite=float(np.mean(infinite)),
         sigma_in_spacings=min((ratio for *_, ratio in subject.spacings()), default=math.inf),
@@ -407,7 +418,7 @@ def _alternatives(
             yield Alternative(repr(choice.sampler), degree, *_interval(ratio, uncertain))
     log, uncertain = _variance_law.predict(runs, subject.law(subject.num_samples), number)
     for sampler in samplers:
-        found = subject.runs(share, 1, sampler=sampler, degree=choice.degree)
+        found = subject.runs_of(share, sampler=sampler, degree=choice.degree)
         if found.variance:
             other_log, other = _variance_law.predict([found], found.law, number)
             ends = _interval(float(other_log[0] - log[0]), float(uncertain[0] + other[0]))
@@ -418,21 +429,6 @@ def _interval(log: float, variance: float) -> tuple[float, float, float]:
     """A number, given its logarithm, and the ends of a 90 % interval."""
     width = _NINETY * math.sqrt(variance)
     return math.exp(log), math.exp(log - width), math.exp(log + width)
-
-
-def _equal(values: np.ndarray, value_at_x: Any) -> np.ndarray:
-    """Of each row, whether it is the value at x, but for rounding."""
-    same, start = np.ones(len(values), bool), 0
-    for leaf in jax.tree.leaves(value_at_x):
-        rows = values[:, start : start + leaf.size]
-        start += leaf.size
-        inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
-        slack = 8 * float(jnp.finfo(leaf.dtype).eps) if inexact else 0.0
-        at_x = np.ravel(leaf).astype(values.dtype)
-        with np.errstate(invalid="ignore"):
-            close = np.abs(rows - at_x) <= slack * np.abs(at_x)
-        same &= (close | (rows == at_x)).all(axis=1)
-    return same
 
 
 def _error_of_root(squares: float, error: float) -> float:
@@ -518,11 +514,18 @@ def _notes(subject: Subject, found: Diagnosis) -> Iterator[str]:
         if one.high < 0.8:
             options = f"sampler={one.sampler}, degree={one.degree}"
             yield f"{options} would have less variance here: pass these to make_perturbed_fun."
-    if found.suggested_num_samples is not None and found.signal_to_noise > 0:
+    if found.suggested_num_samples is not None:
         if found.relative_error * found.signal_to_noise < 1:
             yield (
                 f"for a relative error of {percent(found.relative_error)}, take num_samples="
                 f"{found.suggested_num_samples}; a training loop is often content with less."
+            )
+        if not found.settled:
+            # A pilot of a size from which the suggestion is within reach.
+            pilot = max(found.suggested_num_samples, 2 * found.num_samples)
+            yield (
+                "the suggested number is a rough one, as its range tells; to know it better, "
+                f"diagnose the same function with num_samples={pilot}."
             )
 
 

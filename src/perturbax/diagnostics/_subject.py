@@ -4,8 +4,9 @@ The one place of `diagnose` that looks at what a perturbed function was made of.
 """
 
 import dataclasses
+import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ from jax import Array
 from jax.core import Tracer
 
 from .. import _checks
+from .._call import Settings
+from .._describe import Made
 from .._perturb import PerturbedFun
 from ..estimator._default_rule import Choice, choose_sampler
 from ..estimator._surrogate import num_features
@@ -26,6 +29,8 @@ from . import _variance_law
 from ._standard_errors import estimates_by_degree
 from ._variance_law import Law, Runs
 
+# Runs that a number of samples is cut into where the spread inside of a run is not known.
+_CUT = 8
 # A pilot of fewer samples tells too little to go by.
 LEAST_SAMPLES = 16
 # Samples for each coefficient of a fit that is tried for comparison.
@@ -40,7 +45,8 @@ class Pilot(NamedTuple):
     Attributes:
       value: the smoothed value.
       value_error: its standard errors.
-      values: what was averaged, (samples, outputs).
+      values: what was averaged, (samples, outputs); of a layer, the solutions.
+      equal: which of them are the value at x, but for rounding.
       runs: the gradient.
       degrees: the gradient by surrogates of other degrees, from the same evaluations.
     """
@@ -48,6 +54,7 @@ class Pilot(NamedTuple):
     value: Any
     value_error: Any
     values: np.ndarray
+    equal: np.ndarray
     runs: Runs
     degrees: dict[int, Runs]
 
@@ -68,12 +75,7 @@ class Subject:
 
     def __init__(self, g: Any, key: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]):
         """Checks what came."""
-        if not isinstance(g, PerturbedFun):
-            kind = getattr(g, "__name__", type(g).__name__)
-            wraps = isinstance(getattr(g, "__wrapped__", None), PerturbedFun)
-            kind += ", a function that wraps it" if wraps else ""
-            raise TypeError(f"g must be what make_perturbed_fun returned, got {kind}")
-        fun, settings = g.fun, g.settings
+        fun, settings, self._made = _origin(g)
         if settings.num_samples < LEAST_SAMPLES:
             raise ValueError(
                 f"g has num_samples={settings.num_samples}, but a diagnosis needs a pilot of at "
@@ -84,7 +86,7 @@ class Subject:
             raise TypeError("diagnose needs known numbers, got traced ones; call it outside jit")
         self.settings = settings
         self._key = _checks.check_key(key, x)
-        self._x = x
+        self._x, self._args, self._kwargs = x, args, kwargs
         self.leaves, self.names, self._merge = _checks.perturbed_leaves(x)
         self.fixed = [
             (_checks.leaf_name(path), jnp.result_type(leaf))
@@ -99,15 +101,49 @@ class Subject:
         self._largest = 0
         self._signs: np.ndarray | None = None
         self._programs: dict[Any, tuple[Any, list[int]]] = {}
+        # What the samples of the pilot are values of, and where.
+        sampled, self._sampled_at, self._sampled_settings = fun, self._merge, settings
+        if self._made is not None:
+            args = args[1:] if "y_true" in inspect.signature(g).parameters else args
+            sampled, self._sampled_at, sigma = self._solver()
+            self._sampled_settings = dataclasses.replace(settings, sigma=sigma)
 
         def value_at(x: Any) -> Any:
-            value = fun(x, *args, **kwargs)
-            value = value[0] if settings.has_aux else value
-            if self._signs is None:
-                return value
-            return self._signs.astype(np.float32) @ _joined(value)
+            value = sampled(x, *args, **kwargs)
+            return self._combined(value[0] if settings.has_aux else value)
 
         self._value_at = value_at
+
+    def _solver(self) -> tuple[Any, Callable[[list[Array]], Any], Any]:
+        """Of a layer: its solver as a function of what noise is added to, where, and the scale."""
+        assert self._made is not None
+        solve, sigma = self._made.arguments["argmax_fun"], self.settings.sigma
+        if self._made.arguments["multiplicative"]:
+            # theta exp(sigma Z - sigma^2 / 2), a function of Z
+            scales = _scales.scale_leaves(sigma, self._x, self.leaves, self.names)
+            scales = scales * (len(self.leaves) if len(scales) == 1 else 1)
+
+            def solve_at(z: Any, *args: Any, **kwargs: Any) -> Any:
+                theta = [
+                    (v * jnp.exp(s * one - s**2 / 2)).astype(v.dtype)
+                    for v, s, one in zip(self.leaves, scales, jax.tree.leaves(z), strict=True)
+                ]
+                return solve(self._merge(theta), *args, **kwargs)
+
+            return solve_at, lambda leaves: self._merge([jnp.zeros_like(v) for v in leaves]), 1.0
+        if self._made.arguments["maximize"]:
+            return solve, self._merge, sigma
+
+        def solve_costs(u: Any, *args: Any, **kwargs: Any) -> Any:
+            return solve(jax.tree.map(jnp.negative, u), *args, **kwargs)
+
+        return solve_costs, lambda leaves: self._merge([-v for v in leaves]), sigma
+
+    def _combined(self, value: Any) -> Any:
+        """The value, or its numbers with random signs in one sum."""
+        if self._signs is None:
+            return value
+        return self._signs.astype(np.float32) @ _joined(value)
 
     @property
     def num_samples(self) -> int:
@@ -122,15 +158,38 @@ class Subject:
         return "the value" if self._num_outputs == 1 else f"all {self._num_outputs:,} numbers"
 
     def value_at_x(self) -> Any:
-        """fun(x), by one evaluation; decides whether outputs are combined from now on."""
+        """fun(x), by one evaluation; decides whether outputs are combined from now on.
+
+        Of a maximum or a loss, that of the solution at x.
+        """
         self.num_evaluations += 1
-        value = jax.tree.map(np.asarray, self._value_at(self._x))
-        size = self._num_outputs = sum(v.size for v in jax.tree.leaves(value))
-        if size == 1 or size * self.dim <= WHOLE:
-            return value
-        key = jax.random.fold_in(self._key, 0)
-        self._signs = np.asarray(jax.random.rademacher(key, (size,), np.int8))
-        return self._signs.astype(np.float32) @ np.asarray(_joined(value))
+        found = self._value_at(self._sampled_at(self.leaves))
+        value = found if self._made is None else self._value_of(found)
+        size = self._num_outputs = sum(jnp.size(v) for v in jax.tree.leaves(value))
+        if size > 1 and size * self.dim > WHOLE:
+            key = jax.random.fold_in(self._key, 0)
+            self._signs = np.asarray(jax.random.rademacher(key, (size,), np.int8))
+            value = found = self._combined(value)
+        self._at_x = jax.tree.map(np.asarray, found)
+        return jax.tree.map(np.asarray, value)
+
+    def _value_of(self, y: Any) -> Any:
+        """The value of a layer that has the solution y."""
+        assert self._made is not None
+        arguments, theta, rest = self._made.arguments, self._x, self._args
+        if "symmetrize" in arguments and "objective" not in arguments:
+            return y
+
+        def objective(y: Any, *rest: Any) -> Any:
+            if arguments["objective"] is not None:
+                return arguments["objective"](theta, y, *rest, **self._kwargs)
+            return jnp.sum(_joined(jax.tree.map(jnp.multiply, theta, y)))
+
+        if "y_true" not in inspect.signature(self._made.function).parameters:
+            return objective(y, *rest)
+        y_true, *rest = rest
+        loss = objective(y, *rest) - objective(y_true, *rest)
+        return loss if arguments["maximize"] else -loss
 
     def spacings(self) -> list[tuple[str, np.dtype, float]]:
         """Of each leaf, its name, its dtype and the least sigma in spacings of numbers near x."""
@@ -178,16 +237,26 @@ class Subject:
         choice = self.choose(num_samples, **changes)
         fitted = bool(choice.degree and self.settings.use_baseline)
         if isinstance(choice.sampler, Sobol | OrthogonalArray):
-            return Law(("nets", choice.degree), *_variance_law.NETS)
+            slope = _variance_law.FITTED_NETS if fitted else _variance_law.NETS
+            return Law(("nets", choice.degree), *slope)
         slope = _variance_law.FITTED if fitted else _variance_law.FIXED
         return Law((type(choice.sampler).__name__, choice.degree), *slope)
 
     def pilot(self) -> Pilot:
         """One estimate, with the samples of the function as it is."""
-        degrees = tuple(self._other_degrees())
+        degrees = () if self._made else tuple(self._other_degrees())
         value, error, gradients, values, freedoms = self._estimates(
             self.num_samples, 1, {}, True, degrees
         )
+        values = values[0].reshape(self.num_samples, -1)
+        equal = equal_rows(values, self._at_x)
+        if self._made is not None:
+            # That was of the solver. The layer's own gradient has no spread inside of a run.
+            runs, found = self._runs_of_layer(*self._cut(self.num_samples), {})
+            value = jax.tree.map(lambda v: np.mean(v, axis=0), found)
+            count = runs.num_runs
+            error = jax.tree.map(lambda v: np.std(v, axis=0, ddof=1) / count**0.5, found)
+            return Pilot(value, error, values, equal, runs, {})
         # Of a default with nets it takes more, smaller ones than g does: as several runs of g with
         # fewer samples would.
         count = (freedoms[0] + 1) // self.choose(self.num_samples).num_groups or 1
@@ -198,11 +267,7 @@ class Subject:
             runs.append(found.split(count))
         value, error = (jax.tree.map(lambda v: v[0], tree) for tree in (value, error))
         return Pilot(
-            value,
-            error,
-            values[0].reshape(self.num_samples, -1),
-            runs[0],
-            dict(zip(degrees, runs[1:], strict=True)),
+            value, error, values, equal, runs[0], dict(zip(degrees, runs[1:], strict=True))
         )
 
     def _other_degrees(self) -> Iterator[int]:
@@ -219,10 +284,67 @@ class Subject:
         law = self.law(num_samples, **changes)
         choice = self.choose(num_samples, **changes)
         changes = {"sampler": choice.sampler, "degree": choice.degree}
+        if self._made is not None:
+            return self._runs_of_layer(num_samples, count, changes)[0]
         _, _, [(gradients, errors)], _, [freedom] = self._estimates(
             num_samples, count, changes, False
         )
         return _variance_law.pooled(num_samples, gradients, errors**2, freedom, law)
+
+    def _cut(self, num_samples: int) -> tuple[int, int]:
+        """A number of samples as so many runs of so many, whose spread can be told."""
+        return (num_samples, 1) if self._made is None else (num_samples // _CUT - 1, _CUT)
+
+    def runs_of(self, num_samples: int, **changes: Any) -> Runs:
+        """`runs` that take this number of samples together."""
+        return self.runs(*self._cut(num_samples), **changes)
+
+    def _runs_of_layer(
+        self, num_samples: int, count: int, changes: dict[str, Any]
+    ) -> tuple[Runs, Any]:
+        """Gradients of a layer by its own derivative rules, and its values at all runs."""
+        law = self.law(num_samples, **changes)
+        self._key, key = jax.random.split(self._key)
+        keys = jax.random.split(key, count)
+        name = num_samples, count, repr(changes)
+        if name not in self._programs:
+            self._programs[name] = self._compiled_layer(keys, num_samples, changes), []
+        values, gradients = self._timed(self._programs[name][0], keys, num_samples)
+        return _variance_law.pooled(num_samples, gradients, None, 0, law), values
+
+    def _compiled_layer(self, keys: Array, num_samples: int, changes: dict[str, Any]) -> Any:
+        assert self._made is not None
+        # A degree that is chosen for each number of samples serves derivatives of this one.
+        layer = self._made.again(num_samples=num_samples, **changes)
+
+        def value(leaves: list[Array], key: Array) -> tuple[Array, Any]:
+            found = layer(key, self._merge(leaves), *self._args, **self._kwargs)
+            found = self._combined(found)
+            flat = _joined(found)
+            return (flat[0] if flat.size == 1 else flat), found
+
+        derive = jax.grad if self._num_outputs == 1 or self._signs is not None else jax.jacrev
+
+        def one(key: Array, leaves: list[Array]) -> Any:
+            gradient, found = derive(value, has_aux=True)(leaves, key)
+            return found, _joined(gradient)
+
+        def all_of(keys: Array, leaves: list[Array]) -> Any:
+            return jax.lax.map(lambda key: one(key, leaves), keys)
+
+        return jax.jit(all_of).lower(keys, self.leaves).compile()
+
+    def _timed(self, program: Any, keys: Array, num_samples: int) -> Any:
+        """The results of a program, in double precision; evaluations and seconds are noted."""
+        start = time.perf_counter()
+        found = jax.block_until_ready(program(keys, self.leaves))
+        seconds = time.perf_counter() - start
+        # Few samples of degree 0 take the value at x as well.
+        self.num_evaluations += (num_samples + 1) * len(keys)
+        if num_samples * len(keys) >= self._largest:
+            self._largest = num_samples * len(keys)
+            self.seconds = seconds / self._largest
+        return jax.tree.map(_wide, found)
 
     def _estimates(
         self,
@@ -244,15 +366,7 @@ class Subject:
         if name not in self._programs:
             self._programs[name] = self._compiled(keys, num_samples, changes, keep, degrees)
         program, freedoms = self._programs[name]
-        start = time.perf_counter()
-        found = jax.block_until_ready(program(keys, self.leaves))
-        seconds = time.perf_counter() - start
-        # Few samples of degree 0 take the value at x as well.
-        self.num_evaluations += (num_samples + 1) * count
-        if num_samples * count >= self._largest:
-            self._largest = num_samples * count
-            self.seconds = seconds / self._largest
-        return *(jax.tree.map(_wide, part) for part in found), freedoms
+        return *self._timed(program, keys, num_samples), freedoms
 
     def _compiled(
         self,
@@ -267,11 +381,11 @@ class Subject:
             return value, _joined(value) if keep else ()
 
         changes = {"num_samples": num_samples, "has_aux": True, **changes}
-        g = PerturbedFun(fun, dataclasses.replace(self.settings, **changes))
+        g = PerturbedFun(fun, dataclasses.replace(self._sampled_settings, **changes))
         freedoms: list[int] = []
 
         def one(key: Array, leaves: list[Array]) -> Any:
-            found = estimates_by_degree(g, degrees, key, self._merge(leaves), (), {})
+            found = estimates_by_degree(g, degrees, key, self._sampled_at(leaves), (), {})
             freedoms[:] = [each.degrees_of_freedom for each in found]
             gradients = [(_joined(v.gradient), _joined(v.gradient_error)) for v in found]
             return found[0].value, found[0].value_error, gradients, found[0].aux
@@ -280,6 +394,41 @@ class Subject:
             return jax.lax.map(lambda key: one(key, leaves), keys)
 
         return jax.jit(all_of).lower(keys, self.leaves).compile(), freedoms
+
+
+def _origin(g: Any) -> tuple[Any, Settings, Made | None]:
+    """The function that is perturbed, how, and, if g is a layer, how that was made."""
+    if isinstance(g, PerturbedFun):
+        return g.fun, g.settings, None
+    made = getattr(g, "made", None)
+    if isinstance(made, Made) and made.function is g:
+        known = {field.name for field in dataclasses.fields(Settings)}
+        settings = Settings(**{k: v for k, v in made.arguments.items() if k in known})
+        if "fun" in made.arguments:  # the derivatives are those of a perturbed function
+            return made.arguments["fun"], settings, None
+        return made.arguments["argmax_fun"], settings, made
+    kind = getattr(g, "__name__", type(g).__name__)
+    wraps = made is not None or isinstance(getattr(g, "__wrapped__", None), PerturbedFun)
+    kind += ", a function that wraps it" if wraps else ""
+    raise TypeError(
+        "g must be what make_perturbed_fun, make_straight_through_fun, make_perturbed_argmax, "
+        f"make_perturbed_max or make_fenchel_young_loss returned, got {kind}"
+    )
+
+
+def equal_rows(values: np.ndarray, value_at_x: Any) -> np.ndarray:
+    """Of each row, whether it is the value at x, but for rounding."""
+    same, start = np.ones(len(values), bool), 0
+    for leaf in jax.tree.leaves(value_at_x):
+        rows = values[:, start : start + leaf.size]
+        start += leaf.size
+        inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        slack = 8 * float(jnp.finfo(leaf.dtype).eps) if inexact else 0.0
+        at_x = np.ravel(leaf).astype(values.dtype)
+        with np.errstate(invalid="ignore"):
+            close = np.abs(rows - at_x) <= slack * np.abs(at_x)
+        same &= (close | (rows == at_x)).all(axis=1)
+    return same
 
 
 def _joined(tree: Any) -> Array:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 # Of b, before looking at runs, mean and standard deviation: where groups have a fixed size and
-# nothing is fitted; where something is fitted; and for nets, which gain nothing for some functions.
-FIXED, FITTED, NETS = (1.0, 0.0), (1.0, 0.1), (1.6, 0.5)
+# nothing is fitted; where something is fitted; for nets, and nets with a fit, as on the problems of
+# benchmarks/diagnose.py.
+FIXED, FITTED, NETS, FITTED_NETS = (1.0, 0.0), (1.0, 0.1), (1.2, 0.3), (1.7, 0.5)
 # Numbers of samples at which a law is looked at are this factor apart.
 _STEP = 1.01
 MOST_SAMPLES = 2**31 - 1

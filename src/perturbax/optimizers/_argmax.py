@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from .. import _checks
 from .._call import Settings
-from .._describe import describe, leading
+from .._describe import describe, leading, remembered
 from .._types import Fun, PyTree
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -23,6 +23,7 @@ from ._perturbed_scores import (
 from ._symmetric import symmetrized
 
 
+@remembered
 def make_perturbed_argmax(
     argmax_fun: Fun,
     num_samples: int = 1000,

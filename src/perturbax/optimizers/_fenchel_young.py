@@ -8,7 +8,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from .._call import Settings
-from .._describe import describe, leading
+from .._describe import describe, leading, remembered
 from .._types import Fun, PyTree
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -18,6 +18,7 @@ from ._max import maximum, objective_value
 from ._perturbed_scores import inner_product, same_shapes
 
 
+@remembered
 def make_fenchel_young_loss(
     argmax_fun: Fun,
     *,

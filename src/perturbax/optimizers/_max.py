@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from .. import _checks
 from .._call import Settings
-from .._describe import describe, leading
+from .._describe import describe, leading, remembered
 from .._types import Fun, PyTree
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -27,6 +27,7 @@ from ._perturbed_scores import (
 from ._symmetric import with_envelope_derivatives, with_slopes
 
 
+@remembered
 def make_perturbed_max(
     argmax_fun: Fun,
     num_samples: int = 1000,
