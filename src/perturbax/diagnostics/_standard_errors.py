@@ -14,9 +14,9 @@ from .. import _checks
 from .._call import run
 from .._perturb import PerturbedFun
 from ..estimator._default_rule import RULE, choose
-from ..estimator._derivatives import jacobians_of_groups
+from ..estimator._derivatives import sums_of_slopes
 from ..estimator._formula import Part, fitted, kept, unit_of
-from ..execution._chunks import Chunk, drawer, evaluate_at, stacked, summed
+from ..execution._chunks import Chunk, drawer, evaluate_at, kept_noise, stacked, summed
 from ..execution._plan import (
     Operands,
     Plan,
@@ -281,7 +281,7 @@ def _with_errors(
         plans = tuple(map(_in_parts, plans))
     flat_x, scale = concatenate(x, plans[0].dtype), flat_scale(plans[0], sigma)
     words, point = _random_bits.root(key), Point(flat_x, scale)
-    drawers = [drawer(plan, words, operands) for plan in plans]
+    drawers = [drawer(plan, words, operands, kept_noise(plan, words, operands)) for plan in plans]
 
     def evaluate(chunk: Chunk, _: Any) -> tuple[Array, list[Array]]:
         return evaluate_at(plans[0], operands, point, drawers[0](chunk))
@@ -360,7 +360,8 @@ def _combined(
         return jax.vmap(jax.vmap(pull))(in_a.astype(plan.dtype))[0].astype(in_a.dtype)
 
     def jacobians(chunk: Chunk, part: Part) -> Array:
-        [in_a] = jacobians_of_groups(plan, (True, False), noise, None, noise_of(chunk), part)
+        z, wanted = noise_of(chunk), (True, False)
+        [in_a] = sums_of_slopes(plan, wanted, noise, None, z, part, by_group=True)
         return in_x(in_a / number)
 
     jacobian = summed(plan, lambda *args: jnp.sum(jacobians(*args), axis=0), parts)

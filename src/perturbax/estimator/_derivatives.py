@@ -18,6 +18,7 @@ from ..execution._chunks import (
     draw_noise,
     drawer,
     evaluate_at,
+    kept_noise,
     over_groups,
     stacked,
     summed,
@@ -85,7 +86,8 @@ def _value_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array], li
     few = isinstance(plan.num_rows, int) and 0 < plan.num_rows <= MAX_ROWS
     matrices = in_sigma and isinstance(flat_scale(plan, sigma), list)
     if not few or not real or matrices or any_live(operands_dot):
-        return live_jvp(lambda *args: value_by_formula(plan, *args)[0], primals, tangents)
+        by_formula = partial(value_by_formula, plan, in_parts=not any_live(operands_dot))
+        return live_jvp(lambda *args: by_formula(*args)[0], primals, tangents)
 
     wide = dataclasses.replace(plan, dtype=plan.value_dtype)
     flat_x, *scales = (v.astype(wide.dtype) for v in (concatenate(x, plan.dtype), *sigma))
@@ -125,10 +127,15 @@ def point_of(plan: Plan, x: list[Array], sigma: list[Array]) -> Point:
 
 
 def value_by_formula(
-    plan: Plan, key: Array, x: list[Array], sigma: list[Array], operands: Operands
+    plan: Plan,
+    key: Array,
+    x: list[Array],
+    sigma: list[Array],
+    operands: Operands,
+    in_parts: bool = False,
 ) -> tuple[list[Array], list[Array]]:
     """V, a part for each leaf, as an expression that JAX differentiates in everything; and aux."""
-    value, aux = formula(plan, key, point_of(plan, x, sigma), operands)
+    value, aux = formula(plan, key, point_of(plan, x, sigma), operands, in_parts)
     return value(*standardised(plan, concatenate(x, plan.dtype), flat_scale(plan, sigma))), aux
 
 
@@ -233,7 +240,8 @@ def _jacobian_of_groups(
     plan: Plan, wanted: Wanted, key: Array, point: Point, r: Any, operands: Operands
 ) -> list[Array]:
     """Value and Jacobians by what each group adds: for polynomials, or where values are missing."""
-    noise, noise_of = noise_in(plan, operands), drawer(plan, key, operands)
+    noise_of = drawer(plan, key, operands, kept_noise(plan, key, operands))
+    noise = noise_in(plan, operands)
 
     def evaluate(chunk: Chunk, _: Any) -> Array:
         return evaluate_at(plan, operands, point, noise_of(chunk))[0]
@@ -241,31 +249,40 @@ def _jacobian_of_groups(
     surrogates = fitted(plan, operands, point, noise_of, stacked(plan, evaluate))
 
     def weigh(chunk: Chunk, part: Part) -> list[Array]:
-        found = jacobians_of_groups(plan, wanted, noise, r, noise_of(chunk), part)
-        return [jnp.sum(v, axis=0) for v in found]
+        return sums_of_slopes(plan, wanted, noise, r, noise_of(chunk), part)
 
     sums = summed(plan, weigh, surrogates.parts)
     return [surrogates.value, *(v / surrogates.number for v in sums)]
 
 
-def jacobians_of_groups(
-    plan: Plan, wanted: Wanted, noise: Any, r: Any, z: Array, part: Part
+def sums_of_slopes(
+    plan: Plan,
+    wanted: Wanted,
+    noise: Any,
+    r: Any,
+    z: Array,
+    part: Part,
+    by_group: bool = False,
 ) -> list[Array]:
-    """What each group of a chunk adds to N times the Jacobian of V in a and in r, (count, M, D).
+    """What a chunk adds to N times the Jacobian of V in a and in r, each (M, D).
 
-    That is sum_i (f_i - q_i) dl_i + n_g dE q_g over the n_g samples i of group g.
+    That is the sum over its groups of sum_i (f_i - q_i) dl_i + n_g dE q_g, over the n_g samples i
+    of group g; or what is summed, (groups, M, D).
     """
-    left = jnp.swapaxes(in_groups(plan, residual(plan, noise, z, part)), 1, 2)
-    slopes = [in_groups(plan, v.astype(left.dtype)) for v in slopes_of(wanted, noise, z, r)]
-    sums = [matmul(left, v) for v in slopes]
+    left, slopes = residual(plan, noise, z, part), slopes_of(wanted, noise, z, r)
+    if by_group:
+        left, *slopes = (in_groups(plan, v) for v in (left, *slopes))
+    left = jnp.swapaxes(left, -1, -2)
+    sums = [matmul(left, v.astype(left.dtype)) for v in slopes]
     if part.beta is None:
         return sums
-    expected = _surrogate.expected_slopes(part.beta, plan.dim, plan.degree or 0, noise)
+    beta = part.sizes.astype(left.dtype)[:, None, None] * part.beta
+    beta = beta if by_group else jnp.sum(beta, axis=0)
+    expected = _surrogate.expected_slopes(beta, plan.dim, plan.degree or 0, noise)
     slopes = [v for v, asked in zip(expected, wanted, strict=True) if asked]
     if wanted[1] and not r.ndim:
         slopes[-1] = jnp.sum(slopes[-1], axis=-1, keepdims=True)
-    sizes = part.sizes.astype(left.dtype)[:, None, None]
-    return [v + sizes * e for v, e in zip(sums, slopes, strict=True)]
+    return [v + e for v, e in zip(sums, slopes, strict=True)]
 
 
 def slopes_of(wanted: Wanted, noise: Any, z: Array, r: Any) -> list[Array]:

@@ -23,6 +23,7 @@ q_i does not depend on the noise of sample i.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..execution._chunks import Chunk, drawer, evaluate_at, stacked, summed
+from ..execution._chunks import (
+    Chunk,
+    drawer,
+    evaluate_at,
+    kept_noise,
+    stacked,
+    summed,
+    vmapped_in_parts,
+)
 from ..execution._plan import (
     Operands,
     Plan,
@@ -49,29 +58,32 @@ _SOME = 31
 
 
 def formula(
-    plan: Plan, key: Array, point: Point, operands: Operands
+    plan: Plan, key: Array, point: Point, operands: Operands, in_parts: bool = False
 ) -> tuple[Callable[[Array, Any], list[Array]], list[Array]]:
     """V as a function of a and r, which JAX differentiates in everything, to any order; and aux.
 
     In a part for each leaf, lest a leaf that is not finite spoil the derivatives of the others.
-    Calling V does not evaluate fun again.
+    Calling V does not evaluate fun again. `in_parts` goes through batches in parts that fit into
+    the cache; then there are no derivatives in operands.
     """
-    noise, noise_of = noise_in(plan, operands), drawer(plan, key, operands)
 
-    def evaluate(chunk: Chunk, _: Any) -> tuple[Array, list[Array]]:
-        return evaluate_at(plan, operands, point, noise_of(chunk))
+    def evaluate(key: Array, point: Point, operands: Operands) -> Any:
+        z = kept_noise(plan, key, operands)
+        noise_of = drawer(plan, key, operands, z)
+        f, aux = stacked(plan, lambda c, _: evaluate_at(plan, operands, point, noise_of(c)))
+        return z, aux, fitted(plan, operands, point, noise_of, f)
 
-    f, aux = stacked(plan, evaluate)
-    surrogates = fitted(plan, operands, point, noise_of, f)
-    number = surrogates.number
+    run = partial(vmapped_in_parts, plan, evaluate) if in_parts else evaluate
+    z, aux, surrogates = run(key, point, operands)
+    noise, noise_of = noise_in(plan, operands), drawer(plan, key, operands, z)
+    number, outputs = surrogates.number, plan.outputs
 
     def value(a: Array, r: Any) -> list[Array]:
         def weigh(chunk: Chunk, part: Part) -> list[Array]:
             z = noise_of(chunk)
-            w = unit_weight(log_density(plan, noise, z, a, r))[:, None].astype(f.dtype)
+            w = unit_weight(log_density(plan, noise, z, a, r))[:, None].astype(plan.value_dtype)
             return [jnp.sum(w * v, axis=0) for v in cut(residual(plan, noise, z, part), outputs)]
 
-        outputs = plan.outputs
         weighed = summed(plan, weigh, surrogates.parts)
         expected = cut(expected_surrogate(plan, noise, surrogates, a, r), outputs)
         means = cut(lax.stop_gradient(surrogates.value), outputs)

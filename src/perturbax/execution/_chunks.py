@@ -39,20 +39,27 @@ def draw_noise(plan: Plan, key: Array, operands: Operands, chunk: Chunk) -> Arra
     return lax.stop_gradient(z)[:rows]
 
 
-def drawer(plan: Plan, key: Array, operands: Operands) -> Callable[[Chunk], Array]:
-    """`draw_noise` for several passes over the groups, which keeps it unless it is too large."""
-    most = _KEPT.get(jax.default_backend(), _KEPT_ACCELERATOR)
+def kept_noise(plan: Plan, key: Array, operands: Operands) -> Array | None:
+    """Noise of all samples for several passes over the groups; None if it is too large to keep."""
     if plan.shares_groups:
-        return partial(draw_noise, plan, key, operands)
+        return None
+    most = _KEPT.get(jax.default_backend(), _KEPT_ACCELERATOR)
     size = plan.group_size * plan.dim
     whole = plan.groups_at_a_time() == plan.num_groups
     if not whole and (not isinstance(size, int) or plan.num_groups * size > most):
+        return None
+    return draw_noise(plan, key, operands, everything(plan))
+
+
+def drawer(plan: Plan, key: Array, operands: Operands, z: Array | None) -> Callable[[Chunk], Array]:
+    """`draw_noise` for several passes: by reading what `kept_noise` found, if it is not None."""
+    if z is None:
         return partial(draw_noise, plan, key, operands)
-    z = draw_noise(plan, key, operands, everything(plan))
-    if whole:
-        return lambda chunk: z
 
     def part(chunk: Chunk) -> Array:
+        if chunk.groups == plan.num_groups:
+            return z
+
         def block() -> Array:
             return lax.dynamic_slice_in_dim(z, chunk.first * np.uint32(plan.group_size), chunk.rows)
 
