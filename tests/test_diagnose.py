@@ -349,7 +349,7 @@ def test_a_rough_suggestion_says_so():
     """Of a gradient that is seen, but hardly; the noise of its values is one that has no slope."""
     for noisy in (False, True):
         g = px.make_perturbed_fun(
-            lambda x, noisy=noisy: jnp.sum(x) + 2 * noisy * jnp.sin(1e4 * jnp.sum(x)),
+            lambda x, noisy=noisy: jnp.sum(x) + 1.5 * noisy * jnp.sin(1e4 * jnp.sum(x)),
             40,
             0.3,
             px.Normal(),
