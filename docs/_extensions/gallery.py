@@ -31,6 +31,7 @@ from sphinx.util.docutils import SphinxDirective
 LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "docs" / "_build" / "gallery"
+LONGEST = 600.0  # seconds that an example may take on a busy machine
 PROGRAM = """
 import importlib, sys
 sys.path.insert(0, sys.argv[1])
@@ -59,7 +60,12 @@ def run(source: Path, arguments: dict[str, Any], figure: Path, output: Path, sta
         drawn = Path(folder) / figure.name
         command = [sys.executable, "-c", PROGRAM]
         command += [str(source.parent), source.stem, str(drawn), repr(arguments)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, timeout=LONGEST, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return f"it did not end within {LONGEST} seconds"
         if done.returncode or not drawn.exists():
             return done.stderr or "no figure was drawn"
         lines = [line for line in done.stdout.splitlines() if not line.startswith("Figure: ")]
