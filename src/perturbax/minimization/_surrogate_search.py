@@ -123,8 +123,8 @@ def fit(z: Array, values: Array, ridge: Array, quadratic: Array) -> Fit:
         likely = -0.5 * num * jnp.log(variance + tiny) - log_det
         return jnp.where(jnp.isfinite(likely), likely, -jnp.inf), (root, white, variance)
 
-    ridges = jnp.clip(ridge + jnp.array([0, 1, -1, 0, 0, 2]), *bounds)
-    quadratics = jnp.clip(quadratic + jnp.array([0, 0, 0, 1, -1, 0]), *_QUADRATICS)
+    ridges = jnp.clip(ridge + jnp.array([0, 1, -1, 0, 0, 2], jnp.int32), *bounds)
+    quadratics = jnp.clip(quadratic + jnp.array([0, 0, 0, 1, -1, 0], jnp.int32), *_QUADRATICS)
     likely, found = jax.vmap(likelihood)(ridges, quadratics)
     best = jnp.argmax(likely)
     root, white, variance = jax.tree.map(lambda v: v[best], found)
