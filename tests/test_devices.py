@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,30 +13,67 @@ import numpy as np
 import pytest
 
 import perturbax as px
+import processes
+from helpers import assert_trees_close
 
 KEY = jax.random.key(0)
 
 
-def run(program, *arguments, **environment):
-    """What a program of this folder prints, on devices of a CPU."""
+def start(program, *arguments, devices):
+    """A program of this folder, with devices of a CPU."""
     tests = Path(__file__).parent
     path = os.pathsep.join([str(Path(px.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path.rstrip(os.pathsep), **environment}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(tests / program), *arguments],
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": path.rstrip(os.pathsep),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", str(tests / program), *map(str, arguments)],
         env={**os.environ, **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+
+
+def reports(processes, seconds=600):
+    """What processes print last, as JSON; they all end, whatever becomes of one of them."""
+    try:
+        outputs = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
 def test_on_eight_devices():
-    report = json.loads(run("meshes.py", JAX_NUM_CPU_DEVICES="8"))
+    [report] = reports([start("meshes.py", devices=8)])
     assert report["ran"] == 12
     assert not report["failed"], "\n".join(report["failed"].values())
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_in_several_processes(count):
+    """All find what one process finds; each calls the host for its own samples."""
+    address = f"localhost:{free_port()}"
+    started = [start("processes.py", i, count, address, devices=1) for i in range(count)]
+    each = reports(started)
+    expected = processes.found(None)
+    calls = [report.pop("calls") for report in each]
+    assert sum(calls) == processes.NUM_SAMPLES
+    assert max(calls) <= -(-processes.NUM_SAMPLES // count) + 4  # a chunk has 4 samples
+    for report in each:
+        assert_trees_close(report, each[0])
+        assert_trees_close(report, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mesh_of_one_device():
