@@ -106,12 +106,24 @@ def fresh(script: str, *arguments: Any) -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def version(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def machine() -> dict[str, Any]:
     """Where and with what a benchmark ran."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [v.split(":")[1].strip() for v in info.open() if v.startswith("model name")]
+        models = [
+            v.split(":")[1].strip()
+            for v in info.read_text().splitlines()
+            if v.startswith("model name")
+        ]
         cpu = models[0] if models else cpu
     packages = ("jax", "jaxlib", "numpy", "optax", "perturbax")
     return {
@@ -121,7 +133,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "backend": jax.default_backend(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: version(name) for name in packages},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

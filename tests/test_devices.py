@@ -14,7 +14,7 @@ import pytest
 
 import perturbax as px
 import processes
-from helpers import assert_trees_close
+from helpers import assert_trees_close, import_program
 
 KEY = jax.random.key(0)
 
@@ -95,3 +95,22 @@ def test_what_is_no_mesh(make):
         make(jnp.sort, mesh=jax.devices())
     with pytest.raises(ValueError, match="mesh must have at least one device"):
         make(jnp.sort, mesh=jax.sharding.Mesh(np.empty((0,), object), ("samples",)))
+
+
+def test_benchmark_of_an_accelerator_on_a_cpu(monkeypatch, tmp_path, capsys):
+    """One table, at small sizes: times, memory and precision of both libraries."""
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    gpu = import_program(benchmarks, monkeypatch, "gpu")
+    monkeypatch.setattr(sys.modules["timing"], "OUTPUT", tmp_path)
+    monkeypatch.setattr(sys.modules["timing"], "ROOT", tmp_path)
+    results = gpu.main(small=True, seconds=0.0)
+    told = capsys.readouterr().out
+    for num_samples, dim in gpu.SMALL:
+        assert f"{num_samples:,} x {dim:,}" in told
+    for row in results["speed"]:
+        # What a chunk holds, not all noise: several arrays of its size, of 4 bytes a number.
+        most = 4 * 4 * max(2**19, row["dim"])
+        assert row["planned"]["perturbax"] < most
+        assert set(row["milliseconds"]) == {"perturbax", "optax"}
+    assert results["variance"][0]["variance_ratio"] > 2
+    assert json.loads((tmp_path / "gpu_small.json").read_text())["results"]["device"]
