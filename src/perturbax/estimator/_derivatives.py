@@ -96,14 +96,16 @@ def _value_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array], li
         found = standardised(wide, flat_x, flat_scale(wide, list(scales) or sigma))
         return found if scales else found[:1]
 
-    _, pull = jax.vjp(inputs, flat_x, *(scales if in_sigma else ()))
+    found, pull = jax.vjp(inputs, flat_x, *(scales if in_sigma else ()))
     a, r = standardised(plan, concatenate(x, plan.dtype), flat_scale(plan, sigma))
     point, wanted = point_of(plan, x, sigma), (True, in_sigma)
     value, *jacobians = _jacobian(plan, wanted, key, point, a, r, operands)
 
     def step(*rows: Array) -> Array:
         """The derivative of one leaf of the value, whose Jacobians in a and in r these are."""
-        along_x, *along_sigma = jax.vmap(pull)(rows)
+        # Split over devices as x is, which may be part of its type.
+        cotangents = [row + jnp.zeros_like(v)[None] for row, v in zip(rows, found, strict=True)]
+        along_x, *along_sigma = jax.vmap(pull)(tuple(cotangents))
         products = [
             part.reshape(part.shape[0], -1) @ dot.astype(wide.dtype).reshape(-1)
             for part, dot in zip(
