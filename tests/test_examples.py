@@ -203,6 +203,57 @@ def test_the_gallery_asks_for_what_the_examples_take(example):
         inspect.signature(example(name).main).bind("figure.png", **taken)
 
 
+def test_tuning_sklearn(example, tmp_path, capsys):
+    """A second run fits nothing: all is in the journal."""
+    path, journal = tmp_path / "new" / "tuning.png", tmp_path / "fits" / "journal"
+    results = [
+        example("tuning_sklearn").main(path, journal, num_steps=6, num_samples=8, num_workers=1)
+        for _ in range(2)
+    ]
+    first, again = results
+    count = 6 * (8 + 1) + 6 * 8  # so few samples take the value at x as well
+    assert (first.evaluations, first.recalled) == (count, 0)
+    assert (again.evaluations, again.recalled) == (0, count)
+    assert again.tuned == first.tuned
+    np.testing.assert_array_equal(again.validation, first.validation)
+    assert first.validation[-1] > first.validation[0] + 0.03
+    assert first.test_f1["perturbed gradient"] > first.test_f1["as it comes"] + 0.03
+    chosen = np.argmin(np.abs(first.thresholds - example("tuning_sklearn").START["threshold"]))
+    assert first.curves["as it comes"][chosen] == first.test_f1["as it comes"]
+    assert path.exists()
+    assert f"{count} more from the journal" in capsys.readouterr().out
+
+
+def test_queue_simulator(example, tmp_path):
+    path = tmp_path / "new" / "queue.png"
+    result = example("queue_simulator").main(path, executor=4, num_steps=8, num_samples=16, days=4)
+    points = 8 * (16 + 1) + 4 * len(result.neighbours)
+    assert result.counts.evaluations + result.counts.failures == points
+    assert result.counts.timeouts <= result.counts.retries
+    assert result.costs[-2:].mean() < result.costs[:2].mean()
+    assert tuple(result.staff) in result.neighbours
+    assert path.exists()
+
+
+def test_the_queue_simulator_is_right(example):
+    """With one member of staff everywhere, against the recursion of waiting times in series."""
+    cost = example("queue_simulator").simulator(faults=False)
+    for day in range(3):
+        rng = np.random.default_rng(day)
+        times = np.cumsum(rng.exponential(1.2, 200))
+        minutes = rng.gamma(2.0, [[1.2], [2.0], [3.2]], (3, 200))
+        minutes[1, rng.random(200) > 2 / 3] = 0.0
+        enough = cost(np.array([200.0, 200.0, 200.0]), day)  # nobody waits
+        assert enough == pytest.approx(200 * (60 + 100 + 150))
+        waited, free = 0.0, 0.0
+        for t, took in zip(times, minutes[0], strict=True):
+            start = max(t, free)
+            waited, free = waited + start - t, start + took
+        if waited <= 60 * 200:
+            found = cost(np.array([1.0, 200.0, 200.0]), day)
+            assert found == pytest.approx(60 + 200 * 250 + 0.5 * waited)
+
+
 def test_demo_draws_its_figure(example, tmp_path, capsys):
     problem = example("compare_optax").problems()[0]._replace(num_turns=3)
     path = tmp_path / "new" / "demo.png"

@@ -7,13 +7,16 @@ import concurrent.futures
 import multiprocessing
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
 
+import distributed
 import jax
 import jax.numpy as jnp
+import loky
 import numpy as np
 import pytest
 
@@ -188,13 +191,14 @@ def test_layers_take_host_functions():
 
 
 def test_eager_calls_compile_once():
-    h = px.host_function(lambda x: steps(x), executor=2)
+    h = px.host_function(lambda x, seed: steps(x) + seed, executor=2)
 
-    def gradient(key):
-        return jax.grad(smooth(h), 1)(key, X)
+    def gradient(seed):  # an integer further on would be a part of the program
+        key = jax.random.key(seed, impl="threefry2x32")
+        return jax.grad(smooth(lambda x: h(x, seed), use_baseline=False), 1)(key, X)
 
-    gradient(KEY)
-    assert compilations(lambda: gradient(jax.random.key(1, impl="threefry2x32"))) == 0
+    gradient(0)
+    assert compilations(lambda: gradient(1)) == 0
 
 
 def test_programs_do_not_hang_on_large_arrays():
@@ -458,6 +462,71 @@ def wait_for(condition):
 
 def descriptors():
     return len(os.listdir("/proc/self/fd"))
+
+
+def faulty(marker):
+    """A function that raises, hangs, and dies once, at certain points. Local: sent by value."""
+
+    def fun(x):
+        import os
+        import signal
+        import sys
+        import time
+
+        if x[0] == 1:
+            raise KeyError("my own")
+        if x[0] == 2:
+            time.sleep(1000)
+        if x[0] == 3 and not os.path.exists(marker):
+            open(marker, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert "jax" not in sys.modules
+        return float(x.sum())
+
+    return fun
+
+
+FAULTY_POINTS = jnp.stack([jnp.full(3, v, jnp.float32) for v in (0, 1, 2, 3, 4, 5)])
+
+
+def forking_server():
+    context = multiprocessing.get_context("forkserver")
+    return concurrent.futures.ProcessPoolExecutor(2, mp_context=context)
+
+
+@pytest.mark.parametrize("make", [forking_server, lambda: loky.ProcessPoolExecutor(2)])
+def test_pools_of_others(make, tmp_path):
+    """A pool that is broken by a worker's death is made anew."""
+    with make() as pool:
+        h = px.host_function(
+            faulty(str(tmp_path / "died")), like=ONE, executor=pool, timeout=1.0, on_failure=-1.0
+        )
+        np.testing.assert_array_equal(jax.vmap(h)(FAULTY_POINTS), [0, -1, -1, 9, 12, 15])
+        assert (h.counts.evaluations, h.counts.failures, h.counts.timeouts) == (4, 2, 1)
+        assert h.counts.retries >= 1  # of whatever was under way
+        mean = px.host_function(statistics.fmean, executor=h._workers._executor)
+        assert float(mean(X)) == pytest.approx(1.25 / 3)
+        h.close()
+
+
+def test_a_dask_cluster(tmp_path):
+    before = threading.active_count()
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        with pytest.raises(ValueError, match="pass the Client itself"):
+            px.host_function(steps, executor=client.get_executor())
+        for executor in (client, client.get_executor(pure=False)):
+            marker = tmp_path / str(executor is client)
+            h = px.host_function(
+                faulty(str(marker)), like=ONE, executor=executor, timeout=1.0, on_failure=-1.0
+            )
+            np.testing.assert_array_equal(jax.vmap(h)(FAULTY_POINTS), [0, -1, -1, 9, 12, 15])
+            assert (h.counts.evaluations, h.counts.failures, h.counts.timeouts) == (4, 2, 1)
+    wait_for(lambda: threading.active_count() <= before + 3)
 
 
 def test_processes_of_our_own(tmp_path):

@@ -25,6 +25,7 @@ from .estimator._default_rule import Choice as Choice, choose_sampler as choose_
 from .execution._executors import ProcessWorkers as ProcessWorkers
 from .execution._host_function import host_function as host_function
 from .execution._journal import Journal as Journal
+from .execution._scheduling import HostCounts as HostCounts
 from .minimization._minimize import MinimizeProgress as MinimizeProgress, minimize as minimize
 from .minimization._result import (
     MinimizeHistory as MinimizeHistory,

@@ -581,15 +581,17 @@ class _Process:
             if number not in self._known:
                 self._request("load", number, function)
                 self._known.add(number)
-            self._request("arguments", number, arguments)
+            self._send("arguments", number, arguments)
+            self._send("call", number, b"")
+            self._reply()  # to the first: the call begins
             attempt.started = time.monotonic()
-            attempt.value = self._request("call", number, b"")
+            attempt.value = self._reply()
         except (EOFError, OSError):
             attempt.error = RuntimeError(f"a worker process died{_how(self._end())}")
             attempt.died = True
         except BaseException as error:
             attempt.error = error
-            if attempt.started is None:  # the initializer, or loading the function
+            if attempt.started is None:  # the initializer failed, or something cannot be unpickled
                 attempt.fatal = True
                 self._end()
 
@@ -603,8 +605,14 @@ class _Process:
         if self._initializer is not None:
             self._request("initialize", 0, self._initializer)
 
-    def _request(self, *message: Any) -> Any:
+    def _request(self, *message: Any) -> None:
+        self._send(*message)
+        self._reply()
+
+    def _send(self, *message: Any) -> None:
         _worker.write_message(self._stream, pickle.dumps(message, 5))
+
+    def _reply(self) -> Any:
         kind, value, text = pickle.loads(_worker.read_message(self._stream))
         if kind != "raised":
             return value

@@ -427,7 +427,11 @@ def _array(leaf: Any) -> Any:
             "a host function was called with a PRNG key, which numpy does not know; pass "
             "jax.random.key_data(key), and make a numpy.random.Generator of it"
         )
-    return jnp.asarray(leaf)
+    if isinstance(leaf, Array):
+        return leaf
+    # An array of JAX's own. Of another number JAX makes a part of the program, one for each.
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(leaf)
 
 
 def _canonical(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
