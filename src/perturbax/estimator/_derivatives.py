@@ -55,6 +55,8 @@ from ._formula import (
     slope_of,
 )
 
+# With more leaves than this, what is done leaf by leaf takes the compiler longer than the rest.
+_FEW_LEAVES = 16
 # Which of a and r derivatives are asked for in.
 Wanted = tuple[bool, bool]
 
@@ -90,26 +92,40 @@ def _value_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array], li
         return live_jvp(lambda *args: by_formula(*args)[0], primals, tangents)
 
     wide = dataclasses.replace(plan, dtype=plan.value_dtype)
-    flat_x, *scales = (v.astype(wide.dtype) for v in (concatenate(x, plan.dtype), *sigma))
-
-    def inputs(flat_x: Array, *scales: Array) -> tuple[Array, ...]:
-        found = standardised(wide, flat_x, flat_scale(wide, list(scales) or sigma))
-        return found if scales else found[:1]
-
-    found, pull = jax.vjp(inputs, flat_x, *(scales if in_sigma else ()))
     a, r = standardised(plan, concatenate(x, plan.dtype), flat_scale(plan, sigma))
     point, wanted = point_of(plan, x, sigma), (True, in_sigma)
     value, *jacobians = _jacobian(plan, wanted, key, point, a, r, operands)
 
+    def inputs(flat_x: Array, sigma: list[Array]) -> tuple[Array, ...]:
+        """a, and r if derivatives in it are asked for."""
+        scale = flat_scale(wide, [v.astype(wide.dtype) for v in sigma])
+        found = standardised(wide, flat_x.astype(wide.dtype), scale)
+        return found if in_sigma else found[:1]
+
+    rows = zip(*jacobians, strict=True)
+    if len(x) <= _FEW_LEAVES:
+        _, dots = live_jvp(
+            lambda x, sigma: inputs(concatenate(x, plan.dtype), sigma),
+            (x, sigma),
+            (x_dot, sigma_dot),
+        )
+        steps = [[j @ t if t.ndim else j * t for j, t in zip(r, dots, strict=True)] for r in rows]
+        return value, [functools.reduce(jnp.add, parts) for parts in steps]
+
+    # Many leaves are not put together once more for their tangents: the Jacobian is cut for them.
+    flat_x = concatenate(x, plan.dtype).astype(wide.dtype)
+    if in_sigma:
+        _, pull = jax.vjp(inputs, flat_x, [v.astype(wide.dtype) for v in sigma])
+    else:
+        _, pull = jax.vjp(lambda flat_x: inputs(flat_x, sigma), flat_x)
+
     def step(*rows: Array) -> Array:
         """The derivative of one leaf of the value, whose Jacobians in a and in r these are."""
-        # Split over devices as x is, which may be part of its type.
-        cotangents = [row + jnp.zeros_like(v)[None] for row, v in zip(rows, found, strict=True)]
-        along_x, *along_sigma = jax.vmap(pull)(tuple(cotangents))
+        along_x, *along_sigma = jax.vmap(pull)(rows)
         products = [
             part.reshape(part.shape[0], -1) @ dot.astype(wide.dtype).reshape(-1)
             for part, dot in zip(
-                [*cut_small(along_x, x), *along_sigma],
+                [*cut_small(along_x, x), *jax.tree.leaves(along_sigma)],
                 [*x_dot, *(sigma_dot if in_sigma else ())],
                 strict=True,
             )
@@ -117,7 +133,7 @@ def _value_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[list[Array], li
         ]
         return functools.reduce(jnp.add, products)
 
-    return value, [step(*rows) for rows in zip(*jacobians, strict=True)]
+    return value, [step(*row) for row in rows]
 
 
 expectation = with_jvp(_value, _value_jvp, 1, symbolic_zeros=True)
