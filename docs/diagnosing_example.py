@@ -1,0 +1,56 @@
+"""The example of docs/diagnosing.md: its tables and its pictures.
+
+Writes docs/_generated/sweep.txt, docs/_generated/diagnosis.txt and docs/_static/diagnosing.png.
+
+    python docs/diagnosing_example.py
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+import perturbax as px
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).resolve().parent
+
+
+def share_wrong(weights):
+    """Of 500 points, those that a linear classifier puts on the wrong side."""
+    inputs = jax.random.normal(jax.random.key(0), (500, 3))
+    labels = inputs @ jnp.array([1.0, -2.0, 0.5]) > 0
+    return jnp.mean((inputs @ weights > 0) != labels)
+
+
+def main() -> None:
+    """Writes the tables and the figure."""
+    key, weights = jax.random.key(1), jnp.array([0.5, 0.2, 0.1])
+    sweep = px.sweep_sigma(share_wrong, key, weights, noise=px.Normal())
+    g = px.make_perturbed_fun(share_wrong, num_samples=1000, sigma=0.2, noise=px.Normal())
+    found = px.diagnose(g, key, weights, relative_error=0.02)
+    for name, report in (("sweep", sweep), ("diagnosis", found)):
+        path = DOCS / "_generated" / f"{name}.txt"
+        path.write_text(f"{report}\n")
+        print(f"{report}\n")
+
+    plt.rcParams.update({"font.size": 8, "axes.spines.top": False})
+    canvas, (left, middle, right) = plt.subplots(1, 3, figsize=(9.6, 3.1), layout="constrained")
+    sweep.plot(ax=left)
+    left.set_title("sweep.plot()")
+    direction = jnp.array([0.0, 1.0, 0.0])
+    px.plot_smoothing(g, key, weights, direction, ax=middle)
+    middle.set_title("plot_smoothing(g, key, x, direction)")
+    found.plot(ax=right)
+    right.set_title("found.plot()")
+    path = DOCS / "_static" / "diagnosing.png"
+    canvas.savefig(path, dpi=130)
+    plt.close(canvas)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
