@@ -29,6 +29,7 @@ import functools
 import importlib
 import os
 import sys
+import traceback
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -583,3 +584,14 @@ class EvaluationCounter:
         """Starts both counts again from zero."""
         jax.effects_barrier()
         self.traces = self._evaluations = 0
+
+
+def failures(checks: dict[str, Callable[[], None]]) -> dict[str, str]:
+    """The traceback of every check that fails, by name."""
+    failed = {}
+    for name, check in checks.items():
+        try:
+            check()
+        except Exception:
+            failed[name] = traceback.format_exc()
+    return failed

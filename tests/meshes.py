@@ -8,7 +8,6 @@ import functools
 import json
 import re
 import threading
-import traceback
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import perturbax as px
-from helpers import AS_FOR_USERS, assert_trees_close
+from helpers import AS_FOR_USERS, assert_trees_close, failures
 
 KEY = jax.random.key(0)
 X = jnp.array([0.5, -1.0, 2.0])
@@ -241,17 +240,6 @@ def check_error_inside_shard_map():
 CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
 
 
-def run_all():
-    """The traceback of every check that fails, by name."""
-    assert jax.device_count() == 8
-    failed = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-        except Exception:
-            failed[name] = traceback.format_exc()
-    return failed
-
-
 if __name__ == "__main__":
-    print(json.dumps({"ran": len(CHECKS), "failed": run_all()}))
+    assert jax.device_count() == 8
+    print(json.dumps({"ran": len(CHECKS), "failed": failures(CHECKS)}))

@@ -5,7 +5,6 @@ and prints, as JSON, the traceback of each that fails.
 """
 
 import json
-import traceback
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import perturbax as px
-from helpers import assert_trees_close
+from helpers import assert_trees_close, failures
 
 KEYS = jax.random.split(jax.random.key(0), 2)
 POINTS = jnp.arange(6.0).reshape(2, 3) / 3.0
@@ -216,17 +215,6 @@ def check_vmap_over_keys_split_over_a_mesh_with_explicit_axes():
 CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
 
 
-def run_all():
-    """The traceback of every check that fails, by name."""
-    assert jax.device_count() == 2
-    failed = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-        except Exception:
-            failed[name] = traceback.format_exc()
-    return failed
-
-
 if __name__ == "__main__":
-    print(json.dumps({"ran": len(CHECKS), "failed": run_all()}))
+    assert jax.device_count() == 2
+    print(json.dumps({"ran": len(CHECKS), "failed": failures(CHECKS)}))
