@@ -50,7 +50,7 @@ from ..execution._plan import (
     noise_in,
 )
 from ..scale._matrices import Blocks
-from ..tracing._derivative_rules import with_jvp
+from ..tracing._derivative_rules import live_jvp, with_jvp
 from . import _surrogate
 
 # Values that tell the unit of all. XLA compiles a larger maximum in three parts.
@@ -64,17 +64,10 @@ def formula(
 
     In a part for each leaf, lest a leaf that is not finite spoil the derivatives of the others.
     Calling V does not evaluate fun again. `in_parts` goes through batches in parts that fit into
-    the cache; then there are no derivatives in operands.
+    the cache.
     """
-
-    def evaluate(key: Array, point: Point, operands: Operands) -> Any:
-        z = kept_noise(plan, key, operands)
-        noise_of = drawer(plan, key, operands, z)
-        f, aux = stacked(plan, lambda c, _: evaluate_at(plan, operands, point, noise_of(c)))
-        return z, aux, fitted(plan, operands, point, noise_of, f)
-
-    run = partial(vmapped_in_parts, plan, evaluate) if in_parts else evaluate
-    z, aux, surrogates = run(key, point, operands)
+    run = _evaluated_in_parts if in_parts else _evaluated
+    z, aux, surrogates = run(plan, key, point, operands)
     noise, noise_of = noise_in(plan, operands), drawer(plan, key, operands, z)
     number, outputs = surrogates.number, plan.outputs
 
@@ -85,12 +78,38 @@ def formula(
             return [jnp.sum(w * v, axis=0) for v in cut(residual(plan, noise, z, part), outputs)]
 
         weighed = summed(plan, weigh, surrogates.parts)
-        expected = cut(expected_surrogate(plan, noise, surrogates, a, r), outputs)
+        expected = expected_surrogate(plan, noise, surrogates, a, r)
         means = cut(lax.stop_gradient(surrogates.value), outputs)
         v = [s / number + e for s, e in zip(weighed, expected, strict=True)]
         return with_value(means, v)
 
     return value, aux
+
+
+def _evaluated(
+    plan: Plan, key: Array, point: Point, operands: Operands
+) -> tuple[Array | None, list[Array], "Surrogates"]:
+    """What V needs of the samples: their noise, if it is kept, aux and surrogates."""
+    z = kept_noise(plan, key, operands)
+    noise_of = drawer(plan, key, operands, z)
+    f, aux = stacked(plan, lambda c, _: evaluate_at(plan, operands, point, noise_of(c)))
+    return z, aux, fitted(plan, operands, point, noise_of, f)
+
+
+def _in_parts(plan: Plan, *args: Any) -> Any:
+    return jax.tree.map(jnp.asarray, vmapped_in_parts(plan, partial(_evaluated, plan), *args))
+
+
+def _in_parts_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    def evaluated(*args: Any) -> Any:
+        return jax.tree.map(jnp.asarray, _evaluated(plan, *args))
+
+    return live_jvp(evaluated, primals, tangents)
+
+
+# Derivatives are taken of all inputs of a batch at once: a function that custom_vmap has made
+# cannot be differentiated forwards over reverse.
+_evaluated_in_parts = with_jvp(_in_parts, _in_parts_jvp, 1, symbolic_zeros=True)
 
 
 # --- Weigh
@@ -226,12 +245,15 @@ def residual(plan: Plan, noise: Any, z: Array, part: Part) -> Array:
     return kept(rest, part.present)
 
 
-def expected_surrogate(plan: Plan, noise: Any, surrogates: Surrogates, a: Array, r: Any) -> Array:
-    """E q, averaged over the groups, (M,)."""
+def expected_surrogate(
+    plan: Plan, noise: Any, surrogates: Surrogates, a: Array, r: Any
+) -> list[Array]:
+    """E q, averaged over the groups, a part for each leaf."""
+    means = cut(surrogates.mean, plan.outputs)
     if not plan.degree:
-        return surrogates.mean
+        return means
     phi = _surrogate.expected_features(a, r, plan.degree, noise)
-    return phi.astype(surrogates.mean.dtype) @ surrogates.mean
+    return [phi.astype(mean.dtype) @ mean for mean in means]
 
 
 def baselines(
