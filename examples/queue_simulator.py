@@ -40,7 +40,7 @@ class Result(NamedTuple):
     staff: np.ndarray  # (3,), whole numbers
     path: np.ndarray  # (num_steps, 3), before each step
     costs: np.ndarray  # (num_steps,), the mean cost of a day under noise
-    neighbours: dict[tuple[int, ...], float]  # mean cost of `staff` and of those beside it
+    neighbours: dict[tuple[int, ...], float]  # mean cost of the start, `staff` and those beside it
     counts: px.HostCounts
 
 
@@ -118,9 +118,10 @@ def descend(cost, num_steps, num_samples, learning_rate=0.25):
 
 
 def beside(cost, staff, days):
-    """The mean cost of so many new days, for some staff and for one more or less anywhere."""
-    around = [staff] + [staff + s * np.eye(3)[i] for i in range(3) for s in (-1, 1)]
-    around = np.array([v for v in around if v.min() >= 1], np.float32)
+    """The mean cost of so many new days: of some staff, one more or less anywhere, the start."""
+    around = [np.array(START), staff]
+    around += [staff + s * np.eye(3)[i] for i in range(3) for s in (-1, 1)]
+    around = np.unique(np.float32([v for v in around if v.min() >= 1]), axis=0)
     over_days = jax.vmap(cost, (None, 0))
     means = jax.vmap(over_days, (0, None))(around, 1000 + np.arange(days)).mean(axis=1)
     keys = [tuple(int(n) for n in v) for v in around]
@@ -157,12 +158,12 @@ def show(result):
     counts = result.counts
     print(
         f"  {counts.evaluations} simulations; {counts.retries} were tried again, "
-        f"{counts.timeouts} of them for they did not return; {counts.failures} clinics overrun"
+        f"{counts.timeouts} of them since they did not return; {counts.failures} clinics overrun"
     )
     print(f"  {'  '.join(STATIONS)}   cost of a day")
     for staff, cost in sorted(result.neighbours.items(), key=lambda item: item[1]):
-        mark = "found" if staff == tuple(result.staff) else ""
-        print("  {:9} {:11} {:10}   {:13.0f}  {}".format(*staff, cost, mark))
+        mark = {START: "start", tuple(result.staff): "where the descent ends"}.get(staff, "")
+        print("  {:9} {:11} {:10}   {:13.0f}  {}".format(*staff, cost, mark).rstrip())
 
 
 def draw(path, result):
