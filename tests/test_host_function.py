@@ -504,7 +504,8 @@ def test_pools_of_others(make, tmp_path):
         np.testing.assert_array_equal(jax.vmap(h)(FAULTY_POINTS), [0, -1, -1, 9, 12, 15])
         assert (h.counts.evaluations, h.counts.failures, h.counts.timeouts) == (4, 2, 1)
         assert h.counts.retries >= 1  # of whatever was under way
-        mean = px.host_function(statistics.fmean, executor=h._workers._executor)
+        assert len(h._workers._places) == 2  # of one worker each, so that the next death costs one
+        mean = px.host_function(statistics.fmean, executor=h._workers._places[0].executor)
         assert float(mean(X)) == pytest.approx(1.25 / 3)
         h.close()
 
@@ -555,10 +556,24 @@ def test_processes_of_our_own(tmp_path):
         raising = px.host_function(troublesome, like=ONE, executor=workers)
         error = raised(lambda: raising(xs[1])).value
         assert any("in troublesome" in note for note in error.__notes__)
-        same = px.host_function(steps, executor=workers)
+        for kind in (ConnectionResetError, EOFError, SystemExit):  # not taken for its worker's
+
+            def failing(x, kind=kind):
+                raise kind("the service's")
+
+            for executor in (workers, 2):
+                with px.host_function(failing, like=ONE, executor=executor) as h:
+                    with pytest.raises((kind, RuntimeError), match="the service's"):
+                        h(X)
+                    assert h.counts == (0, 0, 1, 0, 0)
+
+        def local(x):  # by value: for one of this file, workers would import the file
+            return np.sin(x).sum()
+
+        same = px.host_function(local, executor=workers)
         points = jax.random.normal(KEY, (20, 3))
         np.testing.assert_array_equal(
-            jax.vmap(same)(points), jax.vmap(px.host_function(steps))(points)
+            jax.vmap(same)(points), jax.vmap(px.host_function(local))(points)
         )
     with pytest.raises(RuntimeError, match="closed"):
         same(X)

@@ -408,7 +408,9 @@ class ProcessWorkers:
         _cloudpickle()
         first = None if initializer is None else _pickled(initializer, "initializer")
         # What each worker needs is imported once. Numpy with threads of its own forks less well.
-        modules = ("cloudpickle",) if threads_per_worker is None else ("cloudpickle", "numpy")
+        modules = ("cloudpickle",)
+        if threads_per_worker is not None:
+            modules += ("numpy", "numpy.random")
         nursery = _Nursery(environment, modules)
         self._crew = Crew(self.num_workers, lambda: _Process(nursery, first))
         self._closed = False
@@ -562,6 +564,14 @@ class _Nursery:
             self._stop()
 
 
+class _RaisedThereError(Exception):
+    """Carries an exception past those of the connection, which it may be like."""
+
+    def __init__(self, error: BaseException):
+        super().__init__()
+        self.error = error
+
+
 class _Process:
     """A worker process, seen from the thread that has it."""
 
@@ -586,14 +596,14 @@ class _Process:
             self._reply()  # to the first: the call begins
             attempt.started = time.monotonic()
             attempt.value = self._reply()
-        except (EOFError, OSError):
-            attempt.error = RuntimeError(f"a worker process died{_how(self._end())}")
-            attempt.died = True
-        except BaseException as error:
-            attempt.error = error
+        except _RaisedThereError as raised:
+            attempt.error = raised.error
             if attempt.started is None:  # the initializer failed, or something cannot be unpickled
                 attempt.fatal = True
                 self._end()
+        except (EOFError, OSError):
+            attempt.error = RuntimeError(f"a worker process died{_how(self._end())}")
+            attempt.died = True
 
     def _start(self, attempt: Attempt) -> None:
         with self._lock:
@@ -613,11 +623,16 @@ class _Process:
         _worker.write_message(self._stream, pickle.dumps(message, 5))
 
     def _reply(self) -> Any:
-        kind, value, text = pickle.loads(_worker.read_message(self._stream))
+        message = _worker.read_message(self._stream)
+        try:
+            kind, value, text = pickle.loads(message)
+        except Exception as error:
+            error.add_note("Raised by unpickling what a worker process has sent")
+            raise _RaisedThereError(error) from None
         if kind != "raised":
             return value
         value.add_note(f"Raised in a worker process:\n\n{text}")
-        raise value
+        raise _RaisedThereError(value)
 
     def kill(self) -> bool:
         with self._lock:
@@ -669,12 +684,26 @@ class _Shipped:
         return pickle.loads, (self._function,)
 
 
+class _Place:
+    """An executor of somebody else's kind, and what it has to do."""
+
+    def __init__(self, executor: Any, ready: bool):
+        self.executor, self.ready = executor, ready
+        self.load = 0  # calls under way
+
+
 class Foreign:
-    """Attempts on an executor with the interface of `concurrent.futures`."""
+    """Attempts on an executor with the interface of `concurrent.futures`.
+
+    A pool of processes breaks as a whole when one of them dies. In place of one that broke come as
+    many pools of one process each, so that the next death costs one worker and what it was at. A
+    pool that is just starting is given nothing while there are others.
+    """
 
     def __init__(self, executor: Any, fun: Callable[..., Any], timeout: float | None):
         """For calls of `fun`, which are left behind where they take longer than `timeout`."""
-        self._given, self._executor = executor, executor
+        self._given = executor
+        self._places = [_Place(executor, ready=True)]
         self._lock = threading.Lock()
         here = isinstance(executor, concurrent.futures.ThreadPoolExecutor)
         fun = without_jax(fun) if here else fun
@@ -683,42 +712,59 @@ class Foreign:
             most = _MOST_LEFT_BEHIND if here else _MOST_IN_A_PROCESS
             call = functools.partial(_worker.timed, fun, timeout, most, here)
             self._call = (call,) if here else (operator.call, _Shipped(_by_value(call)))
-        self._end: Any = None
+        self._made: list[Any] = []  # executors, to be shut down
+        self._end = weakref.finalize(self, _shut_down, self._made)
 
     def window(self) -> int | None:
         """Two for each worker, if the executor tells how many there are."""
-        client = getattr(self._executor, "_client", None)
+        client = getattr(self._given, "_client", None)
         if client is not None:
             return 2 * max(1, sum(client.nthreads().values()))
-        workers = getattr(self._executor, "_max_workers", None)
+        workers = getattr(self._given, "_max_workers", None)
         return None if workers is None else 2 * workers
 
     def submit(self, attempt: Attempt) -> None:
         """Submits the call; where workers died before, to an executor made anew."""
-        executor = self._executor
-        try:
-            future = executor.submit(*self._call, *attempt.args, **attempt.kwargs)
-        except concurrent.futures.BrokenExecutor as error:
-            executor = self._renew(executor, error)
-            future = executor.submit(*self._call, *attempt.args, **attempt.kwargs)
-        attempt.place = future
-        future.add_done_callback(functools.partial(_report, attempt))
+        while True:
+            with self._lock:
+                place = min(self._places, key=lambda one: (not one.ready, one.load))
+                place.load += 1
+            executor = place.executor
+            try:
+                attempt.place = executor.submit(*self._call, *attempt.args, **attempt.kwargs)
+                break
+            except concurrent.futures.BrokenExecutor as error:
+                place.load = 0
+                self._renew(place, executor, error)
+        attempt.place.add_done_callback(functools.partial(self._done, place, attempt))
 
-    def _renew(self, broken: Any, error: Exception) -> Any:
+    def _done(self, place: _Place, attempt: Attempt, future: Any) -> None:
         with self._lock:
-            if self._executor is broken:  # or another thread was first
-                broken.shutdown(wait=False)
-                made = _like(broken)
-                if made is None:
-                    error.add_note(
-                        "workers of executor have died, and perturbax cannot make another "
-                        f"{type(broken).__name__}; perturbax.ProcessWorkers replaces them"
-                    )
-                    raise error
-                self.close()
-                self._executor = made
-                self._end = weakref.finalize(self, made.shutdown, wait=False)
-            return self._executor
+            place.load -= 1
+        _report(attempt, future)
+
+    def _renew(self, place: _Place, broken: Any, error: Exception) -> None:
+        """Takes what is new in the place of an executor that broke."""
+        with self._lock:
+            if place.executor is not broken or place not in self._places:
+                return  # another thread was first
+            broken.shutdown(wait=False)
+            count = (getattr(broken, "_max_workers", None) or 1) if broken is self._given else 1
+            made = [_like(broken) for _ in range(count)]
+            if None in made:
+                error.add_note(
+                    "workers of executor have died, and perturbax cannot make another "
+                    f"{type(broken).__name__}; perturbax.ProcessWorkers replaces them"
+                )
+                raise error
+            self._made[:] = [v for v in self._made if v is not broken] + made
+            self._places.remove(place)
+            places = [_Place(executor, ready=False) for executor in made]
+            self._places += places
+        for place in places:
+            # Loads the function, with what it imports.
+            future = place.executor.submit(callable, self._call[-1])
+            future.add_done_callback(functools.partial(_now_ready, place))
 
     def deadline(self, attempt: Attempt, timeout: float) -> float | None:
         """Late: the worker itself looks at the clock, and says when it gave up."""
@@ -736,9 +782,20 @@ class Foreign:
         attempt.place.cancel()
 
     def close(self) -> None:
-        """Ends the executor that was made in place of a broken one."""
-        if self._end is not None:
-            self._end()
+        """Ends the executors that were made in place of broken ones."""
+        with self._lock:
+            self._places = [_Place(self._given, ready=True)]
+            _shut_down(self._made)
+
+
+def _now_ready(place: _Place, future: Any) -> None:
+    del future  # a pool that cannot start shows when it is used
+    place.ready = True
+
+
+def _shut_down(executors: list[Any]) -> None:
+    while executors:
+        executors.pop().shutdown(wait=False)
 
 
 def _by_value(call: Callable[..., Any]) -> bytes:
@@ -770,24 +827,13 @@ def _report(attempt: Attempt, future: "concurrent.futures.Future[Any]") -> None:
 
 
 def _like(executor: Any) -> Any:
-    """A new executor like one whose processes died; None if that cannot be made."""
-    known = {
-        name: getattr(executor, f"_{attribute}")
-        for name, attribute in {
-            "max_workers": "max_workers",
-            "mp_context": "mp_context",
-            "context": "context",
-            "timeout": "timeout",
-            "initializer": "initializer",
-            "initargs": "initargs",
-            "env": "env",
-        }.items()
-        if hasattr(executor, f"_{attribute}")
-    }
+    """A new executor of one worker, like one whose processes died; None if it cannot be made."""
+    names = "mp_context context timeout initializer initargs env max_tasks_per_child".split()
+    known = {v: getattr(executor, f"_{v}") for v in names if hasattr(executor, f"_{v}")}
     if _is_from(executor, "loky"):
         import loky
 
-        return loky.ProcessPoolExecutor(**known)
+        return loky.ProcessPoolExecutor(1, **known)
     if type(executor) is concurrent.futures.ProcessPoolExecutor:
-        return concurrent.futures.ProcessPoolExecutor(**known)
+        return concurrent.futures.ProcessPoolExecutor(1, **known)
     return None

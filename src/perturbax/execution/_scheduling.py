@@ -197,6 +197,9 @@ class Schedule:
             self._finished += len(task.rows)
             self.tally.add(evaluations=len(task.rows))
             return
+        if isinstance(error, SystemExit):  # of a worker, where it ends nothing
+            reason, error = error, RuntimeError(f"the function called sys.exit({error.code!r})")
+            error.__cause__ = reason
         if not isinstance(error, Exception) or attempt.fatal:
             raise error
         self.tally.add(timeouts=isinstance(error, TimeoutError))

@@ -174,9 +174,9 @@ def _fork(control: socket.socket, connection: int) -> int:
         return process
     control.close()
     os.setpgid(0, 0)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:  # or all workers would draw the same random numbers
-        numpy.random.seed()
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:  # or all workers would draw the same random numbers
+        numpy_random.seed()
     try:
         serve(socket.socket(fileno=connection))
     finally:
