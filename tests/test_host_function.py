@@ -248,6 +248,12 @@ LIKES = {
     "string": (lambda x: "a", 0.0, TypeError, ["must return numbers", "'a'", "str"]),
     "None": (lambda x: None, 0.0, TypeError, ["structure"]),
     "object": (lambda x: np.array([None]), 0.0, TypeError, ["must return numbers", "object"]),
+    "masked": (
+        lambda x: np.ma.masked_array([1.0], [True]),
+        np.zeros(1),
+        TypeError,
+        ["masked entries", r"leaf\.filled"],
+    ),
     "jax.Array": (lambda x: X, X, TypeError, ["jax.Array", "numpy", "24255"]),
 }
 
@@ -264,7 +270,9 @@ def test_results_that_do_not_fit(name):
 
 def test_results_are_cast():
     like = {"a": jax.ShapeDtypeStruct((2,), jnp.bfloat16), "b": np.float32(0), "c": np.int8(0)}
-    h = px.host_function(lambda x: {"a": [1.0, 2.0] @ np.eye(2), "b": True, "c": 7}, like=like)
+    h = px.host_function(
+        lambda x: {"a": [1.0, 2.0] @ np.eye(2), "b": np.longdouble(1), "c": 7}, like=like
+    )
     result = jax.jit(h)(X)
     assert {k: v.dtype.name for k, v in result.items()} == {
         "a": "bfloat16",
@@ -486,6 +494,37 @@ def faulty(marker):
     return fun
 
 
+def hostile(kind):
+    """A function that raises what cannot be sent, or returns twice. Local: sent by value."""
+
+    def fun(x):
+        import os
+        import threading
+        import xmlrpc.client
+
+        if kind == "forks":
+            child = os.fork()
+            if child:
+                os.waitpid(child, 0)
+            return x.sum()
+        if kind == "Fault":  # which can be pickled, but not unpickled
+            raise xmlrpc.client.Fault(1, "the service's")
+        error = ValueError("the service's")
+        error.lock = threading.Lock()
+        raise error
+
+    return fun
+
+
+def assert_exceptions_that_cannot_be_sent_are_told(executor):
+    for kind in ("Fault", "ValueError"):
+        h = px.host_function(hostile(kind), like=ONE, executor=executor)
+        with pytest.raises(RuntimeError, match=f"^{kind}: .*the service's") as caught:
+            h(X)
+        assert any("in fun" in note for note in caught.value.__notes__)
+        assert h.counts == (0, 0, 1, 0, 0)
+
+
 FAULTY_POINTS = jnp.stack([jnp.full(3, v, jnp.float32) for v in (0, 1, 2, 3, 4, 5)])
 
 
@@ -505,7 +544,9 @@ def test_pools_of_others(make, tmp_path):
         assert (h.counts.evaluations, h.counts.failures, h.counts.timeouts) == (4, 2, 1)
         assert h.counts.retries >= 1  # of whatever was under way
         assert len(h._workers._places) == 2  # of one worker each, so that the next death costs one
-        mean = px.host_function(statistics.fmean, executor=h._workers._places[0].executor)
+        own = h._workers._places[0].executor
+        assert_exceptions_that_cannot_be_sent_are_told(own)
+        mean = px.host_function(statistics.fmean, executor=own)
         assert float(mean(X)) == pytest.approx(1.25 / 3)
         h.close()
 
@@ -566,6 +607,10 @@ def test_processes_of_our_own(tmp_path):
                     with pytest.raises((kind, RuntimeError), match="the service's"):
                         h(X)
                     assert h.counts == (0, 0, 1, 0, 0)
+
+        assert_exceptions_that_cannot_be_sent_are_told(workers)
+        forking = px.host_function(hostile("forks"), like=ONE, executor=workers)
+        np.testing.assert_array_equal(jax.vmap(forking)(xs), xs.sum(axis=1))
 
         def local(x):  # by value: for one of this file, workers would import the file
             return np.sin(x).sum()

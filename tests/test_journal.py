@@ -230,6 +230,21 @@ def test_a_folder_that_is_not_there(tmp_path):
         px.host_function(measured, journal=tmp_path / "no" / "journal")
 
 
+def test_a_full_disk_is_told_and_claims_are_given_up(journal):
+    points = jax.random.normal(KEY, (6, 500))
+    with px.host_function(measured, journal=journal, executor=2) as h:
+        jax.vmap(h)(points[:1])
+        database = h._journal._connection(durable=True)
+        [pages] = database.execute("PRAGMA page_count").fetchone()
+        database.execute(f"PRAGMA max_page_count={pages}")
+        with pytest.raises(sqlite3.OperationalError, match="full") as caught:
+            jax.vmap(h)(points)
+        assert f"The journal is {journal}" in caught.value.__notes__
+        database.execute("PRAGMA max_page_count=1000000")
+        np.testing.assert_array_equal(jax.vmap(h)(points)["parts"][0], 2 * points)
+    assert not [t for t in threading.enumerate() if "_renew" in t.name]
+
+
 # --- Other processes
 
 

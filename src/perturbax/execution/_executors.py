@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import operator
 import os
@@ -539,7 +540,8 @@ class _Nursery:
         control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", _worker.__file__, str(theirs.fileno())],
+                # Unbuffered: what a function prints is there, however its process ends.
+                [sys.executable, "-P", "-u", _worker.__file__, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 env=self._environment,
                 pass_fds=[theirs.fileno()],
@@ -705,13 +707,7 @@ class Foreign:
         self._given = executor
         self._places = [_Place(executor, ready=True)]
         self._lock = threading.Lock()
-        here = isinstance(executor, concurrent.futures.ThreadPoolExecutor)
-        fun = without_jax(fun) if here else fun
-        self._call: tuple[Any, ...] = (fun,)
-        if timeout is not None:
-            most = _MOST_LEFT_BEHIND if here else _MOST_IN_A_PROCESS
-            call = functools.partial(_worker.timed, fun, timeout, most, here)
-            self._call = (call,) if here else (operator.call, _Shipped(_by_value(call)))
+        self._call = functools.cache(functools.partial(_call_of, executor, fun, timeout))
         self._made: list[Any] = []  # executors, to be shut down
         self._end = weakref.finalize(self, _shut_down, self._made)
 
@@ -731,7 +727,7 @@ class Foreign:
                 place.load += 1
             executor = place.executor
             try:
-                attempt.place = executor.submit(*self._call, *attempt.args, **attempt.kwargs)
+                attempt.place = executor.submit(*self._call(), *attempt.args, **attempt.kwargs)
                 break
             except concurrent.futures.BrokenExecutor as error:
                 place.load = 0
@@ -763,7 +759,7 @@ class Foreign:
             self._places += places
         for place in places:
             # Loads the function, with what it imports.
-            future = place.executor.submit(callable, self._call[-1])
+            future = place.executor.submit(callable, self._call()[-1])
             future.add_done_callback(functools.partial(_now_ready, place))
 
     def deadline(self, attempt: Attempt, timeout: float) -> float | None:
@@ -786,6 +782,25 @@ class Foreign:
         with self._lock:
             self._places = [_Place(self._given, ready=True)]
             _shut_down(self._made)
+
+
+def _call_of(executor: Any, fun: Callable[..., Any], timeout: float | None) -> tuple[Any, ...]:
+    """What is submitted, in front of the arguments."""
+    here = isinstance(executor, concurrent.futures.ThreadPoolExecutor)
+    call = without_jax(fun) if here else fun
+    # In these, an exception that cannot be unpickled takes all workers with it.
+    breaks = isinstance(executor, concurrent.futures.ProcessPoolExecutor)
+    breaks = breaks or _is_from(executor, "loky")
+    if timeout is not None:
+        most = _MOST_LEFT_BEHIND if here else _MOST_IN_A_PROCESS
+        call = functools.partial(_worker.timed, call, timeout, most, here)
+    elif not breaks or importlib.util.find_spec("cloudpickle") is None:
+        return (call,)
+    if here:
+        return (call,)
+    # Pickled at the first call, by which time what it refers to is there.
+    call = functools.partial(_worker.careful, call) if breaks else call
+    return operator.call, _Shipped(_by_value(call))
 
 
 def _now_ready(place: _Place, future: Any) -> None:

@@ -521,7 +521,14 @@ def _numbers(leaf: Any, name: str) -> np.ndarray:
             f"{name} returned a jax.Array; a host function computes with numpy, for waiting for "
             "JAX inside a callback can wait forever (jax#24255)"
         )
+    if np.ma.is_masked(leaf):
+        raise TypeError(
+            f"{name} returned a numpy array with masked entries, which have no value; return "
+            "leaf.filled(...) with what they are to count for"
+        )
     array = np.asarray(leaf)
+    if array.dtype in (np.longdouble, np.clongdouble):  # which JAX does not have
+        array = array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
     if not any(jnp.issubdtype(array.dtype, kind) for kind in _KINDS):
         raise TypeError(
             f"{name} must return numbers or arrays of numbers, got {leaf!r} "

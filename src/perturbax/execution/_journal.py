@@ -494,11 +494,14 @@ class Session:
 
     def close(self) -> None:
         """Gives up what was claimed and has no result."""
-        self.flush()
-        if self._renewing is not None:
-            self._over.set()
-            self._renewing.join()
-            self._file.release(self._owner)
+        try:
+            self.flush()
+        finally:  # a claim that is renewed for ever would keep all from the point
+            if self._renewing is not None:
+                self._over.set()
+                self._renewing.join()
+                with contextlib.suppress(sqlite3.OperationalError):  # then it runs out
+                    self._file.release(self._owner)
 
 
 def _renew(file: JournalFile, owner: str, over: threading.Event) -> None:

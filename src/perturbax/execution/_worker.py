@@ -67,13 +67,32 @@ def dump(value: Any) -> bytes:
 def exception_message(error: BaseException) -> bytes:
     """The reply that carries an exception, with its traceback as text."""
     text = "".join(traceback.format_exception(error))
+    return dump(("raised", sendable(error), text))
+
+
+def sendable(error: BaseException) -> BaseException:
+    """The exception, if it can be sent and made again, else one that says what it was."""
     try:
-        message = dump(("raised", error, text))
-        pickle.loads(message)
-        return message
-    except Exception:  # an exception that cannot be sent, or not be made again
-        name = type(error).__name__
-        return dump(("raised", RuntimeError(f"{name}: {error}"), text))
+        pickle.loads(dump(error))
+        return error
+    except BaseException:  # of its constructor, for one, which may raise anything
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def careful(fun: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """fun(*args, **kwargs), whose exceptions can be sent.
+
+    In pools of others, an exception that cannot be unpickled takes the pool with it.
+    """
+    try:
+        return fun(*args, **kwargs)
+    except BaseException as error:
+        sent = sendable(error)
+        if sent is error:
+            raise
+        text = "".join(traceback.format_exception(error))
+    sent.add_note(f"Raised in a worker process:\n\n{text}")
+    raise sent
 
 
 def timed(fun: Any, timeout: float, most: int, in_main: bool, /, *args: Any, **kwargs: Any) -> Any:
@@ -134,6 +153,7 @@ def serve(connection: socket.socket) -> None:
     threading.Thread(target=_listen, args=(requests, inbox), daemon=True).start()
     functions: dict[int, Any] = {}
     args, kwargs = (), {}
+    process = os.getpid()
     while True:
         kind, number, payload = pickle.loads(inbox.get())
         value = None
@@ -150,6 +170,8 @@ def serve(connection: socket.socket) -> None:
             reply = _reply(value)
         except BaseException as error:
             reply = exception_message(error)
+        if os.getpid() != process:  # the function forked, and this is the copy
+            os._exit(0)
         write_message(replies, reply)
 
 
