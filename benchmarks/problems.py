@@ -59,7 +59,7 @@ def _ranking_loss(size: int) -> Callable[[Array], Array]:
     return fun
 
 
-def _zero_one_error(features: int, classes: int, images: int) -> Callable[[Array], Array]:
+def zero_one_error(features: int, classes: int, images: int) -> Callable[[Array], Array]:
     draw = np.random.RandomState(6)
     labels = draw.randint(0, classes, images)
     centres = draw.normal(0.0, 1.0, (classes, features))
@@ -110,7 +110,7 @@ def suite() -> list[Problem]:
         Problem("top 3 of 20", _top_3, _point(4, 20), 0.5),
         Problem("grid path (64)", _grid_path(8), 1 + _point(5, 64, 0.3), 0.3),
         Problem("ReLU sum (300)", _relu, _point(6, 300, 0.3), 0.3),
-        Problem("0/1 error (640)", _zero_one_error(64, 10, 200), _point(7, 640, 0.1), 0.3),
+        Problem("0/1 error (640)", zero_one_error(64, 10, 200), _point(7, 640, 0.1), 0.3),
         Problem("ReLU sum (2,000)", _relu, _point(8, 2000, 0.3), 0.3),
         Problem("ReLU sum (100,000)", _relu, _point(9, 100_000, 0.3), 0.3),
     ]

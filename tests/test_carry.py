@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 import perturbax as px
 from helpers import assert_biased, assert_trees_close, assert_unbiased, enable_x64
-from perturbax.carried import _carry, _regression
+from perturbax.carried import _carry, _features, _regression
 
 X = jnp.array([0.3, -0.2, 0.1])
 SIGMA = 0.5
@@ -59,40 +59,84 @@ def estimator(carried):
 # --- The regression
 
 
-@pytest.mark.parametrize("smooth", [False, True])
-def test_coefficients_solve_the_regression(smooth):
+def fit_of(points, noise):
+    """A fit that has seen something: two batches of values of a function that is not smooth."""
+    sigma = jnp.full(points.shape[1], 0.8)
+    fit = _regression.nothing(6, sigma, noise)
+    values = jnp.sum(jnp.floor(points), axis=1)
+    for rows in (slice(0, 6), slice(6, 12)):
+        args = points[rows], values[rows], jnp.ones(6), 6, points[rows][0] / 4
+        fit = _regression.renew(fit, *args, sigma, noise)
+    return fit
+
+
+@pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel()], ids=str)
+def test_coefficients_solve_the_regression(noise):
     draw = np.random.default_rng(0)
     points, values = draw.normal(size=(12, 3)), draw.normal(size=12)
     counted = np.ones(12)
     counted[[2, 7]] = 0
     values[2] = 1e6
     with enable_x64(True):
-        args = [jnp.asarray(v) for v in (points, values, counted, np.full(3, 0.1), np.full(3, 2.0))]
-        found = _regression.fit(*args, jnp.zeros((3, 12)), smooth)
-        u = (points - 0.1) / 2.0
-        gram = np.asarray(_regression.kernel(jnp.asarray(u), jnp.asarray(u), smooth))
+        empty = _regression.nothing(12, jnp.full(3, 2.0), noise)
+        drawn = [jnp.asarray(v) for v in (points, values, counted)]
+        found = _regression.renew(empty, *drawn, 12, jnp.full(3, 0.1), jnp.full(3, 2.0), noise)
+        u = jnp.asarray((points - 0.1) / 2.0)
+        phi = np.asarray(_features.features(u, noise))
+        gram = phi @ phi.T
+        if isinstance(noise, px.Normal):
+            apart = np.sum((u[:, None] - u[None]) ** 2, axis=2)
+            gram = gram + 1.5 * np.exp(-apart / 6)
     kept = counted > 0
     rest = values[kept] - values[kept].mean()
     for level, coefficients in zip(_regression.NOISE_LEVELS, found.coefficients, strict=True):
         exact = np.linalg.solve(gram[np.ix_(kept, kept)] + 3 * level * np.eye(10), rest)
         assert_trees_close(coefficients[kept], exact, atol=1e-6)
         assert not np.any(coefficients[~kept])
+    assert_trees_close(
+        found.weights, np.asarray(found.coefficients)[:, kept] @ phi[kept], rtol=1e-9
+    )
 
 
-@pytest.mark.parametrize("smooth", [False, True])
-def test_the_mean_of_the_kernel_is_exact(smooth):
+@pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel(), px.Logistic(), px.Laplace()], ids=str)
+def test_the_mean_of_a_prediction_is_exact(noise):
     """By quadrature in two coordinates."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(24)
-    weights = weights / weights.sum()
     draw = np.random.default_rng(1)
-    u, mean, deviation = draw.normal(size=(5, 2)), np.array([0.4, -0.7]), np.array([0.5, 1.3])
-    grid = np.stack(np.meshgrid(nodes, nodes, indexing="ij"), -1).reshape(-1, 2)
-    chance = np.outer(weights, weights).ravel()
+    z, step = np.linspace(-30, 30, 601, retstep=True)
+    chance = np.exp(np.asarray(noise.log_prob(z), np.float64))
+    if isinstance(noise, px.Laplace):  # the rule of trapezoids is exact for smooth densities only
+        z, weights = np.polynomial.laguerre.laggauss(40)
+        z, chance, step = np.concatenate([z, -z]), np.concatenate([weights, weights]) / 2, 1
+    chance = chance / (chance.sum() * step) * step
+    near = chance > 1e-13
+    z, chance = z[near], chance[near]
+    x, sigma = np.array([0.4, -0.7]), np.array([0.5, 1.3])
+    grid = np.stack(np.meshgrid(z, z, indexing="ij"), -1).reshape(-1, 2)
     with enable_x64(True):
-        at = jnp.asarray(mean + deviation * grid)
-        exact = _regression.kernel(jnp.asarray(u), at, smooth) @ chance
-        args = [jnp.asarray(v) for v in (u, mean, deviation**2)]
-        assert_trees_close(_regression.expected_kernel(*args, smooth), exact, atol=1e-10)
+        fit = fit_of(jnp.asarray(draw.normal(size=(12, 2))), noise)
+        at = jnp.asarray(x + sigma * grid)
+        exact = _regression.predict(fit, at, noise) @ np.outer(chance, chance).ravel()
+        found = _regression.expect(fit, jnp.asarray(x), jnp.asarray(sigma), noise)
+        assert np.abs(exact).min() > 0.03
+        assert_trees_close(found, exact, atol=1e-7)
+
+
+def test_what_was_absorbed_is_the_same_sum_around_any_centre():
+    draw, noise = np.random.default_rng(2), px.Normal()
+    with enable_x64(True):
+        weights = jnp.asarray(draw.normal(size=(2, 3 * _features.basis(3, noise).size)))
+        u, shift = jnp.asarray(draw.normal(size=(5, 3))), jnp.asarray(draw.normal(size=3))
+        moved = _features.moved(weights, shift, jnp.ones(3), noise)
+        change = _features.features(u, noise) @ weights.T
+        change -= _features.features(u - shift, noise) @ moved.T
+        assert_trees_close(change, jnp.broadcast_to(change[:1], change.shape), atol=1e-10)
+        # In other units what is periodic is forgotten; the rest is as it was.
+        first = weights.at[:, 6:].set(0)
+        moved = _features.moved(weights, shift, jnp.full(3, 3.0), noise)
+        assert not np.any(moved[:, 6:])
+        change = _features.features(u, noise) @ first.T
+        change -= _features.features((u - shift) / 3, noise) @ moved.T
+        assert_trees_close(change, jnp.broadcast_to(change[:1], change.shape), atol=1e-10)
 
 
 # --- Right

@@ -67,6 +67,7 @@ LAYERS = [
     "diagnostics/_sweep",
     "diagnostics/_smoothing",
     "diagnostics/_diagnose",
+    "carried/_features",
     "carried/_regression",
     "carried/_carry",
     "solvers",

@@ -19,15 +19,17 @@ from jax import Array, lax
 
 from .. import _checks
 from .._perturb import PerturbedFun
-from ..noise._smooth import Normal
 from ..scale import _scales
 from . import _regression
-from ._regression import NOISE_LEVELS, Fit
+from ._regression import Fit
 
 # How long a step counts for what a prediction is worth: this share is kept from step to step.
 _KEPT = 0.8
-# Numbers that the points of earlier steps may take, where memory is not given.
-_NUMBERS = 2**17
+# Farthest jump, and largest growth of sigma, after which a prediction is used, in units of sigma.
+_NEAR = 10.0
+# How many evaluations are remembered, where memory is not given: at least and at most, and so many
+# as have together so many coordinates, or were made in so many steps.
+_FEWEST, _MOST, _NUMBERS, _STEPS = 64, 256, 2**16, 2
 
 
 class CarriedState(NamedTuple):
@@ -64,26 +66,27 @@ class Carried:
 
     def init(self, x: Any) -> CarriedState:
         """The state of somebody who has seen nothing yet, for points like x."""
-        leaves, _, _ = _checks.perturbed_leaves(x)
+        leaves, names, _ = _checks.perturbed_leaves(x)
         dtype = _checks.noise_dtype(leaves)
         origin = lax.stop_gradient(_flat(leaves, dtype))
         dim = origin.shape[0]
-        size = self.memory or min(512, max(64, _NUMBERS // max(dim, 1)))
-        ranks = (len(NOISE_LEVELS),)
+        settings = self.perturbed_fun.settings
+        size = self.memory or max(
+            min(_MOST, max(_FEWEST, _NUMBERS // max(dim, 1))),
+            min(_MOST, _STEPS * settings.num_samples),
+        )
+        scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
+        sigma = lax.stop_gradient(_spread(scales, leaves, names, dtype))
+        zeros = jnp.zeros((len(_regression.NOISE_LEVELS),), dtype)
         return CarriedState(
             origin,
             jnp.zeros((size, dim), dtype),
             jnp.zeros((size,), dtype),
             jnp.zeros((size,), dtype),
-            Fit(
-                jnp.zeros((dim,), dtype),
-                jnp.ones((dim,), dtype),
-                jnp.zeros((size, dim), dtype),
-                jnp.zeros((*ranks, size), dtype),
-            ),
-            jnp.zeros(ranks, dtype),
-            jnp.zeros(ranks, dtype),
-            jnp.zeros(ranks, dtype),
+            _regression.nothing(size, sigma, settings.noise),
+            zeros,
+            zeros,
+            zeros,
         )
 
     def value_and_grad(
@@ -106,18 +109,23 @@ class Carried:
         leaves, names, merge = _checks.perturbed_leaves(x)
         scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
         dtype = _checks.noise_dtype(leaves)
-        mean, variance = _moments(settings.noise)
-        sigma = _spread(scales, leaves, names, dtype)
+        sigma, noise = _spread(scales, leaves, names, dtype), settings.noise
+        mean, _ = _moments(noise)
         state = lax.stop_gradient(state)
+        centre = lax.stop_gradient(_offset(leaves, state.origin) + sigma * mean)
+        near = _near(state.fit, centre, lax.stop_gradient(sigma))
         best, share = _best(state)
-        smooth = isinstance(settings.noise, Normal)
-        chosen = state.fit._replace(coefficients=share * state.fit.coefficients[best][None])
+        chosen = state.fit._replace(
+            centre=jnp.where(near, state.fit.centre, centre),
+            coefficients=jnp.where(near, share * state.fit.coefficients[best], 0)[None],
+            weights=jnp.where(near, share * state.fit.weights[best], 0)[None],
+        )
 
         def residual(y: Any, *args: Any, **kwargs: Any) -> Any:
             out = fun(y, *args, **kwargs)
             value, aux = out if settings.has_aux else (out, None)
             point = _offset(_checks.perturbed_leaves(y)[0], state.origin)
-            q = _regression.predict(chosen, point[None], smooth)[0, 0]
+            q = _regression.predict(chosen, point[None], noise)[0, 0]
             wide = _scalar(value).astype(jnp.promote_types(jnp.result_type(value), dtype))
             return wide - q.astype(wide.dtype), (value, point, aux)
 
@@ -125,16 +133,15 @@ class Carried:
 
         def estimate(values: list[Array]) -> tuple[Array, Any]:
             rest, seen = smoothed(key, merge(values), *args, **kwargs)
-            middle = (_offset(values, state.origin) + sigma * mean - chosen.centre) / chosen.scale
-            spread = variance * (sigma / chosen.scale) ** 2
-            k = _regression.expected_kernel(chosen.points, middle, spread, smooth)
-            return rest + (chosen.coefficients[0] @ k).astype(rest.dtype), seen
+            # A coordinate at an infinity stays there, whatever is added to it.
+            moving = jnp.where(jnp.isfinite(_flat(values, dtype)), sigma, 0)
+            q = _regression.expect(chosen, _offset(values, state.origin), moving, noise)[0]
+            return rest + q.astype(rest.dtype), seen
 
         (value, seen), parts = jax.value_and_grad(estimate, has_aux=True)(leaves)
         values, points, aux = seen
-        centre, scale = _offset(leaves, state.origin) + sigma * mean, sigma * variance**0.5
         values = jnp.asarray(values).astype(dtype)
-        after = _learn(state, points, values, *lax.stop_gradient((centre, scale)), smooth)
+        after = _learn(state, points, values, centre, lax.stop_gradient(sigma), noise)
         rest = iter(parts)
         gradient = jax.tree.map(
             lambda v: (
@@ -239,8 +246,14 @@ def _shares(state: CarriedState) -> Array:
     return jnp.where(known, jnp.clip(ratio, 0, 1), 0)
 
 
+def _near(fit: Fit, centre: Array, sigma: Array) -> Array:
+    """Whether the next samples lie where the fit may tell anything of them."""
+    away = jnp.abs(centre - fit.centre) <= _NEAR * fit.scale
+    return jnp.all(away & (sigma <= _NEAR * fit.scale))
+
+
 def _learn(
-    state: CarriedState, points: Array, values: Array, centre: Array, scale: Array, smooth: bool
+    state: CarriedState, points: Array, values: Array, centre: Array, scale: Array, noise: Any
 ) -> CarriedState:
     """What is known after the function had the values (N,) at the points (N, D)."""
     values, points = lax.stop_gradient((values, points))
@@ -254,9 +267,9 @@ def _learn(
         return (v - jnp.sum(v * counted, -1, keepdims=True) / total) * counted
 
     f = centred(values)
-    q = centred(_regression.predict(state.fit, points, smooth))
+    q = centred(_regression.predict(state.fit, points, noise))
     spread = jnp.sum(f**2) / total
-    told = spread > 0
+    told = (spread > 0) & _near(state.fit, centre, scale)
     unit = total * jnp.where(told, spread, 1)
     left = jnp.sum((f[None] - _shares(state)[:, None] * q) ** 2, axis=1) / unit
 
@@ -268,20 +281,16 @@ def _learn(
     def newest_first(new: Array, old: Array) -> Array:
         return jnp.concatenate([new, old])[:size]
 
-    count = min(values.shape[0], size)
-    coefficients = state.fit.coefficients
-    before = jnp.concatenate(
-        [jnp.zeros((coefficients.shape[0], count), values.dtype), coefficients], axis=1
-    )[:, :size]
     points = newest_first(points, state.points)
     values = newest_first(values, state.values)
     counted = newest_first(counted, state.counted)
+    new = min(f.shape[0], size)
     return CarriedState(
         origin=state.origin,
         points=points,
         values=values,
         counted=counted,
-        fit=_regression.fit(points, values, counted, centre, scale, before, smooth),
+        fit=_regression.renew(state.fit, points, values, counted, new, centre, scale, noise),
         error=running(state.error, left),
         covariance=running(state.covariance, jnp.sum(f[None] * q, axis=1) / unit),
         variance=running(state.variance, jnp.sum(q**2, axis=1) / unit),

@@ -1,27 +1,28 @@
 r"""A regression of a function on the points it was evaluated at, whose mean under noise is known.
 
-The prediction is that of kernel ridge regression (the mean of a Gaussian process),
+The prediction is a sum of features phi of one coordinate each (`_features`), and what a kernel
+ridge regression (the mean of a Gaussian process) adds that is made of the last M evaluations,
 
-    q(u) = sum_i alpha_i k(u_i, u),    (K + rho D) alpha = f - mean f,
+    q(u) = b . phi(u) + sum_i alpha_i k(u_i, u),    (K + rho D) alpha = f - b . phi - mean,
+    k(u, v) = phi(u) . phi(v) + D exp(-|u - v|^2 / (2 D)) / 2,
 
-in units of the noise around the point of the last step: u = (y - centre) / scale. The kernel
-
-    k(u, v) = u.v / 2 + (u^2 - 1).(v^2 - 1) / 4 + D exp(-|u - v|^2 / (2 D)) / 2
-
-makes linear functions, sums of functions of one coordinate each, and smooth functions of all of
-them cheap. Its mean E k(u_i, u) under noise of known mean and variance is known for the first two
-terms, under Normal noise for the third too, which is left out for other laws.
+in units of the noise around the point of the last step: u = (y - centre) / scale. An evaluation
+that is among the M no longer leaves alpha_i phi(u_i) to b: what it said of single coordinates is
+kept in O(D) numbers. The mean of q is that of the features and of the kernel's second term, which
+is there under Normal noise only.
 
 Reference: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..noise._smooth import Normal
 from ..tracing._linear_algebra import matmul
+from ._features import FAR, basis, expected_features, features, moved
 
 # Candidates for rho, of which the one that predicted the last steps best is used.
 NOISE_LEVELS = (0.1, 1.0, 10.0)
@@ -37,71 +38,121 @@ class Fit(NamedTuple):
       scale: (D,), the unit of each coordinate.
       points: (M, D) in these units.
       coefficients: alpha, (R, M); zero for points that do not count.
+      absorbed: b, (R, P), what earlier points left.
+      weights: of the features, (R, P): b and what the points add to it.
     """
 
     centre: Array
     scale: Array
     points: Array
     coefficients: Array
+    absorbed: Array
+    weights: Array
 
 
-def kernel(u: Array, v: Array, smooth: bool) -> Array:
-    """k for each pair of rows of (A, D) and (B, D): (A, B)."""
-    products = matmul(u, v.T)
-    k = products / 2 + matmul(u**2 - 1, (v**2 - 1).T) / 4
-    if smooth:
-        dim = u.shape[1]
-        apart = jnp.sum(u**2, axis=1)[:, None] + jnp.sum(v**2, axis=1)[None] - 2 * products
-        k = k + dim / 2 * jnp.exp(-jnp.maximum(apart, 0) / (2 * dim))
-    return k
+def nothing(size: int, scale: Array, noise: Any) -> Fit:
+    """The fit to nothing yet, with room for `size` points, in these units."""
+    dim, dtype, ranks = scale.shape[0], scale.dtype, len(NOISE_LEVELS)
+    total = dim * basis(dim, noise).size
+    return Fit(
+        centre=jnp.zeros((dim,), dtype),
+        scale=scale,
+        points=jnp.zeros((size, dim), dtype),
+        coefficients=jnp.zeros((ranks, size), dtype),
+        absorbed=jnp.zeros((ranks, total), dtype),
+        weights=jnp.zeros((ranks, total), dtype),
+    )
 
 
-def expected_kernel(u: Array, mean: Array, variance: Array, smooth: bool) -> Array:
-    """E k(u_i, v), (A,), where v has independent coordinates of these means and variances (D,)."""
-    k = matmul(u, mean) / 2 + matmul(u**2 - 1, mean**2 + variance - 1) / 4
-    if smooth:
-        dim = u.shape[1]
-        wide = dim + variance
-        apart = jnp.sum((u - mean[None]) ** 2 / wide[None], axis=1)
-        k = k + dim / 2 * jnp.exp(-apart / 2 - jnp.sum(jnp.log1p(variance / dim)) / 2)
-    return k
+def smooth_kernel(u: Array, v: Array) -> Array:
+    """The second term of k for each pair of rows of (A, D) and (B, D): (A, B)."""
+    dim = u.shape[1]
+    apart = jnp.sum(u**2, axis=1)[:, None] + jnp.sum(v**2, axis=1)[None] - 2 * matmul(u, v.T)
+    return dim / 2 * jnp.exp(-jnp.maximum(apart, 0) / (2 * max(dim, 1)))
 
 
-def predict(fit: Fit, y: Array, smooth: bool) -> Array:
+def expected_kernel(u: Array, mean: Array, variance: Array) -> Array:
+    """Its mean where v has independent normal coordinates of these means and variances: (A,)."""
+    dim = u.shape[1]
+    wide = dim + variance
+    apart = jnp.sum((u - mean[None]) ** 2 / wide[None], axis=1)
+    return dim / 2 * jnp.exp(-apart / 2 - jnp.sum(jnp.log1p(variance / max(dim, 1))) / 2)
+
+
+def predict(fit: Fit, y: Array, noise: Any) -> Array:
     """The R predictions at each row of y (A, D), less a constant each: (R, A)."""
     u = (y - fit.centre[None]) / fit.scale[None]
-    return matmul(fit.coefficients, kernel(fit.points, u, smooth))
+    q = matmul(fit.weights, features(u, noise).T)
+    return q + matmul(fit.coefficients, smooth_kernel(fit.points, u)) if _smooth(noise) else q
 
 
-def fit(
+def expect(fit: Fit, x: Array, sigma: Array, noise: Any) -> Array:
+    """The mean of each prediction at x + sigma eps, for x and sigma (D,): (R,)."""
+    place, ratio = (x - fit.centre) / fit.scale, sigma / fit.scale
+    mean = matmul(fit.weights, expected_features(place, ratio, noise))
+    if _smooth(noise):
+        kernel = expected_kernel(fit.points, place, ratio**2)
+        mean = mean + matmul(fit.coefficients, kernel)
+    return mean
+
+
+def renew(
+    fit: Fit,
     points: Array,
     values: Array,
     counted: Array,
-    centre: Array,
-    scale: Array,
-    before: Array,
-    smooth: bool,
+    new: int,
+    middle: Array,
+    sigma: Array,
+    noise: Any,
 ) -> Fit:
-    """The regression on the points (M, D) with values (M,) that are counted, 1 or 0.
+    """The fit once `new` evaluations have taken the places of the oldest.
 
     Args:
-      points: where the function was evaluated.
-      values: what it was there.
-      counted: which of them count.
-      centre: of the new units.
-      scale: the new units.
-      before: coefficients (R, M) to start from.
-      smooth: whether the kernel has its third term.
+      fit: of before.
+      points: where the function was evaluated, (M, D), newest first.
+      values: what it was there, (M,).
+      counted: which of them count, 1 or 0.
+      new: how many are new.
+      middle: the new centre.
+      sigma: the scale of the noise, (D,).
+      noise: its law.
     """
-    total = jnp.maximum(jnp.sum(counted), 1)
-    rest = (values - jnp.sum(values * counted) / total) * counted
-    unit = jnp.sqrt(jnp.sum(rest**2) / total)
-    unit = jnp.where(unit > 0, unit, 1)
+    kept = points.shape[0] - new
+    left = matmul(fit.coefficients[:, kept:], features(fit.points[kept:], noise))
+    # The units follow sigma in jumps, for what is periodic in one unit is not so in another.
+    ratio = sigma / fit.scale
+    ratio = jnp.where((ratio > 0.5) & (ratio < 2), 1, ratio)
+    shift, scale = (middle - fit.centre) / fit.scale, ratio * fit.scale
+    absorbed = moved(fit.absorbed + left, shift, ratio, noise)
+    absorbed = jnp.where(jnp.isfinite(absorbed), absorbed, 0)
+    before = jnp.concatenate([jnp.zeros_like(fit.coefficients[:, :new]), fit.coefficients], axis=1)
+    u = (points - middle[None]) / scale[None]
+    counted = counted * jnp.all(jnp.abs(u) < FAR, axis=1)
     # Points that are not counted may be anything; of no influence, and finite.
-    u = jnp.where(counted[:, None] > 0, (points - centre[None]) / scale[None], 0)
-    gram = kernel(u, u, smooth) * counted[:, None] * counted[None]
-    dim = max(points.shape[1], 1)
-    ridge = np.array(NOISE_LEVELS, gram.dtype)[:, None] * dim
+    u = jnp.where(counted[:, None] > 0, u, 0)
+    phi = features(u, noise) * counted[:, None]
+    coefficients = _solve(u, phi, values, counted, absorbed, before[:, : points.shape[0]], noise)
+    weights = absorbed + matmul(coefficients, phi)
+    return Fit(middle, scale, u, coefficients, absorbed, weights)
+
+
+def _solve(
+    u: Array, phi: Array, values: Array, counted: Array, absorbed: Array, before: Array, noise: Any
+) -> Array:
+    """alpha, (R, M), by conjugate gradients from `before`."""
+    total = jnp.maximum(jnp.sum(counted), 1)
+
+    def centred(v: Array) -> Array:
+        return (v - jnp.sum(v * counted[None], axis=1, keepdims=True) / total) * counted[None]
+
+    gram = matmul(phi, phi.T)
+    if _smooth(noise):
+        gram = gram + smooth_kernel(u, u) * counted[:, None] * counted[None]
+    ridge = np.array(NOISE_LEVELS, gram.dtype)[:, None] * max(u.shape[1], 1)
+    rest = centred(values[None] - matmul(absorbed, phi.T))
+    unit = jnp.sqrt(jnp.sum(centred(values[None]) ** 2) / total)
+    unit = jnp.where(unit > 0, unit, 1)
 
     def apply(alpha: Array) -> Array:
         return matmul(alpha, gram) + ridge * alpha
@@ -116,7 +167,7 @@ def fit(
         ratio = jnp.sum(residual**2, axis=1, keepdims=True) / jnp.where(length > 0, length, 1)
         return alpha, residual, residual + ratio * direction
 
-    target = rest[None] / unit
+    target = rest / unit
     start = before * counted[None] / unit
     # From nothing, where what was known is further off than nothing.
     residual = target - apply(start)
@@ -124,4 +175,9 @@ def fit(
     start = jnp.where(better[:, None], start, 0)
     residual = jnp.where(better[:, None], residual, target)
     alpha, *_ = lax.fori_loop(0, _ITERATIONS, advance, (start, residual, residual))
-    return Fit(centre, scale, u, alpha * unit)
+    return alpha * unit
+
+
+def _smooth(noise: Any) -> bool:
+    """Whether the kernel has its second term."""
+    return isinstance(noise, Normal)

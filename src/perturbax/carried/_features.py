@@ -1,0 +1,161 @@
+r"""Functions of one coordinate each, whose sums are remembered for ever, in so many numbers.
+
+In units of the noise around a centre, u = (y - centre) / scale, each coordinate has the features
+
+    u / sqrt(2),   (u^2 - 1) / 2,   and, for k = 1, ..., K,   a_k cos(w_k u),   a_k sin(w_k u)
+
+with w_k = k / 2 and a_k^2 in proportion to 1 / (1 + w_k^2), the spectrum of exp(-|u|): so that the
+products of the last are a stationary kernel of functions that may jump. The mean of a feature under
+noise of known mean, variance and characteristic function is known. What is a sum of features around
+one centre is one around any other, so that a sum can be carried along with the point.
+
+References:
+  Rahimi and Recht, Random Features for Large-Scale Kernel Machines, 2007
+  Duvenaud, Nickisch and Rasmussen, Additive Gaussian Processes, 2011, arXiv:1112.4394
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ..noise._smooth import Gumbel, Logistic, Normal
+
+# Variances of the weights of the linear, the quadratic and all periodic features.
+_LINEAR, _QUADRATIC, _PERIODIC = 0.5, 0.25, 0.5
+_FREQUENCY = 0.5
+# Most frequencies, and most periodic features of all coordinates; most coordinates whose squares
+# are looked at. With many coordinates, few evaluations tell their slopes at best.
+_MOST, _MOST_PERIODIC, _MOST_QUADRATIC = 8, 512, 500
+# In units of the noise: what was learnt from further away is of no use.
+FAR = 100.0
+
+
+class Basis(NamedTuple):
+    """Which features there are of each coordinate, beside the linear one.
+
+    Attributes:
+      quadratic: whether there is a quadratic one.
+      frequencies: K.
+    """
+
+    quadratic: bool
+    frequencies: int
+
+    @property
+    def size(self) -> int:
+        """How many features there are of a coordinate."""
+        return 1 + self.quadratic + 2 * self.frequencies
+
+
+def basis(dim: int, noise: Any) -> Basis:
+    """Those that pay; no periodic ones where the noise's characteristic function is not known."""
+    known = characteristic_of(noise) is not None
+    most = min(_MOST, _MOST_PERIODIC // max(2 * dim, 1))
+    return Basis(dim <= _MOST_QUADRATIC, most if known else 0)
+
+
+def features(u: Array, noise: Any) -> Array:
+    """The features at each row of u (A, D): (A, P)."""
+    quadratic, frequencies = basis(u.shape[1], noise)
+    parts = [_LINEAR**0.5 * u]
+    if quadratic:
+        parts.append(_QUADRATIC**0.5 * (u**2 - 1))
+    if frequencies:
+        first = jnp.cos(_FREQUENCY * u), jnp.sin(_FREQUENCY * u)
+        cos, sin = first
+        for k, amplitude in enumerate(_amplitudes(frequencies)):
+            if k:  # by the law of addition, which is faster than another cosine
+                cos, sin = cos * first[0] - sin * first[1], sin * first[0] + cos * first[1]
+            parts += [amplitude * cos, amplitude * sin]
+    return jnp.concatenate(parts, axis=1)
+
+
+def expected_features(place: Array, ratio: Array, noise: Any) -> Array:
+    """E of the features at place + ratio eps, (P,), for place and ratio (D,)."""
+    quadratic, frequencies = basis(place.shape[0], noise)
+    mean = place + ratio * noise.mean
+    parts = [_LINEAR**0.5 * mean]
+    if quadratic:
+        parts.append(_QUADRATIC**0.5 * (mean**2 + noise.variance * ratio**2 - 1))
+    characteristic = characteristic_of(noise)
+    if characteristic is not None:
+        for k, amplitude in enumerate(_amplitudes(frequencies)):
+            frequency = _FREQUENCY * (k + 1)
+            size, turn = characteristic(frequency * ratio)
+            angle = frequency * place + turn
+            parts += [amplitude * size * jnp.cos(angle), amplitude * size * jnp.sin(angle)]
+    return jnp.concatenate(parts)
+
+
+def moved(weights: Array, shift: Array, ratio: Array, noise: Any) -> Array:
+    """Weights (R, P) of the same sums, less constants, around another centre in other units.
+
+    Args:
+      weights: of the features of u.
+      shift: where the new centre is, (D,), in the units of u.
+      ratio: the new units over those of u, (D,). Where it is not 1, periodic features are
+        forgotten, for they have no counterparts.
+      noise: its law.
+    """
+    quadratic, frequencies = kinds = basis(shift.shape[0], noise)
+    near = jnp.abs(shift) <= FAR
+    shift = jnp.where(near, shift, 0)
+    linear, *rest = jnp.split(weights, kinds.size, axis=1)
+    parts = []
+    if quadratic:
+        squares = jnp.where(near[None], rest.pop(0), 0)
+        linear = linear + 2 * (_QUADRATIC / _LINEAR) ** 0.5 * shift[None] * squares
+        parts.append((ratio**2)[None] * squares)
+    kept = near & (ratio == 1)
+    for k in range(frequencies):
+        angle = _FREQUENCY * (k + 1) * shift
+        cos, sin = (jnp.where(kept, v, 0)[None] for v in (jnp.cos(angle), jnp.sin(angle)))
+        of_cos, of_sin = rest[2 * k], rest[2 * k + 1]
+        parts += [cos * of_cos + sin * of_sin, cos * of_sin - sin * of_cos]
+    return jnp.concatenate([ratio[None] * linear, *parts], axis=1)
+
+
+def _amplitudes(frequencies: int) -> list[float]:
+    if not frequencies:
+        return []
+    spectrum = 1 / (1 + (_FREQUENCY * np.arange(1, frequencies + 1)) ** 2)
+    return [float(v) for v in np.sqrt(_PERIODIC * spectrum / spectrum.sum())]
+
+
+# --- Characteristic functions E exp(i t eps), as their absolute value and their argument
+
+
+def characteristic_of(noise: Any) -> Callable[[Array], tuple[Array, Array]] | None:
+    """That of the noise, if it is known."""
+    known = {Normal: _normal, Logistic: _logistic, Gumbel: _gumbel}
+    return known.get(type(noise))
+
+
+def _normal(t: Array) -> tuple[Array, Array]:
+    return jnp.exp(-(t**2) / 2), jnp.zeros_like(t)
+
+
+def _logistic(t: Array) -> tuple[Array, Array]:
+    return _over_sinh(np.pi * t), jnp.zeros_like(t)
+
+
+def _gumbel(t: Array) -> tuple[Array, Array]:
+    """Gamma(1 - i t), whose argument is Stirling's series ten places on, brought back."""
+    away = 10
+    size, angle = jnp.hypot(t, jnp.full_like(t, away)), jnp.arctan2(t, jnp.full_like(t, away))
+    series = (away - 0.5) * angle + t * jnp.log(size) - t
+    series = series - jnp.sin(angle) / (12 * size) + jnp.sin(3 * angle) / (360 * size**3)
+    for k in range(1, away):
+        series = series - jnp.arctan2(t, jnp.full_like(t, k))
+    return jnp.sqrt(_over_sinh(np.pi * t)), -series
+
+
+def _over_sinh(t: Array) -> Array:
+    """t / sinh(t), by exponentials that cannot overflow."""
+    t = jnp.abs(t)
+    small = t < 1e-3
+    safe = jnp.where(small, 1, t)
+    return jnp.where(small, 1 - t**2 / 6, 2 * safe * jnp.exp(-safe) / -jnp.expm1(-2 * safe))
