@@ -60,7 +60,7 @@ def others() -> list[Problem]:
         grid, row = costs.reshape(12, 12), []
         for i in range(12):
             for j in range(12):
-                before = [row[j]] * (i > 0) + [row[j - 1]] * (j > 0)
+                before = row[j : j + 1] + row[j - 1 : j] * (j > 0)
                 best = grid[i, j] + (functools.reduce(jnp.minimum, before) if before else 0.0)
                 row[j : j + 1] = [best]
         return -row[-1]

@@ -324,16 +324,61 @@ def test_values_that_are_not_finite_are_not_learnt():
 
 
 def test_a_mask_is_no_obstacle():
-    """An entry of x that is infinite stays out of the regression, and has the gradient 0."""
-    carried = px.carry(smoothed(lambda x: jnp.max(x) + jnp.sum(jnp.where(x > 0, x, 0.0))))
+    """An entry of x that is infinite stays there: its noise has no part in the prediction's mean.
+
+    It once had, which shifted values.
+    """
+    g = smoothed(lambda x: jnp.sum(jnp.where(x > 0, 1.0, 0.0)), noise=px.Gumbel())
+    carried = px.carry(g, memory=64)
     x = jnp.array([0.5, -jnp.inf, 0.1])
-    state = carried.init(x)
-    for key in jax.random.split(jax.random.key(18), 12):
-        (value, gradient), state = carried.value_and_grad(state, key, x)
-    assert np.isfinite(value)
-    assert np.isfinite(gradient).all()
-    assert gradient[1] == 0
+
+    def step(state, key):
+        return carried.value_and_grad(state, key, x)[1], None
+
+    keys = jax.random.split(jax.random.key(18), 12)
+    state, _ = jax.jit(lambda s, k: jax.lax.scan(step, s, k))(carried.init(x), keys)
     assert float(_carry._best(state)[1]) > 0.5
+    z = -np.array([0.5, 0.1]) / SIGMA
+    beyond, slope = -np.expm1(-np.exp(-z)), np.exp(-z - np.exp(-z)) / SIGMA
+
+    def estimate(key, state):
+        (value, gradient), _ = carried.value_and_grad(state, key, x)
+        return {"value": value, "gradient": gradient}
+
+    exact = {"value": beyond.sum(), "gradient": np.array([slope[0], 0, slope[1]])}
+    promise = {"value": 0.01, "gradient": 0.05}
+    assert_unbiased(estimate, exact, args=(state,), seed=19, num_keys=16_384, promise=promise)
+
+
+def test_unbiased_where_sigma_changes():
+    """What is periodic in the old unit is forgotten, all else is told in the new one."""
+    _, state = trained(*SAMPLERS[0])
+    sigma = 2.5 * SIGMA
+    carried = px.carry(px.make_perturbed_fun(bumpy, NUM_SAMPLES, sigma, px.Normal()), memory=64)
+
+    def twice(key, state):
+        first, second = jax.random.split(key)
+        _, state = carried.value_and_grad(state, first, X)
+        (value, gradient), _ = carried.value_and_grad(state, second, X)
+        return {"value": value, "gradient": gradient}
+
+    exact, promise = exact_of_bumpy(X, sigma), {"value": 0.01, "gradient": 0.05}
+    assert_unbiased(twice, exact, args=(state,), seed=20, num_keys=2**15, promise=promise)
+
+
+@pytest.mark.filterwarnings("ignore:sigma is below the spacing")
+def test_a_jump_leaves_the_perturbed_function_as_it_is():
+    """Far away the prediction is not used, and squares of the distance do not reach the state."""
+    _, state = trained(*SAMPLERS[0])
+    x, key = X + 1e25, jax.random.key(21)
+    plain = smoothed(lambda x: jnp.sum(jnp.where(x > 1e25, 1.0, 2.0)), sampler=px.Independent())
+    carried = px.carry(plain, memory=64)
+    found, state = carried.value_and_grad(state, key, x)
+    assert_trees_close(found, jax.value_and_grad(plain, argnums=1)(key, x), rtol=1e-5)
+    assert all(np.isfinite(v).all() for v in jax.tree.leaves(state))
+    found, state = carried.value_and_grad(state, key, X)
+    assert_trees_close(found, jax.value_and_grad(plain, argnums=1)(key, X), atol=1e-5)
+    assert all(np.isfinite(v).all() for v in jax.tree.leaves(state))
 
 
 def test_a_plateau_tells_nothing():

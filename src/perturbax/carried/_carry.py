@@ -164,17 +164,19 @@ def carry(perturbed_fun: PerturbedFun, *, memory: int | None = None) -> Carried:
     variance. q is drawn towards a constant as far as it failed to predict the last steps, so where
     nothing can be learnt next to nothing is lost. No further evaluations are made.
 
-    It pays in optimisations with fewer samples a step than a fit needs, of functions of up to about
-    a hundred coordinates, and for points that move by no more than a few sigma while `memory`
-    evaluations are made. x may move anywhere and sigma may change. Where further arguments change
-    from step to step, such as batches of data, q predicts what the batches have in common.
+    It pays in optimisations with fewer samples a step than a fit needs, most for functions that are
+    nearly sums of functions of single coordinates at the scale of sigma, and for points that move
+    by no more than a few sigma while `memory` evaluations are made. x may move anywhere and sigma
+    may change. Where further arguments change from step to step, such as batches of data, q
+    predicts what the batches have in common.
 
     Args:
       perturbed_fun: what `make_perturbed_fun` returned, of a function whose value is a real scalar.
-        Its noise must have a finite mean and variance (Normal noise is predicted best), its scale
-        must not be a matrix.
-      memory: how many evaluations are remembered; None for 512, fewer in many coordinates: at least
-        64. An update takes time in proportion to its square.
+        Its noise must have a finite mean and variance (Normal noise is predicted best, then Gumbel
+        and Logistic noise), its scale must not be a matrix.
+      memory: how many evaluations are remembered one by one; of earlier ones, what they said of
+        single coordinates. None for 256, fewer from 256 coordinates on: at least 64, and those of
+        two steps, up to 256. An update takes time in proportion to its square.
 
     Returns:
       An object with two methods, in the convention of optax:
@@ -206,6 +208,7 @@ def carry(perturbed_fun: PerturbedFun, *, memory: int | None = None) -> Carried:
     References:
       Owen, Monte Carlo Theory, Methods and Examples, 2013, section 8.9 (control variates)
       Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2
+      Rahimi and Recht, Random Features for Large-Scale Kernel Machines, 2007
     """
     if not isinstance(perturbed_fun, PerturbedFun):
         kind = getattr(perturbed_fun, "__name__", type(perturbed_fun).__name__)
