@@ -389,7 +389,7 @@ def _num_samples(num_samples: Any, objective: Objective, optimizer: Optimizer | 
     if num_samples is not None:
         return _checks.check_count(num_samples, "num_samples", _MAX_EVALUATIONS)
     if optimizer is None:
-        return max(5, min(objective.dim // 2, 200))
+        return max(5, min(objective.dim // 2, max(20, objective.dim // 10)))
     return min(256, max(16, 2 ** math.ceil(math.log2(2 * objective.dim))))
 
 

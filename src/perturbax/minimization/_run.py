@@ -61,13 +61,13 @@ class Setup(NamedTuple):
     @property
     def method(self) -> Method:
         """How to step."""
-        choose = sweep(self.objective, self.noise, self.batch_size)
-        common = self.noise, self.sampler, self.degree, self.batch_size, choose
+        common = self.noise, self.sampler, self.degree, self.batch_size
         objective, sigma, doublings = self.objective, self.sigma, self.doublings
         if self.optimizer is None:
             return surrogate_search(objective, sigma, self.num_samples, doublings, *common)
         numbers = self.num_samples, doublings, self.grows
-        return descent(objective, self.optimizer, sigma, *numbers, *common)
+        choose = sweep(self.objective, self.noise, self.batch_size)
+        return descent(objective, self.optimizer, sigma, *numbers, *common, choose)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from .._perturb import make_perturbed_fun
 from ..noise._protocol import NoiseDistribution
+from ..sampling._independent import Independent
 from ._problem import Objective
 from ._states import Operands
 
@@ -79,3 +80,67 @@ def sweep(objective: Objective, noise: NoiseDistribution, batch_size: int | None
         return multiples[jnp.argmin(found)]
 
     return Sweep(choose, _SAMPLES * len(_MULTIPLES))
+
+
+# Samples at each multiple of which the widest is chosen.
+_FEW = 4
+
+
+class Widest(NamedTuple):
+    """A choice of the first sigma, whose evaluations are kept.
+
+    Attributes:
+      choose: a multiple of the problem's scale, the points where the function was evaluated, as a
+        pytree of arrays along a first axis, and its values, from (operands, key, u).
+      evaluations: how many it takes.
+    """
+
+    choose: Callable[[Operands, Array, Any], tuple[Array, Any, Array]]
+    evaluations: int
+
+
+def widest(objective: Objective, noise: NoiseDistribution, batch_size: int | None) -> Widest:
+    """A choice of the largest sigma whose better half of samples is no worse than the start.
+
+    What is fitted to samples may be wrong about small features, so it begins wide: from there it
+    gets to a small sigma in a few steps, and the other way only if what it sees is clear.
+    """
+    multiples = jnp.asarray(_MULTIPLES, objective.dtype)
+
+    def choose(operands: Operands, key: Array, u: Any) -> tuple[Array, Any, Array]:
+        fun_key, *keys = jax.random.split(key, 1 + len(_MULTIPLES))
+
+        def look(key_and_multiple: tuple[Array, Array]) -> tuple[Array, tuple[Any, Array]]:
+            key, multiple = key_and_multiple
+
+            def where_and_what(u: Any) -> tuple[Array, tuple[Any, Array]]:
+                value = objective.value(operands.function, fun_key, u)
+                return value, (u, value)
+
+            drawn = make_perturbed_fun(
+                where_and_what,
+                _FEW,
+                jax.tree.map(lambda scale: multiple * scale, operands.scale),
+                noise,
+                batch_size=batch_size,
+                sampler=Independent(),
+                degree=0,
+                has_aux=True,
+            )
+            points, values = drawn(key, u)[1]
+            ordered = jnp.sort(jnp.where(jnp.isfinite(values), values, jnp.inf))
+            moved = ordered[-1] > ordered[0]
+            return jnp.where(moved, jnp.mean(ordered[: _FEW // 2]), jnp.inf), (points, values)
+
+        halves, (points, values) = lax.map(look, (jnp.stack(keys), multiples))
+        start = objective.value(operands.function, fun_key, u)
+        good = halves <= jnp.where(jnp.isfinite(start), start, jnp.inf)
+        good = good & jnp.isfinite(halves)
+        # Where no sigma is good, the smallest; where none changes anything, the largest.
+        first = jnp.where(good.any(), jnp.argmax(good), len(_MULTIPLES) - 1)
+        first = jnp.where(jnp.isinf(halves).all(), 0, first)
+        flat = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), points)
+        flat = jax.tree.map(lambda v, begin: jnp.concatenate([v, begin[None]]), flat, u)
+        return multiples[first], flat, jnp.append(values.ravel(), start)
+
+    return Widest(choose, _FEW * len(_MULTIPLES) + 1)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import ndtri
 
 from .._perturb import make_perturbed_fun
 from ..noise._protocol import NoiseDistribution
 from ..sampling._protocol import Sampler
 from ._problem import Objective
-from ._schedules import ADAPTED, Sigma, Sweep, given_sigma
+from ._schedules import ADAPTED, Sigma, given_sigma, widest
 from ._states import Method, Operands, Step
 
 # Logarithms, base 10, of what the ridge and the prior variance of the quadratic part are chosen
@@ -26,14 +27,18 @@ _CONSTANT = 10.0
 # Most coordinates whose curvatures are learnt as a matrix, at a cost of their third power a step.
 _MOST_METRIC = 200
 # Samples that the surrogate is fitted to: as many for each coordinate, and at most.
-_KEPT, _MOST_KEPT = 4, 1000
-# Longest step, in standard deviations of the noise.
+_KEPT, _MOST_KEPT = 4, 600
+# Longest step, in standard deviations of the noise. It shrinks where a step was one for the worse.
 _RADIUS = 2.0
+_REACH_DOWN, _REACH_UP, _LEAST_REACH = 0.7, 1.3, 0.05
 # By how much a step may lengthen or shorten the noise along one direction.
 _STRETCH = 1.5
-# Share of the variance between samples that the surrogate explains: below it, sigma is not lowered.
-_EXPLAINED = 0.5
-_SHRINK, _GROW, _RECOVER, _NOTICEABLE = 0.2, 2.0, 1.25, 0.02
+# Share of the variance between samples that the surrogate explains: below it, sigma does not follow
+# the surrogate. At half, a function of plateaus is followed down between its steps.
+_EXPLAINED = 0.7
+_SHRINK, _GROW = 0.2, 2.0
+# Of sigma below that share: after a step for the better, one for the worse, and on a plateau.
+_BETTER, _WORSE, _FLAT = 1.1, 0.95, 1.25
 
 
 class Search(NamedTuple):
@@ -47,10 +52,9 @@ class Search(NamedTuple):
       sigma: scale of the noise.
       points: where the function was evaluated, oldest first.
       values: what it was; NaN where there is none yet.
-      ridge: index of the ridge.
-      quadratic: index of the prior variance of curvatures.
-      explained: share of the variance between samples that the surrogate explained.
-      direction: 1 or -1, whether sigma grows or shrinks while that share is small.
+      ridges: index of the ridge, for values and for their ranks.
+      quadratics: index of the prior variance of curvatures, for both.
+      reach: how far the next step may go, as a share of the longest.
     """
 
     centre: Array
@@ -60,10 +64,9 @@ class Search(NamedTuple):
     sigma: Array
     points: Array
     values: Array
-    ridge: Array
-    quadratic: Array
-    explained: Array
-    direction: Array
+    ridges: Array
+    quadratics: Array
+    reach: Array
 
 
 class Fit(NamedTuple):
@@ -78,20 +81,34 @@ class Fit(NamedTuple):
     quadratic: Array
 
 
-def fit(z: Array, values: Array, ridge: Array, quadratic: Array) -> Fit:
+def normal_scores(values: Array) -> Array:
+    """Quantiles of the normal distribution in place of values, by their ranks; ties share one."""
+    known = jnp.isfinite(values)
+    ordered = jnp.sort(jnp.where(known, values, jnp.inf))
+    below = jnp.searchsorted(ordered, values, side="left")
+    up_to = jnp.searchsorted(ordered, values, side="right")
+    share = (below + up_to) / 2 / jnp.maximum(known.sum(), 1)
+    return jnp.where(known, ndtri(jnp.where(known, share, 0.5)), jnp.nan).astype(values.dtype)
+
+
+def fit(
+    z: Array, values: Array, ranked: Array, ridge: Array, quadratic: Array, count: Array
+) -> Fit:
     r"""A quadratic polynomial fitted to values at points z, the Bayesian way.
 
     The prior of its coefficients is normal, with a curvature that is one number times the identity,
     plus a symmetric matrix whose entries are as likely positive as negative. Ridge and prior
-    variance move to the neighbours under which the values are most likely. Under normal noise the
-    coefficients of a least-squares fit are those of Stein's identity: the smoothed function's own
-    gradient and Hessian.
+    variance move in turn to the neighbour under which the values are most likely. Under normal
+    noise the coefficients of a least-squares fit are those of Stein's identity: the smoothed
+    function's own gradient and Hessian.
 
     Args:
       z: shape (M, D).
       values: shape (M,); those that are not finite are left out.
+      ranked: whether values are scores of ranks, which have no outliers.
       ridge: index of the ridge so far.
       quadratic: index of the prior variance so far.
+      count: number of the step.
     """
     dim = z.shape[1]
     known = jnp.isfinite(values)
@@ -105,7 +122,8 @@ def fit(z: Array, values: Array, ridge: Array, quadratic: Array) -> Fit:
     squares = jnp.diagonal(gram)
     spread = (squares - dim) / math.sqrt(2 * dim)
     # What lies far away, or high above, is described less well by one quadratic.
-    trust = 1 / (jnp.maximum(squares / dim, 1) * (1 + jnp.maximum(residual, 0)) ** 2) ** 2
+    above = jnp.where(ranked, 0, jnp.maximum(residual, 0))
+    trust = 1 / (jnp.maximum(squares / dim, 1) * (1 + above) ** 2) ** 2
     bounds = _RIDGES if values.dtype == np.float64 else _RIDGES_SINGLE
     both = known[:, None] & known[None, :]
 
@@ -123,8 +141,10 @@ def fit(z: Array, values: Array, ridge: Array, quadratic: Array) -> Fit:
         likely = -0.5 * num * jnp.log(variance + tiny) - log_det
         return jnp.where(jnp.isfinite(likely), likely, -jnp.inf), (root, white, variance)
 
-    ridges = jnp.clip(ridge + jnp.array([0, 1, -1, 0, 0, 2], jnp.int32), *bounds)
-    quadratics = jnp.clip(quadratic + jnp.array([0, 0, 0, 1, -1, 0], jnp.int32), *_QUADRATICS)
+    moves = jnp.array([0, 1, -1], jnp.int32)
+    turn = (count % 2).astype(jnp.int32)
+    ridges = jnp.clip(ridge + (1 - turn) * moves, *bounds)
+    quadratics = jnp.clip(quadratic + turn * moves, *_QUADRATICS)
     likely, found = jax.vmap(likelihood)(ridges, quadratics)
     best = jnp.argmax(likely)
     root, white, variance = jax.tree.map(lambda v: v[best], found)
@@ -157,7 +177,7 @@ def fit(z: Array, values: Array, ridge: Array, quadratic: Array) -> Fit:
     )
 
 
-def trust_region_step(gradient: Array, curvatures: Array, radius: float) -> tuple[Array, Array]:
+def trust_region_step(gradient: Array, curvatures: Array, radius: Array) -> tuple[Array, Array]:
     """The minimum of a quadratic with these curvatures along the axes, no longer than radius.
 
     Returns:
@@ -194,7 +214,6 @@ def surrogate_search(
     sampler: Sampler | None,
     degree: int | None,
     batch_size: int | None,
-    choose: Sweep,
 ) -> Method:
     """The method: draw around a proposal, fit, go back if it is worse, propose."""
     dim, dtype = objective.dim, objective.dtype
@@ -204,7 +223,8 @@ def surrogate_search(
     kept = min(_KEPT * dim, _MOST_KEPT) + 10
     kept = max(2, -(-kept // batch)) * batch
     learns_metric = dim <= _MOST_METRIC
-    radius = _RADIUS * math.sqrt(dim)
+    longest = _RADIUS * math.sqrt(dim)
+    sweep = widest(objective, noise, batch_size)
 
     def point(flat: Array) -> Any:
         parts = zip(jnp.split(flat, sizes), objective.shapes, objective.dtypes, strict=True)
@@ -237,19 +257,24 @@ def surrogate_search(
         relative = flat(scales(operands, jnp.zeros((), jnp.int32), u))
         mean = jnp.exp(jnp.mean(jnp.log(relative)))
         metric = relative / mean
-        first = choose.choose(operands, key, u) * mean if adapts else mean
+        points = jnp.broadcast_to(flat(u), (kept, dim))
+        values = jnp.full(kept, jnp.nan, dtype)
+        if adapts:
+            multiple, seen, found = sweep.choose(operands, key, u)
+            mean = multiple * mean
+            points = jnp.concatenate([points, jax.vmap(flat)(seen)])[-kept:]
+            values = jnp.concatenate([values, found])[-kept:]
         return Search(
             centre=flat(u),
             value=jnp.asarray(jnp.inf, dtype),
             proposal=flat(u),
             metric=jnp.diag(metric) if learns_metric else metric,
-            sigma=jnp.asarray(first, dtype),
-            points=jnp.broadcast_to(flat(u), (kept, dim)),
-            values=jnp.full(kept, jnp.nan, dtype),
-            ridge=jnp.asarray(-4, jnp.int32),
-            quadratic=jnp.asarray(-1, jnp.int32),
-            explained=jnp.zeros((), dtype),
-            direction=jnp.ones((), dtype),
+            sigma=jnp.asarray(mean, dtype),
+            points=points,
+            values=values,
+            ridges=jnp.full(2, -4, jnp.int32),
+            quadratics=jnp.full(2, -1, jnp.int32),
+            reach=jnp.ones((), dtype),
         )
 
     def scales(operands: Operands, count: Array, u: Any) -> Any:
@@ -275,6 +300,15 @@ def surrogate_search(
         points = jnp.concatenate([state.points[batch:], new_points])
         values = jnp.concatenate([state.values[batch:], new_values])
 
+        # A plain fit is exact where the function is nearly quadratic; one to ranks does not mind
+        # outliers and steps. Both are made, and the one is followed that predicts better.
+        ranks = normal_scores(values)
+        described = jnp.stack([values, ranks])
+        order = jnp.argsort(jnp.where(jnp.isfinite(values), values, jnp.inf))
+        last = jnp.maximum(jnp.isfinite(values).sum() - 1, 0)
+        order = order[jnp.minimum(jnp.arange(kept), last)]
+        falling = values[order], ranks[order]
+
         def fit_around(centre: Array, scale: Array) -> Fit:
             away = points - centre
             z = jnp.linalg.solve(scale, away.T).T if learns_metric else away / scale
@@ -284,7 +318,13 @@ def surrogate_search(
             enough = jnp.where(jnp.isfinite(enough), enough, jnp.inf)
             near = known & (squares <= jnp.maximum(16, enough))
             z = jnp.where(near[:, None], z, 0)
-            return fit(z, jnp.where(near, values, jnp.nan), state.ridge, state.quadratic)
+            targets = jnp.where(near, described, jnp.nan)
+            ranked = jnp.array([False, True])
+            each = jax.vmap(fit, (None, 0, 0, 0, 0, None))
+            return each(z, targets, ranked, state.ridges, state.quadratics, count)
+
+        def followed(found: Fit) -> Array:
+            return (found.explained[1] > found.explained[0]).astype(jnp.int32)
 
         # Where the proposal turns out worse, the fit is made again, around the old centre: in a
         # loop, for two calls would be compiled twice.
@@ -293,29 +333,41 @@ def surrogate_search(
             back: Array
             again: Array
             worse: Array
+            which: Array
             found: Fit
 
+        before = state.value, jnp.interp(state.value, *falling)
+        before = jnp.where(jnp.isfinite(state.value), jnp.stack(before), jnp.inf)
+
         def attempt(last: Attempt) -> Attempt:
-            found = fit_around(last.centre, last.back * scale)
+            both = fit_around(last.centre, last.back * scale)
             first = ~last.worse
-            worse = ~(found.value <= state.value + found.value_error)
+            which = jnp.where(first, followed(both), last.which)
+            found = jax.tree.map(lambda v: v[which], both)
+            worse = ~(found.value <= before[which] + found.value_error)
             back = jnp.where(found.explained > _EXPLAINED, 0.5, 0.9) if adapts else 1.0
             return Attempt(
                 centre=jnp.where(first & worse, state.centre, last.centre),
                 back=jnp.where(first & worse, back, last.back).astype(dtype),
                 again=first & worse,
                 worse=last.worse | worse,
-                found=found,
+                which=which,
+                found=both,
             )
 
         nothing = jax.tree.map(
             lambda v: jnp.zeros(v.shape, v.dtype),
             jax.eval_shape(fit_around, state.proposal, scale),
         )
-        yes, no = jnp.ones((), bool), jnp.zeros((), bool)
-        begun = Attempt(state.proposal, jnp.ones((), dtype), yes, no, nothing)
-        centre, back, _, worse, found = lax.while_loop(lambda last: last.again, attempt, begun)
+        yes, no, one = jnp.ones((), bool), jnp.zeros((), bool), jnp.ones((), dtype)
+        begun = Attempt(state.proposal, one, yes, no, jnp.zeros((), jnp.int32), nothing)
+        ended = lax.while_loop(lambda last: last.again, attempt, begun)
+        centre, back, worse, which = ended.centre, ended.back, ended.worse, ended.which
+        plain, found = (jax.tree.map(lambda v, i=i: v[i], ended.found) for i in (0, which))
         scale = back * scale
+        reach = jnp.where(worse, _REACH_DOWN, _REACH_UP) * state.reach
+        reach = jnp.clip(reach, _LEAST_REACH, 1).astype(dtype)
+        radius = reach * longest
 
         if learns_metric:
             curvatures, axes = jnp.linalg.eigh(found.curvature)
@@ -342,21 +394,19 @@ def surrogate_search(
         proposal = jnp.where(sound, proposal, centre)
         explained = jnp.clip(found.explained, 0, 1)
         floor = jnp.maximum(_SHRINK, 1 - (explained - _EXPLAINED) / (1 - _EXPLAINED))
-        wanted = jnp.where(limited, jnp.maximum(length, 1.5), length)
+        wanted = jnp.where(limited & (reach >= 1), jnp.maximum(length, 1.5), length)
         factor = jnp.where(worse, 1, jnp.clip(wanted, jnp.minimum(floor, 1), _GROW))
-        # Too small a sigma sees plateaus, too large a one what no quadratic describes: it goes the
-        # way that made the surrogate better, and up where half of the values are the same.
-        turn = explained < state.explained - _NOTICEABLE
-        direction = jnp.where(turn, -state.direction, state.direction)
+        unclear = jnp.where(worse, _WORSE / back, _BETTER)
+        factor = jnp.where(explained < _EXPLAINED, unclear, factor)
         flat_here = 2 * jnp.sum(new_values == jnp.median(new_values)) > batch
-        direction = jnp.where(flat_here, 1, direction)
-        factor = jnp.where((explained < _EXPLAINED) | flat_here, _RECOVER**direction, factor)
+        factor = jnp.where(flat_here, _FLAT, factor)
         new_sigma = state.sigma * (back * factor).astype(dtype) if adapts else state.sigma
 
+        value = jnp.where(which == 1, jnp.interp(found.value, *falling[::-1]), found.value)
         lowest = jnp.argmin(jnp.where(jnp.isfinite(new_values), new_values, jnp.inf))
         told = Step(
-            smoothed_value=found.value + jnp.trace(found.curvature) / 2,
-            standard_error=found.value_error,
+            smoothed_value=plain.value + jnp.trace(plain.curvature) / 2,
+            standard_error=plain.value_error,
             hard_value=hard,
             sigma=state.sigma,
             candidate=point(new_points[lowest]),
@@ -369,17 +419,16 @@ def surrogate_search(
         )
         state = Search(
             centre=centre,
-            value=jnp.where(jnp.isfinite(found.value), found.value, jnp.inf),
+            value=jnp.where(jnp.isfinite(found.value), value, jnp.inf).astype(dtype),
             proposal=proposal,
             metric=metric,
             sigma=new_sigma,
             points=points,
             values=values,
-            ridge=found.ridge,
-            quadratic=found.quadratic,
-            explained=explained.astype(dtype),
-            direction=direction.astype(dtype),
+            ridges=ended.found.ridge,
+            quadratics=ended.found.quadratic,
+            reach=reach,
         )
         return state, told
 
-    return Method(num_samples, batch, init, choose.evaluations if adapts else 0, step, None)
+    return Method(num_samples, batch, init, sweep.evaluations if adapts else 0, step, None)
