@@ -106,7 +106,10 @@ class Coco:
         self.current = None, 0.0, None, 0.0
 
     def load(self, function, rounded, seed):
-        problem = self.suite.get_problem_by_function_dimension_instance(function, self.dim, seed + 1)
+        """Makes one function the current one."""
+        problem = self.suite.get_problem_by_function_dimension_instance(
+            function, self.dim, seed + 1
+        )
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             problem._best_parameter("print")
             best = np.loadtxt(os.listdir(".")[0])
@@ -136,7 +139,7 @@ def coco(dim):
     return Coco(dim)
 
 
-def test_function(function, dim, rounded=False):
+def bbob(function, dim, rounded):
     home = coco(dim)
 
     def start(seed):
@@ -174,9 +177,7 @@ def in_jax(name, group, dim, fun, args, targets, **more):
     def start(seed):
         return 0.1 * np.random.default_rng([dim, seed]).normal(size=dim)
 
-    return Problem(
-        name, group, dim, fun, args, start, lambda seed: targets, many=many, **more
-    )
+    return Problem(name, group, dim, fun, args, start, lambda seed: targets, many=many, **more)
 
 
 def with_ones(x):
@@ -236,7 +237,7 @@ def ndcg(targets, places=10, size=34):
     order = np.random.default_rng(0).permutation(len(x))[: 13 * size]
     x = with_ones(products(x))[order, :-1].reshape(13, size, -1)
     levels = np.digitize(progression, np.quantile(progression, [0.5, 0.7, 0.85, 0.95]))
-    gains = jnp.asarray(2.0**levels[order].reshape(13, size) - 1, jnp.float32)
+    gains = jnp.asarray(2.0 ** levels[order].reshape(13, size) - 1, jnp.float32)
     discounts = 1 / np.log2(np.arange(2, places + 2))
     ideal = -jnp.sort(-gains, axis=1)[:, :places] @ discounts
 
@@ -355,9 +356,9 @@ def all_problems() -> dict[str, Callable[[], Problem]]:
         makers[f"control/{name}/units"] = functools.partial(control, name, 16)
     for dim in (40, 20, 5):
         for function in FUNCTIONS:
-            makers[f"bbob{dim}/f{function}"] = functools.partial(test_function, function, dim)
+            makers[f"bbob{dim}/f{function}"] = functools.partial(bbob, function, dim, False)
         for function in ROUNDED:
-            makers[f"bbob{dim}/r{function}"] = functools.partial(test_function, function, dim, True)
+            makers[f"bbob{dim}/r{function}"] = functools.partial(bbob, function, dim, True)
     for name in RETURNS:
         makers[f"control/{name}/linear"] = functools.partial(control, name, 0)
     makers["learning/thresholds"] = lambda: thresholds((0.2, 0.1))

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from optimizer_problems import all_problems, budget
-from timing import OUTPUT, ROOT, machine, table
+from timing import OUTPUT, ROOT, machine, table, version
 
 import perturbax as px
 
@@ -38,11 +38,12 @@ RUNS = OUTPUT / "optimizers.jsonl"
 BUDGET = 500
 SEEDS = 10
 OURS = "px.minimize"
+RIVALS = "cma", "nevergrad", "evosax", "cocoex", "gymnax"
 OPTAX_SAMPLES = 100
 ADAM = optax.adam(0.05)
 
 
-class Enough(Exception):  # noqa: N818
+class Enough(Exception):
     """The target is reached, or all evaluations are used."""
 
 
@@ -241,6 +242,186 @@ def run(name, problem, method, seed, factor):
     }
 
 
+# ------------------------------------------------------------------------------------ report
+
+PAGE = ROOT / "docs" / "_generated" / "optimizers.md"
+PICTURE = ROOT / "docs" / "_static" / "optimizers.png"
+SHORT = {
+    "evosax CMA-ES": "evosax<br>CMA-ES",
+    "evosax OpenES": "evosax<br>OpenES",
+    "evosax SNES": "evosax<br>SNES",
+    "scipy DE": "scipy<br>DE",
+    "scipy Nelder-Mead": "scipy<br>NM",
+    "optax + Adam": "optax<br>+ Adam",
+    OURS: "`px.`<br>`minimize`",
+}
+COLOURS = {OURS: "#1f4e8c", "cma": "#b3400e", "nevergrad": "#3a7d44", "evosax SNES": "#8a5aa8"}
+MANY = 40
+
+
+class Row:
+    """Evaluations of each method to the hard target of one problem."""
+
+    def __init__(self, runs):
+        """Takes the runs of one problem."""
+        self.label, self.group, self.dim = (runs[0][k] for k in ("label", "group", "dim"))
+        self.most = runs[0]["most"]
+        self.reached = {}
+        for run in runs:
+            self.reached.setdefault(run["method"], []).append(run["reached"][1] or math.inf)
+
+    def median(self, method):
+        """Median over seeds, infinite where fewer than half get there."""
+        return float(np.median(self.reached[method]))
+
+    def rivals(self):
+        """Methods that are not ours."""
+        return [m for m in METHODS if m in self.reached and not m.startswith(OURS)]
+
+    def best_rival(self):
+        """The one with the lowest median."""
+        return min(self.rivals(), key=self.median)
+
+    def gain(self):
+        """The best rival's evaluations over ours; who does not get there counts with all."""
+        best = min(self.median(self.best_rival()), self.most)
+        return best / min(self.median(OURS), self.most)
+
+    def solved(self):
+        """Whether anyone gets there."""
+        return any(math.isfinite(self.median(m)) for m in self.reached)
+
+    def cell(self, method):
+        """The median, bold if it is the lowest, or how many runs got there."""
+        if method not in self.reached:
+            return ""
+        median, found = self.median(method), self.reached[method]
+        if not math.isfinite(median):
+            return f"{sum(map(math.isfinite, found))} of {len(found)}"
+        best = all(median <= self.median(other) for other in self.reached)
+        return f"**{median:,.0f}**" if best else f"{median:,.0f}"
+
+
+def rows_of(runs):
+    names = {}
+    for run in runs:
+        if run["method"] in METHODS and run["method"] != "px.minimize, Adam":
+            names.setdefault(run["problem"], []).append(run)
+    order = {name: i for i, name in enumerate(all_problems())}
+    chosen = sorted(names, key=lambda name: order.get(name, len(order)))
+    rows = [Row(names[name]) for name in chosen]
+    rows = [row for row in rows if OURS in row.reached and row.rivals()]
+    return sorted(rows, key=lambda row: row.dim < MANY)
+
+
+def mean_gain(rows):
+    return math.exp(np.mean([math.log(row.gain()) for row in rows]))
+
+
+def sentences(rows):
+    """One for each problem on which a rival wins."""
+    lines = []
+    for row in rows:
+        best = row.best_rival()
+        theirs, ours = row.median(best), row.median(OURS)
+        if theirs < ours:
+            instead = f"{ours:,.0f}" if math.isfinite(ours) else "more than it was given"
+            lines.append(
+                f"- Use **{best}** for problems like *{row.label}*: {theirs:,.0f} evaluations, "
+                f"where `px.minimize` takes {instead}."
+            )
+    return lines
+
+
+def report():
+    runs = list(done().values())
+    rows = rows_of(runs)
+    methods = [m for m in METHODS if any(m in row.reached for row in rows)]
+    head = ["problem (coordinates)", *(SHORT.get(m, m) for m in methods), "best rival / ours"]
+    cells = []
+    for row in rows:
+        gain = f"{row.gain():.2f}" if row.solved() else ""
+        cells.append([row.label, *(row.cell(m) for m in methods), gain])
+    lines = [table(head, cells), ""]
+    told = [row for row in rows if row.solved()]
+    for words, part in (
+        (f"{MANY} coordinates and more", [row for row in told if row.dim >= MANY]),
+        (f"fewer than {MANY} coordinates", [row for row in told if row.dim < MANY]),
+    ):
+        if part:
+            ahead = sum(row.gain() > 1 for row in part)
+            lines.append(
+                f"Geometric mean of the last column, {words}: **{mean_gain(part):.2f}**; "
+                f"`px.minimize` is ahead on {ahead} of {len(part)} problems.\n"
+            )
+    lines += ["### Where a rival is better", "", *sentences(rows)]
+    counts = [len(found) for row in rows for found in row.reached.values()]
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    about = machine()
+    versions = ", ".join(
+        f"{name} {version(name)}"
+        for name in ("cma", "nevergrad", "evosax", "scipy", "optax", "coco-experiment", "gymnax")
+        if version(name)
+    )
+    lines += [
+        "",
+        f"*Medians of {seeds} runs; jax {about['jax']}, {versions}; {about['date'][:10]}.*",
+    ]
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text("\n".join(lines) + "\n")
+    draw(runs, rows)
+    print("\n".join(lines))
+
+
+def draw(runs, rows):
+    """Data profiles: share of all runs and targets that were reached, against evaluations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    labels = {row.label for row in rows}
+    parts = [
+        (f"{MANY} coordinates and more", lambda dim: dim >= MANY),
+        (f"fewer than {MANY} coordinates", lambda dim: dim < MANY),
+    ]
+    parts = [p for p in parts if any(p[1](row.dim) for row in rows)]
+    canvas, axes = plt.subplots(
+        1,
+        len(parts),
+        figsize=(4.6 * len(parts) + 2.2, 3.8),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (title, holds) in zip(axes[0], parts, strict=True):
+        mine = [r for r in runs if r["label"] in labels and holds(r["dim"])]
+        most = max(r["most"] / math.sqrt(r["dim"]) for r in mine)
+        for i, method in enumerate(METHODS):
+            of = [r for r in mine if r["method"] == method]
+            if not of or method == "px.minimize, Adam":
+                continue
+            effort = [
+                at / math.sqrt(r["dim"]) if at else math.inf for r in of for at in r["reached"]
+            ]
+            grid = np.geomspace(1, most, 400)
+            share = np.searchsorted(np.sort(effort), grid, side="right") / len(effort)
+            colour = COLOURS.get(method, str(0.3 + 0.05 * (i % 5)))
+            style = "-" if method in COLOURS else ["--", ":", "-."][i % 3]
+            width = 2.4 if method == OURS else 1.2
+            axis.plot(grid, share, style, color=colour, label=method, linewidth=width)
+        axis.set(xscale="log", xlim=(3, most), ylim=(0, 1), title=title)
+        axis.set_xlabel("evaluations / √coordinates")
+    axes[0, 0].set_ylabel("share of runs and targets reached")
+    canvas.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False
+    )
+    PICTURE.parent.mkdir(exist_ok=True)
+    canvas.savefig(PICTURE, dpi=130)
+    plt.close(canvas)
+
+
 def chosen(names, pattern):
     return [name for name in names if re.search(pattern, name)]
 
@@ -255,6 +436,15 @@ def main():
     parser.add_argument("--report", action="store_true", help="only write the report")
     parser.add_argument("--list", action="store_true", help="names of problems and methods")
     arguments = parser.parse_args()
+    if arguments.report:
+        report()
+        return
+    missing = [name for name in RIVALS if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"{', '.join(missing)} not installed: the rivals come with pip install "
+            "'perturbax[rivals]'"
+        )
     makers = all_problems()
     if arguments.list:
         print("\n".join([*makers, "", *METHODS]))

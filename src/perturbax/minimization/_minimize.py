@@ -187,6 +187,7 @@ def minimize(
     operands = Operands(
         function=problem.operands,
         scale=problem.scale,
+        widest=problem.widest,
         sigma=numbers,
         tol=jnp.asarray(-1.0 if tol is None else _tolerance(tol)),
     )
@@ -335,7 +336,7 @@ class Keeping:
                 "x0": problem.start,
                 "key": jax.random.key_data(key),
                 "fun or its data": (str(setup.objective.traced.jaxpr), problem.operands),
-                "bounds": problem.scale,
+                "bounds": (problem.scale, problem.widest),
                 "sigma or tol": (operands.sigma, operands.tol, setup.sigma == ADAPTED),
                 "optimizer, sigma or noise": (str(stepped), stepped.consts),
                 "num_samples": (setup.num_samples, setup.grows),

@@ -14,6 +14,10 @@ from .. import _checks
 from ..tracing._signature import TracedFunction
 from ..tracing._user_code import trace_fun
 
+# Most noise of a coordinate without two bounds, in units of its scale: what does not matter to the
+# function would get ever more of it.
+_FAR = 1e4
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -66,6 +70,7 @@ class Problem(NamedTuple):
       inside: the point between the bounds that a point stands for.
       start: x0, with arrays as leaves.
       scale: how wide each coordinate may be expected to range, with the structure of x0.
+      widest: most noise that each coordinate is to have, likewise.
     """
 
     objective: Objective
@@ -73,6 +78,7 @@ class Problem(NamedTuple):
     inside: Callable[[Any], Any]
     start: Any
     scale: Any
+    widest: Any
 
 
 def make_problem(
@@ -132,6 +138,11 @@ def make_problem(
         typical = jnp.maximum(1, jnp.sqrt(jnp.mean(leaf.astype(dtype) ** 2)))
         return jnp.broadcast_to(jnp.where(jnp.isfinite(span), span / 2, typical), leaf.shape)
 
+    def most(leaf: Array, low: np.ndarray, high: np.ndarray) -> Array:
+        # Noise much wider than the bounds says nothing about what is between them.
+        bounded = np.isfinite(high - low)
+        return width(leaf, low, high) * np.where(bounded, 1, _FAR).astype(dtype)
+
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     traced, operands, *_ = trace_fun(value, [key, *leaves], False)
     objective = Objective(
@@ -141,8 +152,10 @@ def make_problem(
         dtypes=tuple(leaf.dtype for leaf in leaves),
         dtype=dtype,
     )
-    scale = merge([width(*part) for part in zip(leaves, low, high, strict=True)])
-    return Problem(objective, operands, inside, merge(leaves), scale)
+    parts = list(zip(leaves, low, high, strict=True))
+    scale = merge([width(*part) for part in parts])
+    widest = merge([most(*part) for part in parts])
+    return Problem(objective, operands, inside, merge(leaves), scale, widest)
 
 
 def _reflected(u: Array, low: np.ndarray, high: np.ndarray) -> Array:

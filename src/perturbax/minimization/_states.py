@@ -13,12 +13,14 @@ class Operands(NamedTuple):
     Attributes:
       function: what the function closes over.
       scale: how wide each coordinate may be expected to range.
+      widest: most noise that each coordinate is to have.
       sigma: as it was given, if as numbers.
       tol: the tolerance, below 0 for none.
     """
 
     function: Any
     scale: Any
+    widest: Any
     sigma: Any
     tol: Array
 

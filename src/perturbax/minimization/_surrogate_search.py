@@ -402,6 +402,14 @@ def surrogate_search(
         factor = jnp.where(flat_here, _FLAT, factor)
         new_sigma = state.sigma * (back * factor).astype(dtype) if adapts else state.sigma
 
+        if adapts:
+            widest = flat(operands.widest)
+            if learns_metric:
+                now = new_sigma * jnp.linalg.norm(metric, axis=1)
+                metric = metric * jnp.minimum(1, widest / now)[:, None]
+            else:
+                new_sigma = jnp.minimum(new_sigma, jnp.min(widest / metric))
+
         value = jnp.where(which == 1, jnp.interp(found.value, *falling[::-1]), found.value)
         lowest = jnp.argmin(jnp.where(jnp.isfinite(new_values), new_values, jnp.inf))
         told = Step(
