@@ -87,7 +87,8 @@ def executor(name: str, workers: int = WORKERS):
     elif name == "loky":
         import loky
 
-        made = loky.ProcessPoolExecutor(workers)
+        # Seconds that workers wait which nothing has reached when the program is killed.
+        made = loky.ProcessPoolExecutor(workers, timeout=10)
         try:
             yield made
         finally:
@@ -133,18 +134,18 @@ def run_faults(name: str, evaluations: int, num_samples: int = 500) -> dict[str,
     serial = px.host_function(evaluation(Faults(), 0.0), like=np.float32(0))
     expected = gradients(serial, count, num_samples)
     with executor(name) as workers:
-        faultless = px.host_function(evaluation(Faults()), executor=workers, **settings)
-        gradients(faultless, 1, num_samples)  # compiles, and starts the workers
-        start = time.perf_counter()
-        gradients(faultless, count, num_samples)
-        faultless_seconds = time.perf_counter() - start
-        faulty = px.host_function(evaluation(faults), executor=workers, **settings)
-        gradients(faulty, 1, num_samples)
-        before = faulty.counts
-        start = time.perf_counter()
-        found = gradients(faulty, count, num_samples)
-        seconds = time.perf_counter() - start
-        after = faulty.counts
+        with px.host_function(evaluation(Faults()), executor=workers, **settings) as faultless:
+            gradients(faultless, 1, num_samples)  # compiles, and starts the workers
+            start = time.perf_counter()
+            gradients(faultless, count, num_samples)
+            faultless_seconds = time.perf_counter() - start
+        with px.host_function(evaluation(faults), executor=workers, **settings) as faulty:
+            gradients(faulty, 1, num_samples)
+            before = faulty.counts
+            start = time.perf_counter()
+            found = gradients(faulty, count, num_samples)
+            seconds = time.perf_counter() - start
+            after = faulty.counts
     counts = {k: v - b for (k, v), b in zip(after._asdict().items(), before, strict=True)}
     waited = counts["timeouts"] * TIMEOUT / WORKERS
     return {

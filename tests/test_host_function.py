@@ -22,6 +22,7 @@ import pytest
 
 import perturbax as px
 from helpers import assert_trees_close
+from perturbax.execution import _worker
 from test_trace import compilations
 
 KEY = jax.random.key(0, impl="threefry2x32")
@@ -549,6 +550,22 @@ def test_pools_of_others(make, tmp_path):
         mean = px.host_function(statistics.fmean, executor=own)
         assert float(mean(X)) == pytest.approx(1.25 / 3)
         h.close()
+
+
+def test_workers_of_others_end_with_their_program():
+    """One that was killed tells them nothing."""
+    program = f"""
+import os, runpy, signal, time
+careful = runpy.run_path({_worker.__file__!r})["careful"]
+ready, go = os.pipe()
+if os.fork() == 0:
+    careful(os.write, go, b"1")
+    time.sleep(1000)
+os.read(ready, 1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # Its output ends when all have that have inherited it.
+    subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, timeout=30, check=False)
 
 
 def test_a_dask_cluster(tmp_path):

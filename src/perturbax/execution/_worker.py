@@ -18,6 +18,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 from typing import Any, BinaryIO
 
@@ -79,11 +80,22 @@ def sendable(error: BaseException) -> BaseException:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def careful(fun: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """fun(*args, **kwargs), whose exceptions can be sent.
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
-    In pools of others, an exception that cannot be unpickled takes the pool with it.
+
+def careful(fun: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """fun(*args, **kwargs) in a pool of others, which it does not harm.
+
+    Exceptions can be sent: one that cannot be unpickled takes the pool with it. And the process
+    ends when its parent has: workers of a program that was killed would wait for ever.
     """
+    name = "perturbax: looking after the parent"
+    if not any(thread.name == name for thread in threading.enumerate()):
+        parent = (os.getppid(),)
+        threading.Thread(target=_end_with_parent, args=parent, name=name, daemon=True).start()
     try:
         return fun(*args, **kwargs)
     except BaseException as error:
