@@ -74,15 +74,20 @@ def check_every_sampler_and_degree():
 def check_bits_on_any_number_of_devices():
     """As XLA compiles for users; it rounds in other ways where it is asked for less."""
 
+    def failing(y):
+        return jnp.where(y[2] > 2.3, jnp.nan, fun(y))
+
     def bits(where):
         compiled = functools.partial(jax.jit, compiler_options=AS_FOR_USERS)
-        yield compiled(jax.value_and_grad(smooth(where, **INDEPENDENT), argnums=1))(KEY, X)
+        g = smooth(where, failing, missing="drop", **INDEPENDENT)
+        yield compiled(jax.value_and_grad(g, argnums=1))(KEY, X)
         nets = {"sampler": px.Sobol(num_groups=8), "num_samples": 64}
         yield compiled(functools.partial(errors, where, **nets))(X)
 
     expected = list(bits(mesh(1)))
     for count in (2, 8):
         assert_trees_close(list(bits(mesh(count))), expected)
+    assert_trees_close(next(bits(None)), expected[0], rtol=1e-4, atol=1e-5)
 
 
 def check_second_derivatives():
@@ -187,6 +192,28 @@ def check_arguments_elsewhere():
         jax.device_put(x, NamedSharding(where, P("a"))),
     ):
         assert_trees_close(gradient(KEY, placed), expected, rtol=1e-4, atol=1e-5)
+
+
+def check_functions_of_arrays_on_the_mesh():
+    """Types tell where such arrays are, inside loops and jitted functions too."""
+
+    def fun(y, c):
+        _, rows = jax.lax.scan(lambda s, v: (s + v * y, s * c), c, c)
+        return jnp.sum(jnp.where(y > c, rows, jax.nn.relu(c) * y))
+
+    def derivatives(where, c):
+        def value(x, c):
+            return smooth(where, lambda y: fun(y, c), 64)(KEY, x)
+
+        return jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(X, c)
+
+    c = jnp.array([0.5, 1.5, -1.0])
+    where = mesh(4)  # of which each evaluates some points of both nets
+    found = derivatives(where, jax.device_put(c, NamedSharding(where, P())))
+    assert_trees_close(found, derivatives(None, c), rtol=1e-4, atol=1e-5)
+    carried = px.carry(smooth(where, num_samples=64))
+    state = jax.device_put(carried.init(X), NamedSharding(where, P()))
+    jax.jit(carried.value_and_grad).lower(state, KEY, X)
 
 
 def collectives(text):

@@ -25,8 +25,10 @@ def fun(y, scale):
 
 
 def count_above(y):
-    """For the host: numpy, called with one point."""
+    """For the host: numpy, called with one point, and failing at some."""
     count_above.calls += 1
+    if y[2] > 2.3:
+        raise ArithmeticError
     return np.float32(np.sum(y > 0))
 
 
@@ -46,8 +48,8 @@ def found(mesh):
 
     # Of two nets the points are shared out, for lack of groups.
     nets = px.estimate(make(fun, 64, 0.5, sampler=px.Sobol(), degree=1), key, X, 1.5)
-    on_host = px.host_function(count_above, like=np.float32(0))
-    called = make(on_host, NUM_SAMPLES, 0.5, **INDEPENDENT)
+    on_host = px.host_function(count_above, like=np.float32(0), on_failure="missing")
+    called = make(on_host, NUM_SAMPLES, 0.5, missing="drop", **INDEPENDENT)
     results = {
         "derivatives": derivatives(X),
         "errors": (nets.value, nets.value_error, nets.gradient, nets.gradient_error),

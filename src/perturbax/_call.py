@@ -151,7 +151,10 @@ def prepare(
 
     def trace_at(merge: Callable[[Any], Any]) -> Any:
         with traced_for(mesh):
-            return _user_code.trace_fun(lambda values: fun(merge(values)), leaves, settings.has_aux)
+            traced, *rest = _user_code.trace_fun(
+                lambda values: fun(merge(values)), leaves, settings.has_aux
+            )
+        return traced if mesh is None else traced.without_told_meshes(), *rest
 
     traced, operands, num_outputs, value_tree, aux_tree = trace_at(merge)
     own_operands = ()

@@ -5,6 +5,7 @@ Under a vmap of the user's it would see two, one for the samples and one for the
 that works on a batch of points would fail, or do something else. Here those axes are one.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,15 +48,22 @@ def _inner(value: Any) -> list[core.Jaxpr]:
 def _with_inner(eqn: Any) -> Any:
     if not any(map(takes_many, _inner(list(eqn.params.values())))):
         return eqn
+    return eqn.replace(params=inner_replaced(eqn.params, along_one_axis))
+
+
+def inner_replaced(
+    params: dict[str, Any], change: Callable[[core.Jaxpr], core.Jaxpr]
+) -> dict[str, Any]:
+    """Parameters of an operation, with all operations inside it changed."""
 
     def replaced(value: Any) -> Any:
         if isinstance(value, core.ClosedJaxpr):
-            return value.replace(jaxpr=along_one_axis(value.jaxpr))
-        if isinstance(value, list | tuple):
+            return value.replace(jaxpr=change(value.jaxpr))
+        if isinstance(value, list | tuple) and _inner(value):
             return type(value)(map(replaced, value))
-        return along_one_axis(value) if isinstance(value, core.Jaxpr) else value
+        return change(value) if isinstance(value, core.Jaxpr) else value
 
-    return eqn.replace(params={k: replaced(v) for k, v in eqn.params.items()})
+    return {k: replaced(v) for k, v in params.items()}
 
 
 def _callback(eqn: Any) -> Any:

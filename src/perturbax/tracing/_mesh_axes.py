@@ -9,7 +9,9 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from ._callbacks import inner_replaced
 
 # Since jax 0.7.
 _use_mesh: Any = getattr(jax.sharding, "use_abstract_mesh", contextlib.nullcontext)
@@ -99,6 +101,67 @@ def in_told_types(mesh: Mesh | None, values: Any) -> Any:
         return values
     like = NamedSharding(told, PartitionSpec())
     return jax.tree.map(lambda v: _placed.bind(v, mesh=mesh, type_sharding=like), values)
+
+
+def without_told_meshes(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """The same operations, of types that tell no mesh; the same object if none does.
+
+    What a function closes over may be on a mesh, by its type, and then what is computed from it is,
+    inside of loops, branches and jitted functions too. There, `replicated` does not reach.
+    """
+    found = [*jaxpr.constvars, *jaxpr.invars]
+    found += [v for eqn in jaxpr.eqns for v in (*eqn.invars, *eqn.outvars)]
+    telling = dict.fromkeys(v for v in found if isinstance(v, core.Var) and _tells_mesh(v.aval))
+    if not telling:
+        return jaxpr
+    avals: list[Any] = [v.aval for v in telling]
+    specs = [jax.ShapeDtypeStruct(v.shape, v.dtype, weak_type=v.weak_type) for v in avals]
+    # A trace makes the variables, for their constructor differs between versions of JAX.
+    made = jax.make_jaxpr(lambda *v: v)(*specs).jaxpr.invars
+    names: dict[Any, Any] = dict(zip(telling, made, strict=True))
+
+    def renamed(variables: Any) -> list[Any]:
+        return [names.get(v, v) if isinstance(v, core.Var) else v for v in variables]
+
+    def untold(name: str, value: Any) -> Any:
+        if name in ("jvp_jaxpr_fun", "fwd_jaxpr_thunk") and hasattr(value, "call_wrapped"):
+            return _UntoldRule(value)
+        # Of what is broadcast like something else.
+        is_type = name.endswith("sharding") and isinstance(value, NamedSharding)
+        return None if is_type and isinstance(value.mesh, AbstractMesh) else value
+
+    eqns = []
+    for eqn in jaxpr.eqns:
+        params = inner_replaced(eqn.params, without_told_meshes)
+        if eqn.primitive.name not in ("sharding_constraint", "reshard"):
+            params = {k: untold(k, v) for k, v in params.items()}
+        invars, outvars = renamed(eqn.invars), renamed(eqn.outvars)
+        eqns.append(eqn.replace(invars=invars, outvars=outvars, params=params))
+    return jaxpr.replace(
+        constvars=renamed(jaxpr.constvars),
+        invars=renamed(jaxpr.invars),
+        outvars=renamed(jaxpr.outvars),
+        eqns=eqns,
+    )
+
+
+class _UntoldRule:
+    """JAX's wrapper of a derivative rule, which tells operations of types that tell no mesh."""
+
+    def __init__(self, rule: Any):
+        self._rule = rule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rule, name)
+
+    def call_wrapped(self, *args: Any) -> Any:
+        jaxpr, *rest = self._rule.call_wrapped(*args)
+        return without_told_meshes(jaxpr), *rest
+
+
+def _tells_mesh(aval: Any) -> bool:
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return isinstance(aval, ShapedArray) and mesh is not None and not mesh.empty
 
 
 def _place(value: Array, *, mesh: Mesh, type_sharding: Any) -> Array:

@@ -23,6 +23,7 @@ from jax.extend import core
 from ._callbacks import along_one_axis, takes_many
 from ._dependence import reached
 from ._host_call import Host, NoResultError, asking, hosts_of
+from ._mesh_axes import without_told_meshes
 
 
 class TracedFunction:
@@ -46,6 +47,11 @@ class TracedFunction:
     def __call__(self, operands: Sequence[Any], *leaves: Any) -> list[Any]:
         """Flat results for the constants `operands` and the arguments `leaves`."""
         return eval_jaxpr(self._called, operands, *leaves)
+
+    def without_told_meshes(self) -> "TracedFunction":
+        """The same function, of types that tell no mesh."""
+        jaxpr = without_told_meshes(self.jaxpr)
+        return self if jaxpr is self.jaxpr else TracedFunction(jaxpr, self.out_tree)
 
     @functools.cached_property
     def takes_many(self) -> bool:
