@@ -3,9 +3,9 @@
 Noise is a function of the key and of a group's number alone, so that sharing out work takes nothing
 but numbers. All devices have the same arguments, and all get the same results; in between, each
 does some of the chunks. Chunks are dealt to slots, a row of them to each, and slots to devices; of
-slots there are 16, however many devices there are, if these divide 16, and 8, 4 or 2 for so few
-chunks. A slot adds up its chunks one after the other, and slots are added up in pairs, pairs of
-pairs, and so on. So the result has the same bits on 1, 2, 4, 8 and 16 devices.
+slots there are 16, however many devices there are, if these divide 16. A slot adds up its chunks
+one after the other, and slots are added up in pairs, pairs of pairs, and so on. So the result has
+the same bits on 1, 2, 4, 8 and 16 devices.
 
 Each pass over the chunks is a `jax.shard_map` of its own, of operations that were traced outside,
 and JAX differentiates around it: inside, what a derivative is summed over would have to be told.
@@ -27,10 +27,9 @@ from ..tracing._mesh_axes import replicated
 _SLOTS = 16
 
 
-def num_slots(mesh: Mesh, chunks: int = _SLOTS) -> int:
-    """Number of slots, a multiple of the number of devices; fewer where chunks are few."""
-    wanted = min(_SLOTS, 1 << (chunks - 1).bit_length())
-    return mesh.size * -(-wanted // mesh.size)
+def num_slots(mesh: Mesh) -> int:
+    """Number of slots, a multiple of the number of devices."""
+    return mesh.size * -(-_SLOTS // mesh.size)
 
 
 def starts(number: int, parts: int) -> np.ndarray:
@@ -83,7 +82,7 @@ def shared_out(
     Returns:
       The sums, the stacked results with a leading axis for the chunks, and what is carried.
     """
-    slots = num_slots(mesh, chunks)
+    slots = num_slots(mesh)
     bounds = starts(chunks, slots)
     steps, own = int(np.diff(bounds).max()), slots // mesh.size
     head = (jnp.uint32(0), jax.tree.map(lambda v: v[0], xs), *carried)
