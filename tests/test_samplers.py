@@ -26,6 +26,7 @@ SAMPLERS = {
     "two nets": px.Sobol(),
     "four arrays": px.OrthogonalArray(num_groups=4),
 }
+PAIRS = px.Orthogonal(antithetic=True)
 PROMISES = {"value": 0.01, "gradient": 0.02, "dsigma": 0.05, "hessian": 0.05}
 
 
@@ -78,10 +79,46 @@ def test_groups_are_independent(name):
                 assert_distributed_as(both / np.sqrt(2), "norm")
 
 
-def test_rows_of_a_block_are_orthogonal():
-    z = px.Orthogonal().sample_group(jax.random.key(2), px.Normal(), 5, 5, np.dtype("float32"))
-    gram = np.asarray(z, np.float64) @ np.asarray(z, np.float64).T
-    np.testing.assert_allclose(gram - np.diag(np.diag(gram)), 0.0, atol=1e-5)
+# With doublings, with coordinates added, with both, and fewer rows than coordinates.
+BLOCKS = [(1, 1), (2, 2), (15, 15), (16, 16), (45, 45), (45, 20), (45, 44), (300, 4)]
+
+
+@functools.cache
+def blocks_of(dim, rows):
+    """Blocks of normal noise for 1,000 keys."""
+    sampler = px.Orthogonal(rows)
+
+    def draw(key):
+        return sampler.sample_group(key, px.Normal(), rows, dim, np.dtype("float32"))
+
+    return np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(2), 1000)), "f8")
+
+
+@pytest.mark.parametrize(("dim", "rows"), BLOCKS)
+def test_rows_of_a_block_are_orthogonal(dim, rows):
+    z = blocks_of(dim, rows)[:50]
+    directions = z / np.linalg.norm(z, axis=2, keepdims=True)
+    gram = directions @ np.swapaxes(directions, 1, 2)
+    np.testing.assert_allclose(gram - np.eye(rows), 0.0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("dim", "rows"), BLOCKS)
+def test_each_row_of_a_block_is_normal_in_all_coordinates_together(dim, rows):
+    """Normal along any direction, with a length that is chi-distributed, and so is that of a part.
+
+    Marginals would not show that a row keeps to some of the directions.
+    """
+    z = blocks_of(dim, rows)
+    direction = np.random.RandomState(1).normal(size=(dim, 3))
+    direction[:, 1] *= np.arange(dim) < 2  # of two neighbours
+    direction[:, 2] *= np.arange(dim) >= dim // 2
+    direction /= np.linalg.norm(direction, axis=0)
+    part = max(dim // 2, 1)
+    for row in {0, rows // 2, rows - 1}:
+        for along in (z[:, row] @ direction).T:
+            assert_distributed_as(along, "norm")
+        for some, count in ((z[:, row], dim), (z[:, row, :part], part), (z[:, row, -1:], 1)):
+            assert_distributed_as(np.sum(some**2, axis=1), scipy.stats.chi2(count).cdf)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 67, 20_001])
@@ -129,7 +166,7 @@ def test_the_words_of_a_group_are_those_of_the_release(sampler, expected):
         (px.Independent(), [[1.796591, -0.272536], [-0.607977, 1.274830], [-0.427308, 1.239562]]),
         (px.Independent(4), [[1.796591, -0.272536], [-0.607977, 1.274830], [-0.427308, 1.239562]]),
         (px.Antithetic(), [[-0.477761, 1.052655], [1.707444, 1.875702], [-1.404238, -1.445626]]),
-        (px.Orthogonal(), [[-0.477761, 1.052655], [1.707444, 1.875702], [-1.404238, -1.445626]]),
+        (px.Orthogonal(), [[-1.345949, -0.249823], [1.784379, 0.045458], [-0.074369, -0.711908]]),
         (px.Sobol(), [[1.010620, 1.509420], [1.355833, -1.194720], [-0.137721, -0.125826]]),
         (px.Sobol(4), [[-0.863956, 0.776572], [0.563584, -1.276051], [1.594781, -0.296022]]),
         (
@@ -401,14 +438,26 @@ def test_more_coordinates_than_samples_determine_stay_finite():
         (560, 6, px.Gumbel(), (px.OrthogonalArray(), 2)),
         (10_000, 6, px.Gumbel(), (px.OrthogonalArray(), 2)),
         (10_000, 7, px.Gumbel(), (px.OrthogonalArray(), 1)),
-        (606, 100, px.Gumbel(), (px.OrthogonalArray(), 1)),
-        (605, 100, px.Gumbel(), (px.OrthogonalArray(), 0)),
+        (1201, 100, px.Gumbel(), (px.OrthogonalArray(), 1)),
         (10_000, 101, px.Gumbel(), (px.OrthogonalArray(), 0)),
-        (399, 100, px.Gumbel(), (px.Independent(), 0)),
+        (1200, 100, px.Gumbel(), (PAIRS, 1)),
+        (300, 100, px.Laplace(), (PAIRS, 1)),
+        (299, 100, px.Gumbel(), (PAIRS, 0)),
+        (300, 100, px.StudentT(3), (PAIRS, 0)),
+        (300, 100, px.StudentT(2), (px.Independent(), 0)),
+        (1800, 151, px.Normal(), (PAIRS, 0)),
+        (200, 100, px.Gumbel(), (PAIRS, 0)),
+        (199, 100, px.Gumbel(), (px.Orthogonal(100), 0)),
+        (100, 100, px.Gumbel(), (px.Orthogonal(50), 0)),
+        (99, 100, px.Gumbel(), (px.Independent(), 0)),
+        (301, 301, px.Gumbel(), (px.Independent(), 0)),
         (100_000, 1001, px.Gumbel(), (px.Independent(), 0)),
         (100, 3, px.Cauchy(), (px.Sobol(), 0)),
         (47, 3, px.Normal(), (px.Sobol(), 1)),
         (46, 3, px.Normal(), (px.OrthogonalArray(), 1)),
+        (37, 3, px.Normal(), (px.OrthogonalArray(), 1)),
+        (36, 3, px.Normal(), (PAIRS, 1)),
+        (8, 2, px.Normal(), (px.Sobol(), 0)),
         (10, 2, px.Cauchy(), (px.Sobol(), 0)),
         (191, 5, px.Normal(), (px.Sobol(), 1)),
         (191, 4, px.Normal(), (px.Sobol(), 1)),
@@ -432,9 +481,14 @@ def test_the_default_leaves_noise_without_an_inverse_alone():
     ("num_samples", "dim", "options", "told"),
     [
         (200, 3, {}, "Sobol nets, because .* Degree 2, because 200 samples are enough"),
-        (100, 10, {}, "Orthogonal arrays, because .* miss some functions of 10 .* Degree 1"),
+        (121, 10, {}, "Orthogonal arrays, because .* miss some functions of 10 .* Degree 1"),
+        (100, 10, {}, "5 groups of 20 .* opposites, because there are 2 to 12 samples .* Degree 1"),
+        (100, 10, {"num_nets": 8}, "block=6, .* 9 groups of 12 .* Degree 1, because 30 samples"),
+        (19, 10, {}, "Orthogonal directions, because there are 1 to 2 samples for each coord"),
+        (19, 10, {"num_nets": 8}, "block=3, .* 7 groups of 3"),
         (46, 3, {}, "because .* Sobol nets of 3 coordinates need 24 points"),
-        (100, 50, {}, "pay from 4 samples .* 100 for 50. Degree 0, because .* needs 306 samples"),
+        (100, 50, {}, "opposites, .* Degree 0, because a fit of degree 1 needs 150 samples"),
+        (100, 101, {}, "pay from 4 samples .* 100 for 101. Degree 0, because .* in more than 100"),
         (4000, 2000, {}, "nets of more than 1000 .* degree 1 in more than 100 .* costs too much"),
         (200, 3, {"noise": px.Cauchy()}, "Degree 0, because the noise has too few moments"),
         (200, 3, {"noise": Draws()}, "Independent samples, because Draws has no inverse"),

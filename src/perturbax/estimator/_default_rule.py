@@ -11,6 +11,7 @@ from ..noise._smooth import Gumbel
 from ..sampling._independent import Independent
 from ..sampling._merged import Merged
 from ..sampling._nets import OrthogonalArray, Sobol
+from ..sampling._orthogonal import Orthogonal
 from ..sampling._protocol import Sampler
 from ._surrogate import num_features
 
@@ -25,6 +26,12 @@ class Rule:
         drawing it.
       fewest: samples that a fit takes at least; fewer, in few coordinates, tell too little of what
         it is worth.
+      block_degree: most coordinates, and samples for each from which a fit of degree 1 pays with
+        orthogonal directions, which tell it more.
+      halves: samples for each coordinate from which two blocks of orthogonal directions pay.
+      pairs: the same for whole blocks of directions with their opposites, and the most: with more,
+        nets are better.
+      block_coordinates: fewest and most for which blocks are taken.
       per_coordinate: samples for each coordinate from which nets pay.
       most_coordinates: of a net; beyond, nothing was measured.
       sobol_points: points that a Sobol net must have in 1, 2, ... coordinates to be chosen. With
@@ -40,6 +47,10 @@ class Rule:
 
     degrees: tuple[tuple[int, int, int], ...] = ((2, 6, 10), (1, 100, 3))
     fewest: int = 20
+    block_degree: tuple[int, int] = (150, 3)
+    halves: int = 1
+    pairs: tuple[int, int] = (2, 12)
+    block_coordinates: tuple[int, int] = (3, 300)
     per_coordinate: int = 4
     most_coordinates: int = 1000
     sobol_points: tuple[int, ...] = (1, 1, 24, 96, 96)
@@ -89,8 +100,9 @@ def choose_sampler(
 ) -> Choice:
     """Tells which sampler and degree `make_perturbed_fun` chooses, and why.
 
-    Nets pay from four evaluations for each coordinate, polynomials while there are several for each
-    coefficient (the guide to samplers has the table); beyond that nothing beats independent
+    From one evaluation for each coordinate orthogonal directions pay, from two with opposites, from
+    a dozen nets, and polynomials while there are several for each coefficient (the guide to
+    samplers has the table). With fewer evaluations than coordinates nothing beats independent
     samples, each against the mean of the others.
 
     Args:
@@ -99,7 +111,8 @@ def choose_sampler(
       noise: as in `make_perturbed_fun`.
       sampler: as in `make_perturbed_fun`; None leaves it open.
       degree: as in `make_perturbed_fun`; None leaves it open.
-      num_nets: how many nets to take where nets are chosen; for standard errors `estimate` takes 8.
+      num_nets: how many nets to take where nets are chosen; for standard errors `estimate` takes 8,
+        and smaller blocks, so that there are as many.
 
     Returns:
       A `Choice`: sampler, degree, how many groups of which size, and the reason. A surrogate is
@@ -115,7 +128,7 @@ def choose_sampler(
       >>> choice = px.choose_sampler(1000, dim=3, noise=px.Normal())
       >>> choice.sampler, choice.degree, choice.num_groups
       (Sobol(num_groups=2), 2, 2)
-      >>> print(px.choose_sampler(100, dim=50))
+      >>> print(px.choose_sampler(100, dim=200))
       Independent(block=1), 100 groups of 1 sample, degree 0. Independent samples, because ...
     """
     num_samples = _checks.check_count(num_samples, "num_samples")
@@ -143,14 +156,14 @@ def choose(
     if sampler is not None:
         _checks.check_group_size(sampler, num_samples, dim)
     _check_needs(sampler, degree, dim, noise)
-    polynomial, why_degree = degree, ""
-    if polynomial is None:
-        polynomial, why_degree = _degree(num_samples, dim, noise)
-        if sampler is None and not is_invertible(noise):
-            polynomial, why_degree = 0, ""
-    why_sampler = ""
+    why_sampler, leave_alone = "", sampler is None and not is_invertible(noise)
     if sampler is None:
         sampler, why_sampler = _sampler(num_samples, dim, noise, num_nets)
+    polynomial, why_degree = degree, ""
+    if polynomial is None and leave_alone:
+        polynomial = 0
+    elif polynomial is None:
+        polynomial, why_degree = _degree(num_samples, dim, noise, isinstance(sampler, Orthogonal))
     if polynomial:
         if sampler.group_size(num_samples, dim) >= num_samples:
             polynomial, why_degree = 0, "Degree 0, because a single group leaves nothing to fit on."
@@ -196,6 +209,8 @@ def _sampler(
         why = f"the number of coordinates is symbolic, {dim}"
     elif dim == 0:
         why = "there are no coordinates"
+    elif _takes_blocks(num_samples, dim, noise):
+        return _blocks(num_samples, dim, num_nets)
     elif dim > RULE.most_coordinates:
         why = f"nets of more than {RULE.most_coordinates} coordinates were not measured"
     elif dim > num_samples // RULE.per_coordinate:
@@ -206,6 +221,28 @@ def _sampler(
     else:
         return _nets(num_samples, dim, num_nets)
     return Independent(), f"Independent samples, because {why}."
+
+
+def _takes_blocks(num_samples: int, dim: int, noise: NoiseDistribution) -> bool:
+    """Whether there are as many samples as for blocks, and the tails allow it."""
+    fewest, most = RULE.block_coordinates
+    several = RULE.halves * dim <= num_samples <= RULE.pairs[1] * dim
+    return several and fewest <= dim <= most and _has_moments(noise)
+
+
+def _blocks(num_samples: int, dim: int, num_nets: int) -> tuple[Sampler, str]:
+    """Blocks of orthogonal directions, with opposites if there are enough samples for a whole one.
+
+    Otherwise two, each of which has the other for a baseline. For standard errors there are more.
+    """
+    if num_samples < RULE.pairs[0] * dim:
+        why = f"there are {RULE.halves} to {RULE.pairs[0]} samples for each coordinate"
+        block = Orthogonal(-(-num_samples // num_nets))
+        return block, f"Orthogonal directions, because {why}."
+    most = num_samples // 2 // num_nets if num_nets > RULE.nets else dim
+    pairs = Orthogonal(max(most, 1) if most < dim else None, antithetic=True)
+    why = f"there are {RULE.pairs[0]} to {RULE.pairs[1]} samples for each coordinate"
+    return pairs, f"Orthogonal directions and their opposites, because {why}."
 
 
 def _nets(num_samples: int, dim: int, num_nets: int) -> tuple[Sampler, str]:
@@ -222,7 +259,9 @@ def _nets(num_samples: int, dim: int, num_nets: int) -> tuple[Sampler, str]:
     return OrthogonalArray(num_nets), f"Orthogonal arrays, because {many}, and {why}."
 
 
-def _degree(num_samples: int, dim: int, noise: NoiseDistribution) -> tuple[int, str]:
+def _degree(
+    num_samples: int, dim: int, noise: NoiseDistribution, orthogonal: bool
+) -> tuple[int, str]:
     """The degree whose coefficients half of the samples determine well, at little cost; and why."""
     most = _most_degree(noise)
     if not most:
@@ -232,6 +271,8 @@ def _degree(num_samples: int, dim: int, noise: NoiseDistribution) -> tuple[int, 
     why = ""
     for degree, most_dim, per_coefficient in RULE.degrees:
         least = max(RULE.fewest, 2 * per_coefficient * num_features(dim, degree))
+        if orthogonal and degree == 1:
+            most_dim, least = RULE.block_degree[0], RULE.block_degree[1] * dim
         if dim > most_dim:
             why = f"a fit of degree {degree} in more than {most_dim} coordinates costs too much"
         elif num_samples < least:

@@ -1,27 +1,38 @@
 """Orthogonal directions."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from .. import _checks
 from ..noise._inverse import from_normal
 from ..noise._protocol import NoiseDistribution
+from ..noise._quantiles import from_bits
 from ..noise._smooth import Normal
 from . import _random_bits
 from ._protocol import MAX_GROUP
+
+# Coordinates of the smallest matrices at least: those of one share the angles of its rows.
+_LEAST_LEAF = 8
+# Operations that take as long as a step of a loop does by itself.
+_STEP = 10_000
+# Up to so many degrees of freedom a squared length is a sum of squares; beyond, so many candidates
+# are enough, of which all but two in a thousand are accepted.
+_FEW_FREEDOMS = 32
+_CANDIDATES = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Orthogonal:
     """Blocks of orthogonal Gaussian directions, carried to other laws coordinate by coordinate.
 
-    Directions are Haar-distributed, lengths chi-distributed and independent, so that each sample
-    is exactly Gaussian. Costs a QR factorisation a block.
+    Each direction is uniformly distributed, and lengths are chi-distributed and independent, so
+    that each sample is exactly Gaussian. A block takes fewer random numbers than as many
+    independent samples, and no factorisation.
 
     Attributes:
       block: directions in a block, at most the number of coordinates; None for as many as that.
@@ -30,6 +41,8 @@ class Orthogonal:
     References:
       Choromanski et al., Structured Evolution with Compact Architectures for Scalable Policy
       Optimization, 2018, arXiv:1804.02395
+      Genz, Methods for Generating Random Orthogonal Matrices, Monte Carlo and Quasi-Monte Carlo
+      Methods 1998, 2000, 199-213
     """
 
     block: int | None = None
@@ -54,15 +67,164 @@ class Orthogonal:
         self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
-        if dim == 0:  # no directions to factorise
+        if dim == 0:
             return jnp.zeros((group_size, 0), dtype)
         rows = -(-group_size // 2) if self.antithetic else group_size
-        gauss = Normal().from_bits(_random_bits.grid(jax.random.key_data(key), rows, dim, dtype))
-        # Orthogonalisation sees the directions of the rows only, so their lengths are independent
-        # of its result, and serve as the lengths that it takes away.
-        q, triangle = jnp.linalg.qr(gauss.T)
-        signs = jnp.where(jnp.diagonal(triangle) < 0, -1, 1).astype(dtype)
-        z = (q * signs[None]).T * jnp.linalg.norm(gauss, axis=1, keepdims=True)
+        z = gaussian_directions(jax.random.key_data(key), rows, dim, dtype)
         if self.antithetic:
             z = jnp.concatenate([z, -z])[:group_size]
         return from_normal(noise, z)
+
+
+def gaussian_directions(key: Array, rows: int, dim: int, dtype: np.dtype) -> Array:
+    """Orthogonal vectors (rows, dim), each of which is standard normal.
+
+    Their directions are made of small random matrices by two steps that keep each row uniformly
+    distributed:
+
+    - Doubling: row i of one matrix times a cosine beside row i of another times the sine, and the
+      former times minus the sine beside the latter times the cosine. The squared cosine has the
+      distribution of the squared length of half of a uniform vector, a symmetric beta distribution.
+      Each i has an angle of its own.
+    - Adding a coordinate: rows get a zero at its place, and its unit vector becomes one more. Then
+      all are reflected so that the latter becomes a uniform vector. The others are uniform among
+      those orthogonal to it, hence among all.
+
+    After doubling, coordinates are dealt at random, for those of one small matrix share angles.
+    """
+    leaf, doublings = _shape_of(rows, dim)
+    size = leaf << doublings if doublings else dim - rows
+    added, number = dim - size, 2**doublings
+    lengths = dim if dim <= _FEW_FREEDOMS else _CANDIDATES
+    # All random words at once, for each generator takes a tenth of a second to compile.
+    normals = [added * dim, lengths * rows] + [number * leaf**2] * (doublings > 0)
+    uniforms = [lengths * rows] * (lengths < dim) + [doublings * size] * (doublings > 0)
+    sizes = np.cumsum([*normals, *uniforms, dim * (doublings > 0)])
+    bits = _random_bits.grid(key, 1, sizes[-1], dtype)[0]
+    few, many = sizes[len(normals) - 1], sizes[len(normals) + len(uniforms) - 1]
+    normal = _kept(lambda: Normal().from_bits(bits[:few]), (few,), dtype, key)
+    uniform = 2 * from_bits(bits[few:many])[0]
+    steps = normal[: sizes[0]].reshape(added, 1, dim)
+    radii = _chi(normal[sizes[0] : sizes[1]].reshape(lengths, rows), uniform, dim)
+    if not doublings:
+        found = _extended(jnp.zeros((1, size, 0), dtype), steps)[0]
+        return found.T * radii[:, None]
+    angles = uniform[uniform.size - doublings * size :].reshape(2, doublings, size // 2)
+    leaves = normal[sizes[1] :].reshape(leaf, number, leaf)
+    base = _doubled(_extended(jnp.zeros((number, 0, 0), dtype), leaves), angles, key)
+    found = _extended(base[None, :, :rows], steps)[0, :, :rows]
+    # By ranks, for sorting compiles slowly.
+    words = bits[None, many:]
+    order = jnp.sum(words < words.T, axis=1, dtype=jnp.int32)
+    return (found * radii[None])[order].T
+
+
+def _kept(block: Any, shape: tuple[int, ...], dtype: np.dtype, key: Array) -> Array:
+    """What would be computed anew for each of its uses."""
+    return _random_bits.materialise(block, shape, dtype, key)
+
+
+def _shape_of(rows: int, dim: int) -> tuple[int, int]:
+    """Coordinates of the smallest matrices, and how often they are doubled; what takes least."""
+
+    def operations(doublings: int) -> int:
+        if not doublings:
+            return 4 * rows**2 * dim + _STEP * rows
+        leaf = dim >> doublings
+        added = dim - (leaf << doublings)
+        return 4 * (leaf**3 << doublings) + 4 * added * rows * dim + _STEP * (leaf + added)
+
+    possible = [k for k in range(dim.bit_length()) if not k or dim >> k >= _LEAST_LEAF]
+    best = min(possible, key=operations)
+    return dim >> best, best
+
+
+def _extended(base: Array, normal: Array) -> Array:
+    """Orthogonal unit vectors, the columns of `base` (count, n, rows), in more coordinates.
+
+    And one more vector for each coordinate, by a reflection for each, of which random numbers
+    `normal` (added, count, n + added) tell the directions: (count, n + added, rows + added). With
+    a base without columns, uniform among all orthogonal vectors.
+
+    References:
+      Stewart, The Efficient Generation of Random Orthogonal Matrices with an Application to
+      Condition Estimators, 1980, doi:10.1137/0717034
+    """
+    added, start = normal.shape[0], base.shape[1]
+    if not added:
+        return base
+    coordinate, place = np.arange(start + added), np.arange(start, start + added)[:, None]
+    own = (coordinate == place)[:, None]
+    normal = jnp.where((coordinate <= place)[:, None], normal, 0)
+    uniform = normal / jnp.sqrt(jnp.sum(normal**2, axis=2, keepdims=True))
+    last = jnp.sum(jnp.where(own, uniform, 0), axis=2, keepdims=True)
+    sign = jnp.where(last < 0, -1, 1).astype(base.dtype)
+    # The reflection takes minus the sign times the unit vector to the uniform vector: so it is not
+    # made of the difference of nearly equal numbers.
+    vectors = (uniform + jnp.where(own, sign, 0)) / jnp.sqrt(1 + jnp.abs(last))
+    units = jnp.moveaxis(jnp.where(own, -sign, 0), 0, 2)
+    widened = jnp.pad(base, ((0, 0), (0, added), (0, 0)))
+
+    def reflect(i: Array, found: Array) -> Array:
+        vector = lax.dynamic_index_in_dim(vectors, i, 0, keepdims=False)[:, :, None]
+        return found - vector * jnp.sum(found * vector, axis=1, keepdims=True)
+
+    return lax.fori_loop(0, added, reflect, jnp.concatenate([widened, units], axis=2))
+
+
+def _doubled(leaves: Array, uniform: Array, key: Array) -> Array:
+    """Orthogonal unit vectors as columns, as many as coordinates, each uniformly distributed.
+
+    Made of those in `leaves` (2**k, n, n), by numbers `uniform` (2, k, 2**k n / 2) for the angles.
+    """
+    number, leaf, _ = leaves.shape
+    doublings, half, dtype = uniform.shape[1], uniform.shape[2], leaves.dtype
+
+    def angles() -> Array:
+        # Twice a squared cosine, less one, has the distribution of a coordinate of a uniform vector
+        # of one coordinate more than a half has: of two, radius and angle are known.
+        halves = leaf * 2 ** np.arange(doublings - 1, -1, -1)[:, None]
+        radius = jnp.sqrt(-jnp.expm1((2 / (halves - 1)).astype(dtype) * jnp.log(uniform[0])))
+        shift = radius * jnp.cos(np.pi * uniform[1]).astype(dtype)
+        return jnp.sqrt((1 + jnp.stack([shift, -shift])) / 2)
+
+    cosine, sine = _kept(angles, (2, doublings, half), dtype, key)
+
+    # Row (b, i), b of as many bits as there are doublings, is a multiple of row i of each small
+    # matrix c: the product over the bits of what the angle for the bits of c before, those of b
+    # after it, and i makes of the two.
+    def multiples() -> Array:
+        found = jnp.ones((1,) * (2 * doublings + 1), dtype)
+        for bit in range(doublings):
+            before, after = (2,) * bit, (2,) * (doublings - 1 - bit)
+            first, last = (1,) * len(before), (1,) * len(after)
+            shape = (*before, 1, *last, *first, 1, *after, leaf)
+            c, s = cosine[bit].reshape(shape), sine[bit].reshape(shape)
+            index = np.arange(2).reshape(2, *last, *first, 1, *last, 1)
+            other = np.arange(2).reshape(2, *last, 1)
+            found = found * jnp.where(index == other, c, jnp.where(index > other, s, -s))
+        # One by one, as for arrays split over a mesh with explicit axes.
+        return found.reshape(number, *(2,) * doublings, leaf).reshape(number, number, leaf)
+
+    multiple = _kept(multiples, (number, number, leaf), dtype, key)
+    found = multiple[:, None] * leaves[:, :, None]
+    return found.reshape(2 * half, number, leaf).reshape(2 * half, 2 * half)
+
+
+def _chi(normal: Array, uniform: Array, freedoms: int) -> Array:
+    """Independent chi-distributed numbers, of several numbers each (several, count).
+
+    References:
+      Marsaglia and Tsang, A Simple Method for Generating Gamma Variables, 2000,
+      doi:10.1145/358407.358414
+    """
+    if len(normal) == freedoms:
+        return jnp.sqrt(jnp.sum(normal**2, axis=0))
+    uniform = uniform[: normal.size].reshape(normal.shape)
+    shape = freedoms / 2 - 1 / 3
+    cube = jnp.maximum(1 + normal * (9 * shape) ** -0.5, 0) ** 3
+    taken = jnp.log(uniform) < normal**2 / 2 + shape * (1 - cube + jnp.log(cube))
+    found = cube[-1]
+    for candidate, accepted in zip(cube[-2::-1], taken[-2::-1], strict=True):
+        found = jnp.where(accepted, candidate, found)
+    return jnp.sqrt(2 * shape * found)
