@@ -205,9 +205,12 @@ def test_gradient_is_that_of_the_baseline_of_other_samples():
     np.testing.assert_allclose(jax.grad(expected)(X, True), by_hand, atol=1e-4)
 
 
+PAIRS = px.Orthogonal(antithetic=True)
+
+
 @pytest.mark.parametrize(
     ("num_samples", "chosen", "other"),
-    [(1000, px.Sobol(), px.Independent()), (11, px.Independent(), px.Sobol())],
+    [(1000, px.Sobol(), px.Independent()), (11, PAIRS, px.Sobol()), (2, px.Independent(), PAIRS)],
 )
 def test_the_default_sampler_is_that_of_degree_0(num_samples, chosen, other):
     """As `make_perturbed_fun` chooses, in draws and in the groups of the baseline."""

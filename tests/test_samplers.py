@@ -457,6 +457,7 @@ def test_more_coordinates_than_samples_determine_stay_finite():
         (46, 3, px.Normal(), (px.OrthogonalArray(), 1)),
         (37, 3, px.Normal(), (px.OrthogonalArray(), 1)),
         (36, 3, px.Normal(), (PAIRS, 1)),
+        (19, 3, px.Normal(), (PAIRS, 0)),
         (8, 2, px.Normal(), (px.Sobol(), 0)),
         (10, 2, px.Cauchy(), (px.Sobol(), 0)),
         (191, 5, px.Normal(), (px.Sobol(), 1)),

@@ -270,9 +270,10 @@ def _degree(
         return 0, ""
     why = ""
     for degree, most_dim, per_coefficient in RULE.degrees:
-        least = max(RULE.fewest, 2 * per_coefficient * num_features(dim, degree))
+        least = 2 * per_coefficient * num_features(dim, degree)
         if orthogonal and degree == 1:
             most_dim, least = RULE.block_degree[0], RULE.block_degree[1] * dim
+        least = max(RULE.fewest, least)
         if dim > most_dim:
             why = f"a fit of degree {degree} in more than {most_dim} coordinates costs too much"
         elif num_samples < least:
