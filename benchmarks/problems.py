@@ -182,7 +182,7 @@ def middling() -> list[Problem]:
     """More that the default rule was fitted to, of 12 to 144 coordinates."""
     return [
         Problem("NDCG (12)", _ndcg(12), _point(31, 12), 0.5),
-        Problem("0/1 error (42)", _zero_one_error(14, 3, 100), _point(32, 42, 0.3), 0.3),
+        Problem("0/1 error (42)", zero_one_error(14, 3, 100), _point(32, 42, 0.3), 0.3),
         Problem("sign network (112)", _sign_network(6, 16, 64), _point(33, 112, 0.7), 0.3),
         Problem("grid path (144)", _grid_path(12), 1 + _point(24, 144, 0.3), 0.3),
     ]
