@@ -94,9 +94,13 @@ def executor(name: str, workers: int = WORKERS):
         finally:
             made.shutdown(wait=True, kill_workers=True)
     else:
+        import dask
         import distributed
 
+        # How long Dask looks for results on a worker that has died; 30 s by default.
+        patience = {"distributed.comm.timeouts.connect": "3s"}
         with (
+            dask.config.set(patience),
             distributed.LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,

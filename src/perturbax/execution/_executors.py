@@ -88,6 +88,10 @@ class Workers(Protocol):
         """How many attempts under way keep all workers busy; None for unknown."""
         ...
 
+    def ahead(self) -> int:
+        """How many windows to hand over at a time, for where results take a while to come back."""
+        ...
+
     def submit(self, attempt: Attempt) -> None:
         """Has the attempt made as soon as a worker is free."""
         ...
@@ -178,6 +182,10 @@ class ThisThread:
         """One."""
         return 1
 
+    def ahead(self) -> int:
+        """One."""
+        return 1
+
     def submit(self, attempt: Attempt) -> None:
         """Makes the attempt."""
         run(self._fun, attempt)
@@ -263,6 +271,10 @@ class Crew:
     def window(self) -> int | None:
         """Two for each thread: the next attempt waits in the queue."""
         return 2 * self._shared.count
+
+    def ahead(self) -> int:
+        """One."""
+        return 1
 
     def submit(self, attempt: Attempt) -> None:
         """Puts the attempt in the queue, and starts a thread if one may be missing."""
@@ -469,6 +481,9 @@ class _OnProcesses:
 
     def window(self) -> int | None:
         return self._pool.crew().window()
+
+    def ahead(self) -> int:
+        return self._pool.crew().ahead()
 
     def submit(self, attempt: Attempt) -> None:
         attempt.args = (*self._function(), pickle.dumps((attempt.args, attempt.kwargs), 5))
@@ -705,6 +720,8 @@ class Foreign:
     def __init__(self, executor: Any, fun: Callable[..., Any], timeout: float | None):
         """For calls of `fun`, which are left behind where they take longer than `timeout`."""
         self._given = executor
+        self._client = getattr(executor, "_client", None)  # of a Dask cluster
+        self._count, self._count_again = 1, 0.0
         self._places = [_Place(executor, ready=True)]
         self._lock = threading.Lock()
         self._call = functools.cache(functools.partial(_call_of, executor, fun, timeout))
@@ -713,11 +730,18 @@ class Foreign:
 
     def window(self) -> int | None:
         """Two for each worker, if the executor tells how many there are."""
-        client = getattr(self._given, "_client", None)
-        if client is not None:
-            return 2 * max(1, sum(client.nthreads().values()))
+        if self._client is not None:
+            # The cluster may grow and shrink. To ask takes as long as a few evaluations.
+            if time.monotonic() > self._count_again:
+                self._count = max(1, sum(self._client.nthreads().values()))
+                self._count_again = time.monotonic() + 1.0
+            return 2 * self._count
         workers = getattr(self._given, "_max_workers", None)
         return None if workers is None else 2 * workers
+
+    def ahead(self) -> int:
+        """Of a cluster several: it sends messages every ten milliseconds, both ways."""
+        return 1 if self._client is None else 8
 
     def submit(self, attempt: Attempt) -> None:
         """Submits the call; where workers died before, to an executor made anew."""
@@ -764,7 +788,7 @@ class Foreign:
 
     def deadline(self, attempt: Attempt, timeout: float) -> float | None:
         """Late: the worker itself looks at the clock, and says when it gave up."""
-        return attempt.submitted + 3 * timeout + _START
+        return attempt.submitted + (2 * self.ahead() + 1) * timeout + _START
 
     def withdraw(self, attempt: Attempt) -> bool:
         """Cancels the future."""
