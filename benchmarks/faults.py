@@ -87,8 +87,7 @@ def executor(name: str, workers: int = WORKERS):
     elif name == "loky":
         import loky
 
-        # Seconds that workers wait which nothing has reached when the program is killed.
-        made = loky.ProcessPoolExecutor(workers, timeout=10)
+        made = loky.ProcessPoolExecutor(workers)
         try:
             yield made
         finally:
@@ -207,7 +206,9 @@ def run_resume(name: str, evaluations: int, kills: int, seed: int = 0) -> dict[s
         while True:
             log.write_text("")
             done = count_results(journal)
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, text=True, start_new_session=True
+            ) as run:
                 assert run.stdout is not None
                 run.stdout.readline()
                 if killed < kills:
@@ -217,6 +218,9 @@ def run_resume(name: str, evaluations: int, kills: int, seed: int = 0) -> dict[s
                         run.wait(0.05 + rng.random() * 2 * left / (kills - killed + 1))
                     except subprocess.TimeoutExpired:
                         run.send_signal(signal.SIGKILL)
+                        run.wait()
+                        with contextlib.suppress(ProcessLookupError):  # loky's may wait for ever
+                            os.killpg(run.pid, signal.SIGKILL)
                         killed += 1
                 output = run.stdout.read()
             evaluated = [line for line in log.read_text().splitlines() if len(line) == 24]
