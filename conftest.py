@@ -3,7 +3,7 @@
 Most of the suite's time would go into compiling small programs. Two settings, made before JAX
 reads them, make that cheaper; neither changes a number beyond rounding:
 
-- XLA leaves out its costly optimisations. What runs for long asks for them again: `measure` of
+- XLA leaves out its costly optimisations. What runs for long asks for some again: `measure` of
   `tests/helpers.py` does. With ``FULL_OPTIMIZATION=1`` in the environment all is compiled as it is
   for users; `make test-all` sets it.
 - Compiled programs are kept in ``build/jax-cache``, for both workers, for the processes that tests
@@ -11,10 +11,13 @@ reads them, make that cheaper; neither changes a number beyond rounding:
   the flags and the processor: a change of the library asks for another entry. ``make clean``
   removes the folder.
 
+Python looks for garbage more rarely: it has little to find among all that tracing makes.
+
 A test of a product of cases that is marked ``covering`` runs, by default, at so many of them that
 each pair of values occurs, and one that is marked ``full`` does not run; ``--all`` runs all.
 """
 
+import gc
 import importlib.metadata
 import itertools
 import os
@@ -47,6 +50,7 @@ def prepare() -> None:
         environment["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    gc.set_threshold(20_000, 10, 20)
 
 
 prepare()

@@ -60,18 +60,19 @@ def estimates_of(layer, names):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_argmax_is_a_softmax(sampler):
-    """Value, Jacobian, second derivatives and the derivative in sigma, by every sampler."""
-    exact = cf.smooth_argmax_gumbel(SCORES, SIGMA).as_dict("value", "gradient", "dsigma", "hessian")
+    """Value, Jacobian and the derivative in sigma by every sampler, second derivatives by two."""
+    names = FIRST_ORDER if sampler in ("antithetic", "orthogonal") else (*FIRST_ORDER, "hessian")
+    exact = cf.smooth_argmax_gumbel(SCORES, SIGMA).as_dict(*names)
     estimates = estimates_of(lambda s: argmax(sigma=s, sampler=SAMPLERS[sampler]), tuple(exact))
     promise = {name: PROMISES[name] for name in exact}
-    assert_unbiased(estimates, exact, seed=11, num_keys=8192, args=(X, SIGMA), promise=promise)
+    assert_unbiased(estimates, exact, seed=11, num_keys=7168, args=(X, SIGMA), promise=promise)
 
 
 @pytest.mark.parametrize("law", LAWS)
 def test_argmax_and_ranks_under_other_noise(law):
     noise, exact_noise = LAWS[law]
     names = {"choice": FIRST_ORDER, "ranks": FIRST_ORDER}
-    if law != "laplace":
+    if law in ("normal", "logistic"):
         names["ranks"] = (*FIRST_ORDER, "hessian")
     solvers = {"choice": one_hot, "ranks": px.solvers.ranks}
     smooth = {"choice": cf.smooth_argmax, "ranks": cf.smooth_ranks}
@@ -89,7 +90,7 @@ def test_argmax_and_ranks_under_other_noise(law):
         for name, of_it in names.items()
     }
     promise = {name: {quantity: PROMISES[quantity] for quantity in exact[name]} for name in exact}
-    assert_unbiased(estimates, exact, seed=22, num_keys=8192, args=(X, SIGMA), promise=promise)
+    assert_unbiased(estimates, exact, seed=22, num_keys=5120, args=(X, SIGMA), promise=promise)
 
 
 def argmax_of(sigma, solver, noise):
@@ -117,7 +118,7 @@ def test_max_at_every_order(law):
         )
     estimates = estimates_of(lambda s: maximum(sigma=s, noise=noise), ALL_ORDERS)
     assert_unbiased(
-        estimates, exact.as_dict(), seed=13, num_keys=16384, args=(X, SIGMA), promise=MAX_PROMISES
+        estimates, exact.as_dict(), seed=13, num_keys=9216, args=(X, SIGMA), promise=MAX_PROMISES
     )
 
 
@@ -129,7 +130,7 @@ def test_max_by_every_sampler(sampler):
         lambda s: maximum(sigma=s, noise=px.Normal(), sampler=SAMPLERS[sampler], degree=0), names
     )
     promise = {name: PROMISES[name] for name in exact}
-    assert_unbiased(estimates, exact, seed=14, num_keys=8192, args=(X, SIGMA), promise=promise)
+    assert_unbiased(estimates, exact, seed=14, num_keys=5120, args=(X, SIGMA), promise=promise)
 
 
 def two_way(theta, sigma):
@@ -178,13 +179,13 @@ def test_multiplicative_perturbation():
     args = (jnp.asarray(theta, jnp.float32), sigma)
     exact = {"choice": choice, "best": best}
     promise = {name: {key: PROMISES[key] for key in exact[name]} for name in exact}
-    assert_unbiased(estimates, exact, seed=15, num_keys=8192, args=args, promise=promise)
+    assert_unbiased(estimates, exact, seed=15, num_keys=5120, args=args, promise=promise)
 
     def without_factor(key, x, sigma):
         return {"gradient": argmax(sigma=sigma, **options)(key, x)}
 
     mutant = {"gradient": best["gradient"]}
-    assert_biased(without_factor, mutant, seed=15, num_keys=8192, args=args)
+    assert_biased(without_factor, mutant, seed=15, num_keys=5120, args=args)
 
 
 def test_symmetrizing_what_is_no_gradient_is_noticed():
@@ -198,7 +199,7 @@ def test_symmetrizing_what_is_no_gradient_is_noticed():
     def jacobian(key, x, symmetrize):
         return jax.jacrev(argmax(no_argmax, symmetrize=symmetrize), argnums=1)(key, x)
 
-    settings = {"seed": 16, "num_keys": 8192, "args": (X,)}
+    settings = {"seed": 16, "num_keys": 1024, "args": (X,)}
     assert_unbiased(functools.partial(jacobian, symmetrize=False), exact, promise=0.05, **settings)
     assert_biased(functools.partial(jacobian, symmetrize=True), exact, **settings)
 
@@ -504,7 +505,9 @@ def test_solvers_with_side_effects():
         def value(x, sigma, shift):
             return maximum(solver, sigma=sigma, symmetrize=False, **options)(KEY, x, shift)
 
-        args = X, SIGMA, 0.5
+        return jax.jit(functools.partial(all_derivatives, value))(X, SIGMA, 0.5)
+
+    def all_derivatives(value, *args):
         return {
             "value": value(*args),
             "gradient": jax.grad(value, argnums=range(3))(*args),
@@ -517,7 +520,8 @@ def test_solvers_with_side_effects():
     def by_noise(loc, solver):
         return maximum(solver, noise=TheirNormal(loc), **options)(KEY, X)
 
-    assert_trees_close(jax.grad(by_noise)(0.1, solver), jax.grad(by_noise)(0.1, pure), atol=1e-5)
+    slope = jax.jit(jax.grad(by_noise), static_argnums=1)
+    assert_trees_close(slope(0.1, solver), slope(0.1, pure), atol=1e-5)
     jax.effects_barrier()
     assert seen
 
@@ -550,7 +554,7 @@ def test_multiplicative_perturbation_by_the_normal_noise_of_others():
     exact = {name: choice[name] for name in ("value", "gradient")}
     args = (jnp.asarray(theta, jnp.float32),)
     promise = {"value": 0.01, "gradient": 0.03}
-    assert_unbiased(estimates, exact, seed=17, num_keys=24576, args=args, promise=promise)
+    assert_unbiased(estimates, exact, seed=17, num_keys=20480, args=args, promise=promise)
 
 
 # --- Errors

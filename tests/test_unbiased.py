@@ -635,7 +635,7 @@ def test_single_samples_equal_the_formulas(make, noise_name):
     [
         ("Normal", True, 8, None),
         ("Gumbel", True, 64, 24),
-        ("Normal", True, 65, 16),
+        pytest.param("Normal", True, 65, 16, marks=pytest.mark.full),
         ("Gumbel", True, 1, None),
         ("Normal", False, 2, 1),
         ("Gumbel", False, 64, 5),
