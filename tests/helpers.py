@@ -71,8 +71,8 @@ def _options(**options: Any) -> dict[str, Any]:
 
 # How XLA compiles for users: for what measures programs.
 AS_FOR_USERS = _options(xla_backend_optimization_level=3, xla_cpu_use_fusion_emitters=True)
-# For what runs longer than it takes to compile. The statistical tests are done with it in two thirds
-# to three quarters of the time that they take with either of the others.
+# For what runs longer than it takes to compile: statistical tests take two thirds to three quarters
+# of the time that they take as for users, or without any.
 FOR_LONG_RUNS = _options(xla_backend_optimization_level=1)
 LONG = 2**14  # keys
 # Quantities of `derivatives`, up to an order.
