@@ -935,9 +935,11 @@ def of_nine_with_aux(y):
     ("fun", "dim", "num_samples", "settings", "most"),
     [
         (squares, 100_000, 1000, {}, 0.1),
-        (squares, 100_000, 1000, {"batch_size": 10}, 0.1),
+        pytest.param(squares, 100_000, 1000, {"batch_size": 10}, 0.1, marks=pytest.mark.full),
         (of_nine, 100_000, 1000, {}, 0.2),
-        (of_nine_with_aux, 100_000, 1000, {"has_aux": True}, 0.1),
+        pytest.param(
+            of_nine_with_aux, 100_000, 1000, {"has_aux": True}, 0.1, marks=pytest.mark.full
+        ),
         # A sixteenth of the samples is drawn as a whole, and aux adds a number to each sample.
         (squares, 100, 2**17, {"degree": 1}, 0.3),
         (of_nine_with_aux, 100, 2**17, {"degree": 1, "has_aux": True}, 0.45),
@@ -1143,9 +1145,9 @@ def test_aux_is_stacked_and_untouched():
 def test_strict_dtype_promotion():
     with jax.numpy_dtype_promotion("strict"):
         count = smooth(lambda y: jnp.sum(y > jnp.zeros_like(y), dtype=jnp.int32))
-        value, gradient = jax.value_and_grad(count, argnums=1)(KEY, X)
+        value, gradient = jax.eval_shape(jax.value_and_grad(count, argnums=1), KEY, X)
         x = (X, jnp.ones(2, jnp.float16), jnp.ones(2, jnp.bfloat16))
-        mixed = jax.grad(smooth(lambda tree: jnp.sum(tree[0])), argnums=1)(KEY, x)
+        mixed = jax.eval_shape(jax.grad(smooth(lambda tree: jnp.sum(tree[0])), argnums=1), KEY, x)
     assert value.dtype == gradient.dtype == jnp.float32
     assert [v.dtype for v in mixed] == [jnp.float32, jnp.float16, jnp.bfloat16]
 
@@ -1153,8 +1155,10 @@ def test_strict_dtype_promotion():
 def test_strict_rank_promotion():
     with jax.numpy_rank_promotion("raise"):
         x, sigma = jnp.ones((2, 3)), jnp.array([0.1, 0.2, 0.3])
-        hessian = jax.hessian(smooth(jnp.sum, sigma=sigma), argnums=1)(KEY, x)
-        in_sigma = jax.jacrev(lambda s: smooth(lambda y: y, sigma=s)(KEY, x))(sigma)
+        hessian = jax.hessian(smooth(jnp.sum, sigma=sigma), argnums=1)
+        hessian = jax.eval_shape(hessian, KEY, x)
+        in_sigma = jax.jacrev(lambda s: smooth(lambda y: y, sigma=s)(KEY, x))
+        in_sigma = jax.eval_shape(in_sigma, sigma)
     assert hessian.shape == (2, 3, 2, 3)
     assert in_sigma.shape == (2, 3, 3)
 

@@ -23,6 +23,13 @@ def steps(x):
     return jnp.sum(jnp.where(x > 0, 1.0, 0.0))
 
 
+def both(smooth, x):
+    """The estimate, and the value and the Jacobian of the function, by one program."""
+    derive = jax.jacrev(lambda x: 2 * (smooth(KEY, x),), has_aux=True)
+    found, (gradient, value) = jax.jit(lambda x: (px.estimate(smooth, KEY, x), derive(x)))(x)
+    return found, (value, gradient)
+
+
 SCALES = [0.3, [0.1, 0.2, 0.3], np.diag([0.1, 0.2, 0.3]) + 0.02]
 
 
@@ -35,8 +42,7 @@ def test_value_and_gradient_are_those_of_the_function(sampler, degree, sigma):
     smooth = px.make_perturbed_fun(
         relu, 98, jnp.array(sigma, jnp.float32), px.Normal(), sampler=sampler, degree=degree
     )
-    found = px.estimate(smooth, KEY, X)
-    value, gradient = jax.value_and_grad(smooth, argnums=1)(KEY, X)
+    found, (value, gradient) = both(smooth, X)
     np.testing.assert_allclose(found.value, value, rtol=1e-6)
     np.testing.assert_allclose(found.gradient, gradient, atol=1e-4, rtol=1e-4)
     assert found.value_error > 0
@@ -46,22 +52,27 @@ def test_value_and_gradient_are_those_of_the_function(sampler, degree, sigma):
 @pytest.mark.parametrize("options", [{"use_baseline": False}, {"batch_size": 10}, {}], ids=str)
 def test_other_options(options):
     smooth = px.make_perturbed_fun(relu, 100, 0.2, sampler=px.Sobol(4), **options)
-    found = jax.jit(lambda key, x: px.estimate(smooth, key, x))(KEY, X)
-    value, gradient = jax.value_and_grad(smooth, argnums=1)(KEY, X)
+    found, (value, gradient) = both(smooth, X)
     np.testing.assert_allclose(found.value, value, rtol=1e-5)
     np.testing.assert_allclose(found.gradient, gradient, rtol=1e-4, atol=1e-5)
 
 
-def coverage(noise, options, scale=1.0, num_keys=1_000):
-    """Shares of the 95 % intervals that hold the mean over all keys, in value and gradient."""
+@functools.cache
+def intervals(noise, **options):
+    """Of 95 %, at 1,000 keys, with the estimates."""
     smooth = px.make_perturbed_fun(steps, 200, 0.5, noise, **options)
 
     @jax.jit
-    def intervals(keys):
+    def run(keys):
         found = jax.vmap(lambda key: px.estimate(smooth, key, X))(keys)
         return found, found.interval()
 
-    found, ends = intervals(jax.random.split(KEY, num_keys))
+    return jax.tree.map(np.asarray, run(jax.random.split(KEY, 1_000)))
+
+
+def coverage(noise, options, scale=1.0):
+    """Shares of the intervals that hold the mean over all keys, in value and gradient."""
+    found, ends = intervals(noise, **options)
     shares = []
     for (low, high), middle in zip(ends, (found.value, found.gradient), strict=True):
         half = scale * (high - low) / 2
@@ -144,14 +155,13 @@ def test_a_masked_score_has_no_slope_and_no_error(options):
 
     x = jnp.array([0.1, -jnp.inf, 0.2, -0.1])
     smooth = px.make_perturbed_fun(fun, 400, 0.5, sampler=px.Independent(), **options)
-    found = px.estimate(smooth, KEY, x)
-    expected = jax.jacrev(smooth, argnums=1)(KEY, x)
+    found, (_, expected) = both(smooth, x)
     for name in ("cost", "choice"):
-        gradient, error = found.gradient[name], found.gradient_error[name]
+        gradient, error = np.asarray(found.gradient[name]), np.asarray(found.gradient_error[name])
         np.testing.assert_array_equal(gradient[..., 1], 0.0)
         np.testing.assert_array_equal(error[..., 1], 0.0)
         np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-4)
-    assert (found.gradient_error["cost"][np.array([0, 2, 3])] > 1e-3).all()
+    assert (np.asarray(found.gradient_error["cost"])[[0, 2, 3]] > 1e-3).all()
 
 
 def test_errors_of_nets_are_not_those_of_independent_samples():
@@ -213,7 +223,7 @@ def test_complex_values_have_real_errors():
 
     smooth, found = results(lambda x: {"z": factor * relu(x), "r": relu(x)})
     _, real = results(relu)
-    gradient = jax.jacfwd(smooth, argnums=1)(KEY, X)
+    gradient = jax.jit(jax.jacfwd(smooth, argnums=1))(KEY, X)
     for name, size in (("z", 5), ("r", 1)):
         assert found.gradient[name].dtype == found.value[name].dtype == gradient[name].dtype
         np.testing.assert_allclose(found.gradient[name], gradient[name], rtol=1e-4, atol=1e-4)
@@ -241,11 +251,16 @@ def test_complex_values_have_real_errors():
 )
 def test_levels_that_are_refused(level, error, text):
     with pytest.raises(error, match=text):
-        px.estimate(px.make_perturbed_fun(relu, 20), KEY, X).interval(level)
+        found_for_levels().interval(level)
+
+
+@functools.cache
+def found_for_levels():
+    return px.estimate(px.make_perturbed_fun(relu, 20), KEY, X)
 
 
 def test_levels():
-    found = px.estimate(px.make_perturbed_fun(relu, 20), KEY, X)
+    found = found_for_levels()
     with pytest.raises(TypeError, match="level must be static"):
         jax.jit(found.interval)(0.9)
     for level in (np.float32(0.5), jnp.float32(0.5), np.array(0.5)):
