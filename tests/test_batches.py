@@ -128,7 +128,13 @@ def test_the_hessian_of_a_batch_is_the_batch_of_hessians(name):
 
 @pytest.mark.parametrize(
     ("options", "size"),
-    [({}, 2), ({}, 5), ({}, 6), ({"degree": 0}, 5), ({"use_baseline": False}, 6)],
+    [
+        ({}, 2),
+        pytest.param({}, 5, marks=pytest.mark.full),
+        ({}, 6),
+        ({"degree": 0}, 5),
+        ({"use_baseline": False}, 6),
+    ],
 )
 def test_large_batches_are_gone_through_in_turn(options, size, monkeypatch):
     """In parts of the batch that fit into the cache, and where not even one does, in chunks."""
