@@ -568,6 +568,34 @@ os.kill(os.getpid(), signal.SIGKILL)
     subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, timeout=30, check=False)
 
 
+def test_a_cluster_is_not_asked_for_its_size_at_each_point():
+    """It takes as long as a few evaluations; and messages take their time, so many are sent."""
+    asked, sent, many = [], [], threading.Event()
+
+    class Client:
+        def nthreads(self):
+            asked.append(len(sent))
+            return {"one": 1}
+
+    class Cluster(concurrent.futures.ThreadPoolExecutor):
+        _client = Client()
+
+        def submit(self, *call):
+            sent.append(call)
+            if len(sent) == 16:
+                many.set()
+            return super().submit(*call)
+
+    def fun(x):
+        assert many.wait(10.0)
+        return x.sum()
+
+    with Cluster(1) as cluster:
+        h = px.host_function(fun, like=ONE, executor=cluster)
+        np.testing.assert_array_equal(jax.vmap(h)(jnp.ones((40, 3))), np.full(40, 3.0))
+    assert len(asked) < 3  # once a second
+
+
 def test_a_dask_cluster(tmp_path):
     before = threading.active_count()
     with (
