@@ -400,6 +400,44 @@ def test_forking_executors_are_refused():
             px.host_function(steps, executor=executor)
 
 
+def test_the_bar(monkeypatch):
+    """Of points, failures and retries, where a call takes more than a second."""
+    bars = []
+
+    class Bar:
+        def __init__(self, *, total, desc, **rest):
+            self.n, self.start_t, self.told, self.total, self.desc = 0, 0.0, [], total, desc
+            bars.append(self)
+
+        def set_postfix(self, **told):
+            self.told.append((told["failures"], told["retries"]))
+
+        def update(self, more):
+            self.n += more
+
+        def close(self):
+            self.total = f"{self.n} of {self.total}"
+
+    def fun(x):
+        if x[0] < 0:
+            raise ValueError
+        return x.sum()
+
+    monkeypatch.setattr("perturbax.execution._progress._tqdm", lambda: Bar)
+    h = px.host_function(fun, like=ONE, executor=2, on_failure=0.0, retries=1, progress=True)
+    jax.vmap(h)(jnp.ones((5, 3)))
+    assert not bars
+    monkeypatch.setattr("perturbax.execution._progress._PATIENCE", 0.0)
+    jax.vmap(h)(jnp.array([[1.0], [-1.0], [2.0]]))
+    [bar] = bars
+    assert (bar.desc, bar.total, bar.told[-1]) == ("fun", "3 of 3", (1, 1))
+    h.close()
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match=r"pip install 'perturbax\[progress\]'"):
+        px.host_function(fun, progress=True)
+
+
 # --- Faults
 
 
