@@ -15,6 +15,7 @@ Without --problem and --part, writes docs/_generated/carried.md and docs/_static
 
 import argparse
 import functools
+import itertools
 import json
 import math
 from typing import Any
@@ -89,7 +90,7 @@ def others() -> list[Problem]:
     ]
 
 
-def batched_error(weights: Any, key: Any) -> Any:
+def batched_error(weights: Any, key: Any = None) -> Any:
     """The 0/1 error on other data in each step."""
     centres = jnp.asarray(np.random.RandomState(6).normal(0.0, 1.0, (3, 14)), jnp.float32)
     which, other = jax.random.split(key)
@@ -107,7 +108,7 @@ def problems() -> list[Problem]:
 def smooth(problem: Problem, num_samples: int, **options: Any) -> Any:
     """The perturbed function of a point and of a key for its data, which most do not have."""
     fun: Any = problem.fun if problem.fun is batched_error else lambda x, _: problem.fun(x)
-    return px.make_perturbed_fun(fun, num_samples, problem.sigma, px.Normal(), **options)
+    return px.make_perturbed_fun(fun, num_samples, problem.sigma, **options)
 
 
 def variance(gradients: np.ndarray) -> tuple[float, float]:
@@ -117,10 +118,10 @@ def variance(gradients: np.ndarray) -> tuple[float, float]:
     return mean, squares.std() / max(mean, 1e-30) / math.sqrt(len(squares))
 
 
-def along(problem: Problem, num_samples: int, num_keys: int) -> list[list[float]]:
+def along(problem: Problem, num_samples: int, num_keys: int, noise: Any) -> list[list[float]]:
     """Variances of default and leave-one-out over the carried one, and the first's error."""
-    g = smooth(problem, num_samples)
-    alone = smooth(problem, num_samples, sampler=px.Independent(), degree=0)
+    g = smooth(problem, num_samples, noise=noise)
+    alone = smooth(problem, num_samples, noise=noise, sampler=px.Independent(), degree=0)
     carried = px.carry(g)
     adam = optax.adam(RATE * problem.sigma)
 
@@ -161,9 +162,9 @@ def along(problem: Problem, num_samples: int, num_keys: int) -> list[list[float]
 
 def curves(problem: Problem, num_samples: int, seeds: int) -> dict[str, np.ndarray]:
     """Loss after 0, 4, 8, ... steps, (rates, looks), of default and carried; means over seeds."""
-    g, x0 = smooth(problem, num_samples), jnp.asarray(problem.x)
+    g, x0 = smooth(problem, num_samples, noise=px.Normal()), jnp.asarray(problem.x)
     carried = px.carry(g)
-    judge = smooth(problem, JUDGES)
+    judge = smooth(problem, JUDGES, noise=px.Normal())
 
     def run(rate: Any, key: Any, learn: bool) -> Any:
         def step(now: Any, key: Any) -> Any:
@@ -248,52 +249,42 @@ def mean_of(values: list[float]) -> float:
 def report(cells: dict[str, Any], updates: list[list[float]]) -> str:
     """The tables."""
     rows, totals = [], []
-    for num_samples in sorted({cell["num_samples"] for cell in cells.values()}):
+    for about in sorted({(cell["samples"], cell["noise"]) for cell in cells.values()}):
         gains, plain, fewer, least = [], [], [], math.inf
         for cell in cells.values():
-            if cell["num_samples"] != num_samples:
+            if (cell["samples"], cell["noise"]) != about:
                 continue
-            row = [cell["problem"], str(num_samples)]
+            row = [cell["problem"], *map(str, about), *[""] * 5]
             ratios = np.array(cell["ratios"]).reshape(-1, 3)
             if len(ratios):
                 gains.append(mean_of(list(ratios[:, 0])))
                 plain.append(mean_of(list(ratios[:, 1])))
                 at = int(np.argmin(ratios[:, 0]))
                 least = min(least, ratios[at, 0])
-                row += [number(gains[-1]), number(plain[-1])]
-                row += [f"{ratios[at, 0]:.2f} ± {ratios[at, 2]:.2f}"]
-            else:
-                row += ["", "", ""]
+                row[3:6] = number(gains[-1]), number(plain[-1]), number(ratios[at, 0])
+                row[5] += f" ± {ratios[at, 2]:.2f}"
             if cell["curves"]:
                 default, ours = speedup({k: np.array(v) for k, v in cell["curves"].items()})
-                row += [f"{default * num_samples:,.0f}"]
-                row += ["never" if math.isinf(ours) else f"{ours * num_samples:,.0f}"]
-                if math.isfinite(ours) and ours > 0:
-                    fewer.append(default / ours)
-            else:
-                row += ["", ""]
+                row[6:] = [f"{default * about[0]:,.0f}", f"{ours * about[0]:,.0f}"]
+                if math.isinf(ours):  # counted as twice as many as were made
+                    row[7], ours = "never", 2 * STEPS
+                fewer.append(default / max(ours, 1))
             rows.append(row)
         capped = mean_of([min(v, CAP) for v in gains])
         totals.append(
             [
-                f"{num_samples} samples",
+                f"{about[0]} samples, {about[1]} noise",
+                str(len(gains)),
                 f"{mean_of(gains):.2f} ({capped:.2f})",
                 f"{mean_of(plain):.2f}",
                 f"{least:.2f}",
                 f"{mean_of(fewer):.2f}" if fewer else "",
             ]
         )
-    head = ["problem", "samples", "default / carried", "leave-one-out / carried", "least"]
-    text = table(
-        [
-            "geometric means",
-            f"default / carried (at most {CAP:g} each)",
-            "leave-one-out / carried",
-            "least",
-            "times fewer evaluations",
-        ],
-        totals,
-    )
+    ratio, over_plain = "default / carried", "leave-one-out / carried"
+    means = ["geometric means", "problems", f"{ratio} (at most {CAP:g} each)", over_plain, "least"]
+    text = table([*means, "times fewer evaluations"], totals)
+    head = ["problem", "samples", "noise", ratio, over_plain, "least"]
     text += "\n\n" + table([*head, "evaluations, default", "carried"], rows)
     if updates:
         times = [
@@ -306,7 +297,7 @@ def report(cells: dict[str, Any], updates: list[list[float]]) -> str:
 
 def draw(cells: dict[str, Any], num_samples: int) -> None:
     """Loss against evaluations of some problems, each side at the rate that gets there first."""
-    shown = [f"{name}, {num_samples}" for name in SHOWN if f"{name}, {num_samples}" in cells]
+    shown = [f"{name}, {num_samples}, Normal" for name in SHOWN]
     figure, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 2.8), squeeze=False)
     for panel, name in zip(axes[0], shown, strict=True):
         found = {k: np.array(v) for k, v in cells[name]["curves"].items()}
@@ -329,9 +320,10 @@ def draw(cells: dict[str, Any], num_samples: int) -> None:
 
 def main() -> None:
     """Prints the tables, and writes them as JSON; cells measured before are kept in a file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--samples", type=int, nargs="*", default=[16, 64])
     parser.add_argument("--problem", nargs="*", default=None)
+    parser.add_argument("--noise", nargs="*", default=["Normal", "Gumbel"])
     parser.add_argument("--part", choices=["variance", "evaluations", "updates", "report"])
     parser.add_argument("--keys", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=3)
@@ -340,26 +332,22 @@ def main() -> None:
     part, path = arguments.part, OUTPUT / "carried_cells.json"
     known = json.loads(path.read_text()) if part and path.exists() else {}
     cells = known.get("cells", {})
-    for num_samples in arguments.samples:
-        for problem in problems():
-            if part == "updates" or problem.name not in (arguments.problem or [problem.name]):
-                continue
-            fresh = {
-                "problem": problem.name,
-                "num_samples": num_samples,
-                "ratios": [],
-                "curves": {},
-            }
-            cell = cells.setdefault(f"{problem.name}, {num_samples}", fresh)
-            if part in (None, "variance"):
-                cell["ratios"] = along(problem, num_samples, arguments.keys)
-                print(problem.name, num_samples, np.round(cell["ratios"], 2).tolist(), flush=True)
-            if part in (None, "evaluations") and problem.x.size < 1000:
-                found = curves(problem, num_samples, arguments.seeds)
-                cell["curves"] = {k: v.tolist() for k, v in found.items()}
-                print(problem.name, num_samples, *speedup(found), flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**known, "cells": cells}))
+    noises: dict[str, Any] = {"Normal": px.Normal(), "Gumbel": px.Gumbel()}
+    todo = itertools.product(arguments.noise, arguments.samples, problems())
+    for noise, num_samples, problem in todo:
+        if part == "updates" or problem.name not in (arguments.problem or [problem.name]):
+            continue
+        cell = {"problem": problem.name, "samples": num_samples, "noise": noise, "curves": {}}
+        cell = cells.setdefault(f"{problem.name}, {num_samples}, {noise}", cell | {"ratios": []})
+        if part in (None, "variance"):
+            cell["ratios"] = along(problem, num_samples, arguments.keys, noises[noise])
+            print(problem.name, num_samples, np.round(cell["ratios"], 2).tolist(), flush=True)
+        if part in (None, "evaluations") and noise == "Normal" and problem.x.size < 1000:
+            found = curves(problem, num_samples, arguments.seeds)
+            cell["curves"] = {k: v.tolist() for k, v in found.items()}
+            print(problem.name, num_samples, *speedup(found), flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**known, "cells": cells}))
     updates = known.get("updates", [])
     if part in (None, "updates"):
         updates = update_times(arguments.seconds)

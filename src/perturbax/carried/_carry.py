@@ -42,7 +42,7 @@ class CarriedState(NamedTuple):
       counted: 1 for a finite value, 0 for any other and for places not yet taken, (M,).
       fit: the predictions made of them, one for each of R noise levels.
       error: running mean square of what each prediction left of the next step's values, in units
-        of their variance, (R,).
+        of the step's variances of values and (the least) of predictions, (R,).
       covariance: running covariance of prediction and values, in these units, (R,).
       variance: running variance of the prediction, in these units, (R,).
     """
@@ -271,9 +271,11 @@ def _learn(
 
     f = centred(values)
     q = centred(_regression.predict(state.fit, points, noise))
-    spread = jnp.sum(f**2) / total
-    told = (spread > 0) & _near(state.fit, centre, scale)
-    unit = total * jnp.where(told, spread, 1)
+    moved = jnp.sum(q**2, axis=1)
+    # Where no value differs from another, a prediction that says otherwise must lose its share.
+    unit = jnp.sum(f**2) + jnp.min(moved)
+    told = (unit > 0) & jnp.all(jnp.isfinite(moved)) & _near(state.fit, centre, scale)
+    unit = jnp.where(told, unit, 1)
     left = jnp.sum((f[None] - _shares(state)[:, None] * q) ** 2, axis=1) / unit
 
     def running(before: Array, now: Array) -> Array:
@@ -296,7 +298,7 @@ def _learn(
         fit=_regression.renew(state.fit, points, values, counted, new, centre, scale, noise),
         error=running(state.error, left),
         covariance=running(state.covariance, jnp.sum(f[None] * q, axis=1) / unit),
-        variance=running(state.variance, jnp.sum(q**2, axis=1) / unit),
+        variance=running(state.variance, moved / unit),
     )
 
 
