@@ -399,6 +399,19 @@ def test_a_plateau_tells_nothing():
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(state))
 
 
+def test_on_a_plateau_a_prediction_loses_its_share():
+    """It once kept it while values were all the same, and told of slopes where there were none."""
+    carried = px.carry(smoothed(lambda x, times: times * jnp.sum(x > 0.1)), memory=32)
+    step = jax.jit(carried.value_and_grad)
+    state, shares = carried.init(X), []
+    for times, keys in zip((1.0, 0.0), jax.random.split(jax.random.key(22), (2, 10)), strict=True):
+        for key in keys:
+            _, state = step(state, key, X, times)
+        shares.append(float(_carry._best(state)[1]))
+    assert shares[0] > 0.5
+    assert shares[1] < 0.2
+
+
 def test_far_from_the_origin_no_digits_are_lost():
     """Points are told from where x began, or steps of 1e-3 would be lost at 1e4 in float32."""
     near, far = jnp.zeros(2), jnp.full(2, 8192.0)
