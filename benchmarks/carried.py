@@ -5,8 +5,8 @@ step, the variance of the carried gradient at that point and state, over many ke
 that of the default and with that of independent samples less the mean of the others
 (leave-one-out), at the same number of samples. Geometric means over these steps; "least" is the
 least of them, with its standard error. Then the default and the carried gradients each drive a
-hundred steps for themselves, at several rates: evaluations to the loss that the default reaches at
-its best rate, each at the rate that takes it there first, by the mean over seeds.
+hundred steps for themselves, at several rates: evaluations until 95 % are done of what the loss
+falls by default at its best rate, each at the rate that does it first, by the mean over seeds.
 
     python benchmarks/carried.py [--samples N ...] [--problem NAME ...] [--part PART]
 
@@ -35,11 +35,11 @@ import matplotlib.pyplot as plt
 
 STEPS, BETWEEN = 100, 25
 # Adam's, in units of sigma.
-RATE, RATES = 0.03, (0.03, 0.1, 0.3, 1.0)
+RATE, RATES, SLOW = 0.03, (0.03, 0.1, 0.3, 1.0), 0.1
 # Steps between two looks at the loss, and samples for one.
 JUDGED, JUDGES = 4, 256
-CAP = 10.0
-SHOWN = ("ranking loss (10)", "sum of steps (20)", "0/1 error (42)", "ReLU sum (300)")
+CAP, WAY = 10.0, 0.95
+SHOWN = ("quantised quadratic (20)", "sum of steps (20)", "ReLU sum (300)", "0/1 error (640)")
 
 
 def others() -> list[Problem]:
@@ -205,12 +205,17 @@ def steps_to(curve: np.ndarray, target: float) -> float:
     return JUDGED * (k - 1 + (curve[k - 1] - target) / (curve[k - 1] - curve[k]))
 
 
+def target_of(found: dict[str, np.ndarray]) -> float:
+    """Most of the way to where the default is at last, at its best rate."""
+    start = found["default"][0, 0]
+    return start + WAY * (found["default"][:, -3:].mean(axis=1).min() - start)
+
+
 def speedup(found: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Steps to the default's last loss at its best rate, of default and carried."""
-    target = found["default"][:, -3:].mean(axis=1).min()
-    return tuple(  # type: ignore[return-value]
-        min(steps_to(curve, target) for curve in found[name]) for name in ("default", "carried")
-    )
+    """Steps of default and carried to the target."""
+    target = target_of(found)
+    default, carried = (min(steps_to(c, target) for c in found[k]) for k in ("default", "carried"))
+    return default, carried
 
 
 def update_times(seconds: float) -> list[list[float]]:
@@ -296,24 +301,26 @@ def report(cells: dict[str, Any], updates: list[list[float]]) -> str:
 
 
 def draw(cells: dict[str, Any], num_samples: int) -> None:
-    """Loss against evaluations of some problems, each side at the rate that gets there first."""
+    """Loss against evaluations of some problems: each side at its first rate and at a slow one."""
     shown = [f"{name}, {num_samples}, Normal" for name in SHOWN]
     figure, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 2.8), squeeze=False)
     for panel, name in zip(axes[0], shown, strict=True):
         found = {k: np.array(v) for k, v in cells[name]["curves"].items()}
-        target = found["default"][:, -3:].mean(axis=1).min()
-        for side, colour in (("default", "0.5"), ("carried", "#1f4e8c")):
+        target = target_of(found)
+        for side, colour in (("default", "0.55"), ("carried", "#1f4e8c")):
             first = min(found[side], key=lambda c: steps_to(c, target))
             at = JUDGED * num_samples * np.arange(len(first))
             panel.plot(at, first, color=colour, label=side, linewidth=1.6)
-        panel.axhline(target, color="0.8", linewidth=0.8, zorder=0)
+            slow = found[side][RATES.index(SLOW)]
+            panel.plot(at, slow, color=colour, linewidth=1.2, linestyle="--")
+        panel.axhline(target, color="0.85", linewidth=0.8, zorder=0)
         panel.set_title(cells[name]["problem"], fontsize=9)
         panel.set_xlabel("evaluations", fontsize=8)
         panel.tick_params(labelsize=7)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     axes[0][0].set_ylabel("smoothed loss", fontsize=8)
-    axes[0][-1].legend(frameon=False, fontsize=8)
+    axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "_static" / "carried.png", dpi=150)
 
@@ -335,7 +342,9 @@ def main() -> None:
     noises: dict[str, Any] = {"Normal": px.Normal(), "Gumbel": px.Gumbel()}
     todo = itertools.product(arguments.noise, arguments.samples, problems())
     for noise, num_samples, problem in todo:
-        if part == "updates" or problem.name not in (arguments.problem or [problem.name]):
+        if part in ("updates", "report") or problem.name not in (
+            arguments.problem or [problem.name]
+        ):
             continue
         cell = {"problem": problem.name, "samples": num_samples, "noise": noise, "curves": {}}
         cell = cells.setdefault(f"{problem.name}, {num_samples}, {noise}", cell | {"ratios": []})
