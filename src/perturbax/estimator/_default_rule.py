@@ -28,10 +28,13 @@ class Rule:
         it is worth.
       block_degree: most coordinates, and samples for each from which a fit of degree 1 pays with
         orthogonal directions, which tell it more.
-      halves: samples for each coordinate from which two blocks of orthogonal directions pay.
+      parts: samples for each coordinate from which blocks of orthogonal directions pay, of two
+        thirds of the samples, so that the other third makes a baseline for them.
       pairs: the same for whole blocks of directions with their opposites, and the most: with more,
         nets are better.
       block_coordinates: fewest and most for which blocks are taken.
+      block_groups: into how many groups blocks are put for fits, each of which takes time; with as
+        many as there are blocks the variance is hardly less.
       per_coordinate: samples for each coordinate from which nets pay.
       most_coordinates: of a net; beyond, nothing was measured.
       sobol_points: points that a Sobol net must have in 1, 2, ... coordinates to be chosen. With
@@ -48,9 +51,10 @@ class Rule:
     degrees: tuple[tuple[int, int, int], ...] = ((2, 6, 10), (1, 100, 3))
     fewest: int = 20
     block_degree: tuple[int, int] = (150, 3)
-    halves: int = 1
+    parts: int = 1
     pairs: tuple[int, int] = (2, 12)
-    block_coordinates: tuple[int, int] = (3, 300)
+    block_coordinates: tuple[int, int] = (3, 1000)
+    block_groups: int = 3
     per_coordinate: int = 4
     most_coordinates: int = 1000
     sobol_points: tuple[int, ...] = (1, 1, 24, 96, 96)
@@ -168,7 +172,8 @@ def choose(
         if sampler.group_size(num_samples, dim) >= num_samples:
             polynomial, why_degree = 0, "Degree 0, because a single group leaves nothing to fit on."
         else:
-            sampler = _for_fits(sampler, num_samples, dim)
+            few = given["sampler"] is None and num_nets <= RULE.nets
+            sampler = _for_fits(sampler, num_samples, dim, few)
     asked = " and ".join(name for name, value in given.items() if value is not None)
     sentences = why_sampler, why_degree, f"Asked for: {asked}." if asked else ""
     reason = " ".join(filter(None, sentences))
@@ -226,19 +231,19 @@ def _sampler(
 def _takes_blocks(num_samples: int, dim: int, noise: NoiseDistribution) -> bool:
     """Whether there are as many samples as for blocks, and the tails allow it."""
     fewest, most = RULE.block_coordinates
-    several = RULE.halves * dim <= num_samples <= RULE.pairs[1] * dim
+    several = RULE.parts * dim <= num_samples <= RULE.pairs[1] * dim
     return several and fewest <= dim <= most and _has_moments(noise)
 
 
 def _blocks(num_samples: int, dim: int, num_nets: int) -> tuple[Sampler, str]:
     """Blocks of orthogonal directions, with opposites if there are enough samples for a whole one.
 
-    Otherwise two, each of which has the other for a baseline. For standard errors there are more.
+    For standard errors there are more.
     """
     if num_samples < RULE.pairs[0] * dim:
-        why = f"there are {RULE.halves} to {RULE.pairs[0]} samples for each coordinate"
-        block = Orthogonal(-(-num_samples // num_nets))
-        return block, f"Orthogonal directions, because {why}."
+        why = f"there are {RULE.parts} to {RULE.pairs[0]} samples for each coordinate"
+        most = -(-num_samples // num_nets) if num_nets > RULE.nets else -(-2 * num_samples // 3)
+        return Orthogonal(min(most, dim)), f"Orthogonal directions, because {why}."
     most = num_samples // 2 // num_nets if num_nets > RULE.nets else dim
     pairs = Orthogonal(max(most, 1) if most < dim else None, antithetic=True)
     why = f"there are {RULE.pairs[0]} to {RULE.pairs[1]} samples for each coordinate"
@@ -294,8 +299,9 @@ def _most_degree(noise: NoiseDistribution) -> int:
     return 2 if math.isfinite(moment(4)) else int(math.isfinite(moment(3)))
 
 
-def _for_fits(sampler: Sampler, num_samples: int, dim: int) -> Sampler:
+def _for_fits(sampler: Sampler, num_samples: int, dim: int, few: bool) -> Sampler:
     """The sampler, in so few groups that one fit for each is not too much."""
+    most = RULE.block_groups if few and isinstance(sampler, Orthogonal) else RULE.most_groups
 
     def num_groups(sampler: Sampler) -> int:
         return -(-num_samples // sampler.group_size(num_samples, dim))
@@ -303,8 +309,8 @@ def _for_fits(sampler: Sampler, num_samples: int, dim: int) -> Sampler:
     in_groups = getattr(sampler, "in_groups", None)
     if in_groups is not None and num_groups(sampler) > RULE.free_groups:
         sampler = in_groups(num_samples, RULE.free_groups)
-    if num_groups(sampler) > RULE.most_groups:
-        sampler = Merged(sampler, -(-num_groups(sampler) // RULE.most_groups))
+    if num_groups(sampler) > most:
+        sampler = Merged(sampler, -(-num_groups(sampler) // most))
     return sampler
 
 

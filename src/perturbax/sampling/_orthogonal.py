@@ -13,12 +13,13 @@ from ..noise._inverse import from_normal
 from ..noise._protocol import NoiseDistribution
 from ..noise._quantiles import from_bits
 from ..noise._smooth import Normal
+from ..tracing._linear_algebra import matmul
 from . import _random_bits
 from ._protocol import MAX_GROUP
 
 # Coordinates of the smallest matrices at least: those of one share the angles of its rows.
 _LEAST_LEAF = 8
-# Operations that take as long as a step of a loop does by itself.
+# Operations of a product of matrices that take as long as a step of a loop does by itself.
 _STEP = 10_000
 # Up to so many degrees of freedom a squared length is a sum of squares; beyond, so many candidates
 # are enough, of which all but two in a thousand are accepted.
@@ -128,11 +129,11 @@ def _shape_of(rows: int, dim: int) -> tuple[int, int]:
     """Coordinates of the smallest matrices, and how often they are doubled; what takes least."""
 
     def operations(doublings: int) -> int:
-        if not doublings:
-            return 4 * rows**2 * dim + _STEP * rows
-        leaf = dim >> doublings
-        added = dim - (leaf << doublings)
-        return 4 * (leaf**3 << doublings) + 4 * added * rows * dim + _STEP * (leaf + added)
+        leaf = dim >> doublings if doublings else 0
+        added = dim - (leaf << doublings) if doublings else rows
+        # A row by row sum takes several times as long as as many operations of a product.
+        sums = (leaf**3 << doublings) + added**2 * rows
+        return 16 * sums + 2 * added * rows * dim + _STEP * (leaf + added)
 
     possible = [k for k in range(dim.bit_length()) if not k or dim >> k >= _LEAST_LEAF]
     best = min(possible, key=operations)
@@ -162,14 +163,22 @@ def _extended(base: Array, normal: Array) -> Array:
     # The reflection takes minus the sign times the unit vector to the uniform vector: so it is not
     # made of the difference of nearly equal numbers.
     vectors = (uniform + jnp.where(own, sign, 0)) / jnp.sqrt(1 + jnp.abs(last))
+    vectors = jnp.moveaxis(vectors, 0, 1)  # (count, added, n + added)
     units = jnp.moveaxis(jnp.where(own, -sign, 0), 0, 2)
     widened = jnp.pad(base, ((0, 0), (0, added), (0, 0)))
+    found = jnp.concatenate([widened, units], axis=2)
+    # One by one: found - v (v . found), for each v. Together: found - sum of v times its product
+    # with what the reflections before have left, by their products with each other.
+    parts = matmul(vectors, found)
+    before = jnp.where(np.tri(added, k=-1, dtype=bool)[None], matmul(vectors, vectors.mT), 0)
 
-    def reflect(i: Array, found: Array) -> Array:
-        vector = lax.dynamic_index_in_dim(vectors, i, 0, keepdims=False)[:, :, None]
-        return found - vector * jnp.sum(found * vector, axis=1, keepdims=True)
+    def reflect(i: Array, products: Array) -> Array:
+        of, one = (lax.dynamic_index_in_dim(v, i, 1, keepdims=False) for v in (before, parts))
+        one = one - jnp.sum(of[:, :, None] * products, axis=1)
+        return lax.dynamic_update_index_in_dim(products, one, i, 1)
 
-    return lax.fori_loop(0, added, reflect, jnp.concatenate([widened, units], axis=2))
+    products = lax.fori_loop(0, added, reflect, jnp.zeros_like(parts))
+    return found - matmul(vectors.mT, products)
 
 
 def _doubled(leaves: Array, uniform: Array, key: Array) -> Array:
