@@ -40,7 +40,7 @@ format: $(VENV)/.has-lint
 	@$(BIN)/python -m ruff format
 
 # Each claim in a process of its own; files without a program in them are shared by the others.
-bench: $(VENV)/.has-demo
+bench: $(VENV)/.has-rivals
 	@set -e; for claim in $$(grep -l '^if __name__ == "__main__"' benchmarks/*.py); do \
 	    echo "== $$claim"; $(BIN)/python $$claim; done
 

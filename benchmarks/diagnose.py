@@ -5,7 +5,9 @@ error of the gradient at the number of samples that it suggests is measured over
 compared with the 10 % that were asked for. Where a diagnosis says that its suggestion is a rough
 one, it is done again with as many samples as it says, once: as its reader would.
 
-    python benchmarks/diagnose.py [--keys KEYS]
+    python benchmarks/diagnose.py [--keys KEYS] [--only NAME]
+
+Without `--only`, writes docs/_generated/diagnose.md too, after each problem.
 """
 
 import argparse
@@ -27,6 +29,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import closed_forms as exact
 
 KEYS = 20
+PAGE = ROOT / "docs" / "_generated" / "diagnose.md"
 WANTED = 0.1
 # Keys for the true relative error: each tells a square of as many numbers as the gradient has.
 TRUTH_KEYS, MOST_NUMBERS = 400, 8_000
@@ -202,6 +205,17 @@ def true_error(problem, num_samples):
     return np.sqrt(found.mean()) / np.linalg.norm(problem.gradient)
 
 
+def page(rows, num_keys):
+    """A table of what was measured."""
+    head = ["problem", "noise", "pilot", "suggested", "again", "error there"]
+    head += ["at most 1.3 x", "within 1.3"]
+    good = sum(float(row[-2].split()[0]) >= 90 for row in rows)
+    return (
+        f"{table(head, rows)}\n\n*{num_keys} keys each, 10 % asked for. In nine diagnoses of ten, the "
+        f"error is at most 1.3 times that on {good} of {len(rows)} problems.*\n"
+    )
+
+
 def main(num_keys=KEYS, only=""):
     results, rows = [], []
     for problem in problems():
@@ -237,9 +251,9 @@ def main(num_keys=KEYS, only=""):
             }
         )
         print(" | ".join(row), flush=True)
-    head = ["problem", "noise", "pilot", "suggested", "again", "error there"]
-    head += ["at most 1.3 x", "within 1.3"]
-    print(f"\n{num_keys} keys each, 10 % asked for\n\n{table(head, rows)}")
+        if not only:
+            PAGE.write_text(page(rows, num_keys))
+    print(page(rows, num_keys))
     write("diagnose", f"{num_keys} keys split from 1", results)
 
 

@@ -27,7 +27,7 @@ _WEAK = 0.1
 _MOST_DOUBLINGS = 6
 # The function itself is evaluated, at the centre, for a share of the evaluations no larger than
 # one in as many.
-_SHARE_OF_CENTRES = 20
+_SHARE_OF_CENTRES = 40
 
 
 class Optimizer(Protocol):
@@ -161,7 +161,8 @@ def descent(
             lambda: objective.value(operands.function, fun_key, state.point),
             lambda: jnp.full((), jnp.nan, dtype),
         )
-        sigmas = jnp.stack([jnp.mean(jnp.asarray(s, dtype)) for s in jax.tree.leaves(scale)])
+        parts = [jnp.asarray(s, dtype) for s in jax.tree.leaves(scale)]
+        sigmas = jnp.stack([jnp.mean(part) for part in parts if part.size])
         told = Step(
             smoothed_value=mean,
             standard_error=error,

@@ -30,6 +30,8 @@ from ._schedules import ADAPTED, GIVEN
 from ._states import CALLED_OFF, EXHAUSTED, RUNNING, Operands, Run
 
 _MAX_EVALUATIONS = 2**31 - 1
+# Most samples a step of the surrogate's, unless more are asked for.
+_MOST_SAMPLES = 200
 # Longest block of steps, and how long one is to take, in seconds.
 _LONGEST_BLOCK = 1024
 _SECONDS_A_BLOCK = 1.0
@@ -276,7 +278,7 @@ def _in_blocks(
                 telling.tell(int(last.evaluations), float(last.best_value), float(last.sigma))
                 if keeping is not None:
                     keeping.save_now_and_then(setup, run, told)
-                if callback is not None and callback(_progress(problem, run, last)):
+                if callback is not None and _ends(callback(_progress(problem, run, last))):
                     run = run._replace(status=jnp.asarray(CALLED_OFF, jnp.int32))
     except KeyboardInterrupt:
         if keeping is not None:
@@ -290,6 +292,17 @@ def _in_blocks(
         empty = empty_history(setup.objective, 0)
         history = jax.tree.map(np.asarray, empty)
     return _result(problem, run, history, found)
+
+
+def _ends(answer: Any) -> bool:
+    """Whether a callback's answer ends the run."""
+    try:
+        return bool(answer)
+    except ValueError as error:
+        raise TypeError(
+            "callback must return whether the run is to end, as one truth value or None, got "
+            f"{type(answer).__name__} of shape {np.shape(answer)}"
+        ) from error
 
 
 def _progress(problem: Problem, run: Run, last: MinimizeHistory) -> MinimizeProgress:
@@ -390,7 +403,7 @@ def _num_samples(num_samples: Any, objective: Objective, optimizer: Optimizer | 
     if num_samples is not None:
         return _checks.check_count(num_samples, "num_samples", _MAX_EVALUATIONS)
     if optimizer is None:
-        return max(5, min(objective.dim // 2, max(20, objective.dim // 10)))
+        return max(5, min(objective.dim // 2, 20), min(objective.dim // 10, _MOST_SAMPLES))
     return min(256, max(16, 2 ** math.ceil(math.log2(2 * objective.dim))))
 
 

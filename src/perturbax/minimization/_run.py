@@ -111,8 +111,11 @@ def step(setup: Setup, operands: Operands, run: Run, budget: Array) -> tuple[Run
     improved = told.smoothed_value < run.reference - jnp.maximum(operands.tol, 0)
     patience = jnp.where(improved, 0, run.patience + 1)
     impatient = patience >= _PATIENCE
-    sizes = [jnp.max(jnp.abs(v)).astype(objective.dtype) for v in jax.tree.leaves(told.centre)]
-    finest = [float(jnp.finfo(d).eps) * v for d, v in zip(objective.dtypes, sizes, strict=True)]
+    finest = [
+        float(jnp.finfo(v.dtype).eps) * jnp.max(jnp.abs(v)).astype(objective.dtype)
+        for v in jax.tree.leaves(told.centre)
+        if v.size
+    ]
     lost = told.sigma <= jnp.min(jnp.stack(finest))
     left = jnp.where(run.noisy, budget[1], budget[0]) - made
     status = jnp.where(left < method.most_evaluations, EXHAUSTED, RUNNING)

@@ -139,7 +139,7 @@ def widest(objective: Objective, noise: NoiseDistribution, batch_size: int | Non
         # Where no sigma is good, the smallest; where none changes anything, the largest.
         first = jnp.where(good.any(), jnp.argmax(good), len(_MULTIPLES) - 1)
         first = jnp.where(jnp.isinf(halves).all(), 0, first)
-        flat = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), points)
+        flat = jax.tree.map(lambda v: v.reshape(v.shape[0] * v.shape[1], *v.shape[2:]), points)
         flat = jax.tree.map(lambda v, begin: jnp.concatenate([v, begin[None]]), flat, u)
         return multiples[first], flat, jnp.append(values.ravel(), start)
 
