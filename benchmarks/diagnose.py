@@ -211,8 +211,8 @@ def page(rows, num_keys):
     head += ["at most 1.3 x", "within 1.3"]
     good = sum(float(row[-2].split()[0]) >= 90 for row in rows)
     return (
-        f"{table(head, rows)}\n\n*{num_keys} keys each, 10 % asked for. In nine diagnoses of ten, the "
-        f"error is at most 1.3 times that on {good} of {len(rows)} problems.*\n"
+        f"{table(head, rows)}\n\n*{num_keys} keys each, 10 % asked for. In nine diagnoses of ten, "
+        f"the error is at most 1.3 times that on {good} of {len(rows)} problems.*\n"
     )
 
 

@@ -324,7 +324,16 @@ def sentences(rows):
     for row in rows:
         best = row.best_rival()
         theirs, ours = row.median(best), row.median(OURS)
-        if theirs < ours:
+        if not row.solved():
+            times = {m: sum(map(math.isfinite, found)) for m, found in row.reached.items()}
+            best = max(row.rivals(), key=lambda m: times[m])
+            if times[best] > times[OURS]:
+                lines.append(
+                    f"- Use **{best}** for problems like *{row.label}*: {times[best]} of "
+                    f"{len(row.reached[best])} runs get there, of `px.minimize`'s {times[OURS]} "
+                    f"of {len(row.reached[OURS])}."
+                )
+        elif theirs < ours:
             instead = f"{ours:,.0f}" if math.isfinite(ours) else "more than it was given"
             lines.append(
                 f"- Use **{best}** for problems like *{row.label}*: {theirs:,.0f} evaluations, "
