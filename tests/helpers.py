@@ -74,7 +74,7 @@ AS_FOR_USERS = _options(xla_backend_optimization_level=3, xla_cpu_use_fusion_emi
 # For what runs longer than it takes to compile: statistical tests take two thirds to three quarters
 # of the time that they take as for users, or without any.
 FOR_LONG_RUNS = _options(xla_backend_optimization_level=1)
-LONG = 2**11  # keys
+LONG = 2**13  # keys
 # Quantities of `derivatives`, up to an order.
 FIRST_ORDER = ("value", "gradient", "dsigma")
 SECOND_ORDER = (*FIRST_ORDER, "hessian", "mixed", "dsigma2")

@@ -71,7 +71,7 @@ def check_every_sampler_and_degree():
     assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def check_bits_on_any_number_of_devices():
+def check_bits_on_one_device_and_on_eight():
     """As XLA compiles for users; it rounds in other ways where it is asked for less."""
 
     def failing(y):
@@ -85,8 +85,7 @@ def check_bits_on_any_number_of_devices():
         yield compiled(functools.partial(errors, where, **nets))(X)
 
     expected = list(bits(mesh(1)))
-    for count in (2, 8):
-        assert_trees_close(list(bits(mesh(count))), expected)
+    assert_trees_close(list(bits(mesh(8))), expected)
     assert_trees_close(next(bits(None)), expected[0], rtol=1e-4, atol=1e-5)
 
 
@@ -95,9 +94,12 @@ def check_second_derivatives():
         expected = jax.jit(jax.hessian(smooth(None, **settings), argnums=1))(KEY, X)
         actual = jax.jit(jax.hessian(smooth(where, **settings), argnums=1))(KEY, X)
         assert_trees_close(actual, expected, rtol=1e-4, atol=1e-4)
-    mixed = jax.jacrev(jax.grad(smooth(mesh(2), **INDEPENDENT), argnums=1), argnums=2)
-    expected = jax.jacrev(jax.grad(smooth(None, **INDEPENDENT), argnums=1), argnums=2)
-    assert_trees_close(mixed(KEY, X, 1.5), expected(KEY, X, 1.5), rtol=1e-4, atol=1e-5)
+
+    def mixed(where):
+        derive = jax.jacrev(jax.grad(smooth(where, **INDEPENDENT), argnums=1), argnums=2)
+        return jax.jit(derive)(KEY, X, 1.5)
+
+    assert_trees_close(mixed(mesh(2)), mixed(None), rtol=1e-4, atol=1e-5)
 
 
 def check_vmap_scan_and_eager_calls():
@@ -112,7 +114,8 @@ def check_vmap_scan_and_eager_calls():
 
     def run(where):
         gradient = jax.grad(smooth(where, **INDEPENDENT), argnums=1)
-        return jax.vmap(gradient)(keys, points), steps(gradient), gradient(KEY, X)
+        mapped, scanned = jax.jit(lambda: (jax.vmap(gradient)(keys, points), steps(gradient)))()
+        return mapped, scanned, gradient(KEY, X)
 
     assert_trees_close(run(mesh(2)), run(None), rtol=1e-4, atol=1e-5)
 
@@ -124,7 +127,8 @@ def check_layers():
         loss = px.make_fenchel_young_loss(
             px.solvers.one_hot_argmax, num_samples=50, sigma=0.5, mesh=where
         )
-        return layer(KEY, X), value, jax.grad(loss, argnums=1)(KEY, X, jnp.array([1.0, 0.0, 0.0]))
+        slope = jax.jit(jax.grad(loss, argnums=1))(KEY, X, jnp.array([1.0, 0.0, 0.0]))
+        return layer(KEY, X), value, slope
 
     assert_trees_close(run(mesh(2)), run(None), rtol=1e-4, atol=1e-5)
 
@@ -172,7 +176,7 @@ def check_meshes_that_are_set_and_explicit_axes():
         where = jax.make_mesh((2, 2), ("a", "b"), axis_types=(axis_type, axis_type))
         gradient = jax.value_and_grad(g(where), argnums=1)
         placed = jax.device_put(X, NamedSharding(where, P()))
-        found = [gradient(KEY, X), gradient(KEY, placed), jax.jit(gradient)(KEY, placed)]
+        found = [gradient(KEY, placed), jax.jit(gradient)(KEY, placed)]
         in_shardings = NamedSharding(where, P())
         found.append(jax.jit(gradient, in_shardings=(in_shardings, in_shardings))(KEY, X))
         if hasattr(jax, "set_mesh"):  # since jax 0.7
