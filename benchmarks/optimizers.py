@@ -297,7 +297,7 @@ class Row:
             return ""
         median, found = self.median(method), self.reached[method]
         if not math.isfinite(median):
-            return f"{sum(map(math.isfinite, found))} of {len(found)}"
+            return f"{sum(map(math.isfinite, found))}/{len(found)}"
         best = all(median <= self.median(other) for other in self.reached)
         return f"**{median:,.0f}**" if best else f"{median:,.0f}"
 
