@@ -156,9 +156,10 @@ def test_nothing_left_is_nan_and_told(jit):
 
 def test_intervals_count_the_groups_that_are_left():
     """Of six samples four are missing: two groups have one degree of freedom."""
-    seen = jnp.sort(smooth(lambda y: (y[0], y[0]), 6, has_aux=True, degree=0)(KEY, X)[1])
+    independent = {"sampler": px.Independent(), "degree": 0}
+    seen = jnp.sort(smooth(lambda y: (y[0], y[0]), 6, has_aux=True, **independent)(KEY, X)[1])
     fun = lambda y: jnp.where(y[0] > (seen[1] + seen[2]) / 2, jnp.nan, y[1])  # noqa: E731
-    found = px.estimate(smooth(fun, 6, degree=0), KEY, X)
+    found = px.estimate(smooth(fun, 6, **independent), KEY, X)
     assert (found.missing, found.empty_groups, found.degrees_of_freedom) == (4, 4, 5)
     low, high = jax.jit(lambda found: found.interval(0.9))(found).value
     np.testing.assert_allclose((high - low) / 2 / found.value_error, 6.3138, rtol=1e-4)

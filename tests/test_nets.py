@@ -171,14 +171,14 @@ def test_all_columns_of_an_array_add_up_to_zero():
     np.testing.assert_array_equal(product, np.broadcast_to(product[:, :1], product.shape))
 
 
-@pytest.mark.parametrize(("dim", "most"), [(5, 1.2), (10, 2.2)])
+@pytest.mark.parametrize(("dim", "most"), [(5, 1.2), (10, 2.3)])
 def test_products_of_signs_are_about_as_precise_as_by_leave_one_out(dim, most):
     """By default; with Sobol nets some of these gradients have more than twice the variance.
 
     Of 5 coordinates with arrays, of 10 with opposites, which double that of an odd function.
     """
     sets = [list(s) for s in itertools.combinations(range(dim), 3)]
-    keys, size = jax.random.split(jax.random.key(6), 400), 64
+    keys, size = jax.random.split(jax.random.key(6), 1000), 64
 
     def products(y):
         signs = jnp.sign(y)

@@ -136,9 +136,8 @@ def widest(objective: Objective, noise: NoiseDistribution, batch_size: int | Non
         start = objective.value(operands.function, fun_key, u)
         good = halves <= jnp.where(jnp.isfinite(start), start, jnp.inf)
         good = good & jnp.isfinite(halves)
-        # Where no sigma is good, the smallest; where none changes anything, the largest.
-        first = jnp.where(good.any(), jnp.argmax(good), len(_MULTIPLES) - 1)
-        first = jnp.where(jnp.isinf(halves).all(), 0, first)
+        # Where no sigma is good, the best; where none changes anything, the largest.
+        first = jnp.where(good.any(), jnp.argmax(good), jnp.argmin(halves))
         flat = jax.tree.map(lambda v: v.reshape(v.shape[0] * v.shape[1], *v.shape[2:]), points)
         flat = jax.tree.map(lambda v, begin: jnp.concatenate([v, begin[None]]), flat, u)
         return multiples[first], flat, jnp.append(values.ravel(), start)
