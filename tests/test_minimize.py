@@ -420,7 +420,7 @@ print(run.num_evaluations, *np.asarray(run.x).view(np.uint32), run.history.evalu
 def test_a_run_ended_by_kill_goes_on_and_ends_in_the_same_bits(tmp_path):
     kept = tmp_path / "run"
     command = [sys.executable, "-c", KILLED]
-    whole = subprocess.run([*command, ""], capture_output=True, text=True, check=True)
+    whole = subprocess.Popen([*command, ""], stdout=subprocess.PIPE, text=True)
     killed = subprocess.Popen([*command, str(kept)])
     while not kept.exists():
         assert killed.poll() is None
@@ -431,7 +431,8 @@ def test_a_run_ended_by_kill_goes_on_and_ends_in_the_same_bits(tmp_path):
     begun = kept.stat().st_size
     assert begun
     rest = subprocess.run([*command, str(kept)], capture_output=True, text=True, check=True)
-    assert rest.stdout == whole.stdout
+    assert rest.stdout == whole.communicate()[0]
+    assert whole.returncode == 0
 
 
 def test_an_interrupt_keeps_the_run(tmp_path):
