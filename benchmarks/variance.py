@@ -217,7 +217,7 @@ def draw(suites, path):
             rows += len({r["problem"] for r in cells})
             axis.axhline(rows, color="black", linewidth=0.8, linestyle=":")
         axis.set_xscale("log")
-        axis.set_xlim(0.7, SHOWN * 1.5)
+        axis.set_xlim(0.4, SHOWN * 1.5)
         axis.set_title(derivative)
         axis.set_xlabel("variance × time, optax.perturbations / perturbax")
         axis.grid(axis="x", alpha=0.3)

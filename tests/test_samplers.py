@@ -454,7 +454,7 @@ def test_more_coordinates_than_samples_determine_stay_finite():
         (299, 100, px.Gumbel(), (PAIRS, 0)),
         (300, 100, px.StudentT(3), (PAIRS, 0)),
         (300, 100, px.StudentT(2), (px.Independent(), 0)),
-        (1800, 151, px.Normal(), (PAIRS, 0)),
+        (1200, 101, px.Normal(), (PAIRS, 0)),
         (200, 100, px.Gumbel(), (PAIRS, 0)),
         (199, 100, px.Gumbel(), (px.Orthogonal(100), 0)),
         (100, 100, px.Gumbel(), (px.Orthogonal(67), 0)),

@@ -50,7 +50,7 @@ class Rule:
 
     degrees: tuple[tuple[int, int, int], ...] = ((2, 6, 10), (1, 100, 3))
     fewest: int = 20
-    block_degree: tuple[int, int] = (150, 3)
+    block_degree: tuple[int, int] = (100, 3)
     parts: int = 1
     pairs: tuple[int, int] = (2, 12)
     block_coordinates: tuple[int, int] = (3, 1000)
