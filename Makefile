@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: help demo test test-all check format bench docs clean always
 
 help:
-	@echo "make demo     see it work: a minute, a figure"
+	@echo "make demo     see it work: half a minute, a figure"
 	@echo "make test     run the tests; choose with TESTS='tests/test_patch.py -k runner'"
 	@echo "make test-all run them on whole products of cases, compiled as for users; half an hour"
 	@echo "make check    lint, formatting, types"

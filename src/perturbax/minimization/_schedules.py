@@ -70,16 +70,20 @@ def sweep(objective: Objective, noise: NoiseDistribution, batch_size: int | None
                 degree=0,
                 has_aux=True,
             )
-            values = drawn(draw_key, u)[1]
-            values = jnp.sort(jnp.where(jnp.isfinite(values), values, jnp.inf))
-            moved = values[-1] > values[0]
-            return jnp.where(moved, jnp.mean(values[: _SAMPLES // 2]), jnp.inf)
+            return _mean_of_better_half(drawn(draw_key, u)[1])
 
         found = lax.map(better_half, (keys, multiples))
         # Where no sigma changes anything, the largest looks furthest.
         return multiples[jnp.argmin(found)]
 
     return Sweep(choose, _SAMPLES * len(_MULTIPLES))
+
+
+def _mean_of_better_half(values: Array) -> Array:
+    """Of values that failed as infinite ones; infinite where all are the same, as on a plateau."""
+    ordered = jnp.sort(jnp.where(jnp.isfinite(values), values, jnp.inf))
+    moved = ordered[-1] > ordered[0]
+    return jnp.where(moved, jnp.mean(ordered[: len(ordered) // 2]), jnp.inf)
 
 
 # Samples at each multiple of which the widest is chosen.
@@ -128,9 +132,7 @@ def widest(objective: Objective, noise: NoiseDistribution, batch_size: int | Non
                 has_aux=True,
             )
             points, values = drawn(key, u)[1]
-            ordered = jnp.sort(jnp.where(jnp.isfinite(values), values, jnp.inf))
-            moved = ordered[-1] > ordered[0]
-            return jnp.where(moved, jnp.mean(ordered[: _FEW // 2]), jnp.inf), (points, values)
+            return _mean_of_better_half(values), (points, values)
 
         halves, (points, values) = lax.map(look, (jnp.stack(keys), multiples))
         start = objective.value(operands.function, fun_key, u)
