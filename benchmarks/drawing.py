@@ -1,8 +1,9 @@
 """Claim: nets cost no more for each number than the noise of `jax.random` does.
 
-Drawing Gumbel noise, jitted, and nothing else: orthogonal arrays, Sobol nets, pairs of opposite
-samples, independent samples by the same generator, and `jax.random.gumbel`, which
-`optax.perturbations` uses. Where few numbers are drawn, the overhead of the call dominates.
+Drawing Gumbel noise, jitted, and nothing else: orthogonal directions with their opposites,
+orthogonal arrays, Sobol nets, pairs of opposite samples, independent samples by the same generator,
+and `jax.random.gumbel`, which `optax.perturbations` uses. Where few numbers are drawn, the overhead
+of the call dominates.
 
     python benchmarks/drawing.py
 """
@@ -24,6 +25,8 @@ CASES = [
     (1_000, 3),
     (1_000, 10),
     (1_000, 100),
+    (84, 42),
+    (288, 144),
     (1_000, 250),
     (20_000, 3),
     (20_001, 10),
@@ -35,6 +38,7 @@ SAMPLERS = {
     "pairs": px.Antithetic(),
     "Sobol": px.Sobol(),
     "arrays": px.OrthogonalArray(),
+    "directions": px.Orthogonal(antithetic=True),
 }
 
 
@@ -65,12 +69,13 @@ def main(cases=CASES, seconds=3.0):
         each = {
             name: 1e6 * timing.milliseconds(name) / (num_samples * dim) for name in timing.names
         }
-        ratio = timing.ratio("arrays", "independent")
+        ratios = {name: timing.ratio(name, "independent") for name in ("arrays", "directions")}
         case = f"{num_samples:,} x {dim:,}"
-        rows.append([case, *(f"{v:.3g}" for v in each.values()), spread(ratio)])
-        results.append({"case": case, "nanoseconds": each, "arrays_over_independent": ratio})
+        rows.append([case, *(f"{v:.3g}" for v in each.values()), *map(spread, ratios.values())])
+        results.append({"case": case, "nanoseconds": each, "over_independent": ratios})
     print("Drawing Gumbel noise: nanoseconds for each number")
-    print(table(["N x D", *(*SAMPLERS, "jax.random"), "arrays / independent"], rows))
+    heads = (f"{name} / independent" for name in ("arrays", "directions"))
+    print(table(["N x D", *SAMPLERS, "jax.random", *heads], rows))
     write("drawing", f"keys 0 to {MOST - 1}, one a turn", results)
 
 

@@ -149,7 +149,6 @@ def test_no_product_of_signs_is_in_line_with_arrays():
     """Of one or two coordinates none is missed at all, of more none much more than by chance.
 
     Three digits of the 16 columns cancel with a probability of 2 / 9 / 14, not 1 / 64.
-    Some products of four signs are the same at all points of a Sobol net.
     """
     ours = misses(_nets.scrambled_array, 10, 64, 8192)
     for number, found in ours.items():
@@ -159,8 +158,23 @@ def test_no_product_of_signs_is_in_line_with_arrays():
             assert np.mean(found) < 1.2
             assert np.max(found) < 1.6
     np.testing.assert_allclose(np.mean(ours[3]), 64 * 2 / 9 / 14, atol=0.06)
-    theirs = misses(_nets.scrambled_sobol, 10, 64, 16)
-    assert np.max(theirs[4]) == 64
+
+
+def test_coordinates_of_sobol_nets_change_places(monkeypatch):
+    """Some products of four signs are the same at all points of a net: others at every key.
+
+    So that each is missed about as often as it is on average over all of them.
+    """
+    dealt = misses(_nets.scrambled_sobol, 10, 64, 2048)
+    monkeypatch.setattr(_nets, "_MOST_DEALT", 0)
+    # Another function, lest the trace of the first be taken.
+    fixed = misses(lambda *args: _nets.scrambled_sobol(*args), 10, 64, 16)
+    assert np.max(fixed[4]) == 64
+    for number, found in dealt.items():
+        mean = np.mean(fixed[number])
+        # A net misses a product altogether or not at all.
+        error = np.sqrt(64 * mean / 2048)
+        assert np.max(np.abs(found - mean)) <= 6 * error
 
 
 def test_all_columns_of_an_array_add_up_to_zero():
@@ -171,14 +185,14 @@ def test_all_columns_of_an_array_add_up_to_zero():
     np.testing.assert_array_equal(product, np.broadcast_to(product[:, :1], product.shape))
 
 
-@pytest.mark.parametrize(("dim", "most"), [(5, 1.2), (10, 2.3)])
-def test_products_of_signs_are_about_as_precise_as_by_leave_one_out(dim, most):
-    """By default; with Sobol nets some of these gradients have more than twice the variance.
+@pytest.mark.parametrize(("dim", "size", "most"), [(5, 64, 1.2), (10, 64, 2.3), (10, 500, 2.0)])
+def test_products_of_signs_are_about_as_precise_as_by_leave_one_out(dim, size, most):
+    """By default: with arrays; with opposites, which double the variance of odd functions; by nets.
 
-    Of 5 coordinates with arrays, of 10 with opposites, which double that of an odd function.
+    Of the nets' 120 products each has the same variance, 1.5 times that of independent samples.
     """
     sets = [list(s) for s in itertools.combinations(range(dim), 3)]
-    keys, size = jax.random.split(jax.random.key(6), 1000), 64
+    keys = jax.random.split(jax.random.key(6), 1000)
 
     def products(y):
         signs = jnp.sign(y)
@@ -191,7 +205,6 @@ def test_products_of_signs_are_about_as_precise_as_by_leave_one_out(dim, most):
 
     alone = variance(sampler=px.Independent(), degree=0)
     assert np.max(variance() / alone) < most
-    assert dim < 7 or np.max(variance(sampler=px.Sobol()) / alone) > 2
 
 
 def test_nets_have_as_many_coordinates_as_those_of_scipy():

@@ -77,7 +77,7 @@ def from_words(noise: Any, bits: Array) -> Array:
 
 def from_normal(noise: Any, z: Array) -> Array:
     """The draws that standard normal numbers stand for, increasing in them."""
-    if hasattr(noise, "from_normal"):  # of normal noise
+    if hasattr(noise, "from_normal"):  # where there is a shorter way
         return noise.from_normal(z)
     tail, upper = _quantiles.from_normal(z)
     if hasattr(noise, "from_tail"):

@@ -113,6 +113,35 @@ def gumbel(tail: Array, upper: Array) -> Array:
     return -jnp.log(jnp.where(u < 1, -jnp.log(u) * (tail / away), tail))
 
 
+# -log(-log Phi(s)) and -log(-log Phi(-s)) for s >= 0, as quotients of two polynomials in s: errors
+# 3e-7 of the former, 5e-8 of the latter, whose exponential is minus the score, up to s = 14.
+_GUMBEL_UPPER = (
+    (
+        0.000979959096, 0.00303981407, 0.0150646125, 0.0406956877, 0.159037667, 0.223108774,
+        1.14479502, 0.366512817,
+    ),
+    (0.00195996058, 0.00599525668, 0.0131451655, 0.108530177, -0.0172390278, 1.0),
+)  # fmt: skip
+_GUMBEL_LOWER = (
+    (
+        -4.93651737e-06, -0.00312636715, -0.0784570862, -0.403934281, -0.940671269, 0.366512874,
+    ),
+    (0.000345198332, 0.0153280102, 0.146451633, 0.574144552, 1.0),
+)  # fmt: skip
+
+
+def gumbel_from_normal(z: Array) -> Array:
+    """-log(-log Phi(z)), in a fifth of the time that a distribution function and its inverse take."""
+    if z.dtype == jnp.float64:
+        return gumbel(*from_normal(z))
+    s, upper = jnp.abs(z), z > 0
+    above, below = (
+        jnp.where(upper, _polynomial(up, s), _polynomial(low, s))
+        for up, low in zip(_GUMBEL_UPPER, _GUMBEL_LOWER, strict=True)
+    )
+    return above / below
+
+
 # tan(pi v) / v as a polynomial in v**2 for v <= 1/4; largest relative error 4e-8.
 _TANGENT = (
     27601.328, 831.407503, 736.179606, 160.978166, 40.826214, 10.3353135, 3.14159278,

@@ -64,6 +64,10 @@ class Gumbel:
         """The draw whose probability is `tail` from 0 or, where `upper`, from 1."""
         return _quantiles.gumbel(tail, upper)
 
+    def from_normal(self, z: ArrayLike) -> Array:
+        """The draw that standard normal numbers stand for, increasing in them."""
+        return _quantiles.gumbel_from_normal(at_least_single(z))
+
 
 def _gumbel_cumulant(k: int) -> float:
     return float(np.euler_gamma) if k == 1 else math.factorial(k - 1) * zeta(k)
