@@ -104,7 +104,7 @@ class Widest(NamedTuple):
 
 
 def widest(objective: Objective, noise: NoiseDistribution, batch_size: int | None) -> Widest:
-    """A choice of the largest sigma whose better half of samples is no worse than the start.
+    """A choice of the largest sigma one of whose samples is no worse than the start.
 
     What is fitted to samples may be wrong about small features, so it begins wide: from there it
     gets to a small sigma in a few steps, and the other way only if what it sees is clear.
@@ -132,14 +132,16 @@ def widest(objective: Objective, noise: NoiseDistribution, batch_size: int | Non
                 has_aux=True,
             )
             points, values = drawn(key, u)[1]
-            return _mean_of_better_half(values), (points, values)
+            ordered = jnp.sort(jnp.where(jnp.isfinite(values), values, jnp.inf))
+            lowest = jnp.where(ordered[-1] > ordered[0], ordered[0], jnp.inf)
+            return lowest, (points, values)
 
-        halves, (points, values) = lax.map(look, (jnp.stack(keys), multiples))
+        lowest, (points, values) = lax.map(look, (jnp.stack(keys), multiples))
         start = objective.value(operands.function, fun_key, u)
-        good = halves <= jnp.where(jnp.isfinite(start), start, jnp.inf)
-        good = good & jnp.isfinite(halves)
+        good = lowest <= jnp.where(jnp.isfinite(start), start, jnp.inf)
+        good = good & jnp.isfinite(lowest)
         # Where no sigma is good, the best; where none changes anything, the largest.
-        first = jnp.where(good.any(), jnp.argmax(good), jnp.argmin(halves))
+        first = jnp.where(good.any(), jnp.argmax(good), jnp.argmin(lowest))
         flat = jax.tree.map(lambda v: v.reshape(v.shape[0] * v.shape[1], *v.shape[2:]), points)
         flat = jax.tree.map(lambda v, begin: jnp.concatenate([v, begin[None]]), flat, u)
         return multiples[first], flat, jnp.append(values.ravel(), start)

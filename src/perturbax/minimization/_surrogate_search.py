@@ -18,9 +18,10 @@ from ._schedules import ADAPTED, Sigma, given_sigma, widest
 from ._states import Method, Operands, Step
 
 # Logarithms, base 10, of what the ridge and the prior variance of the quadratic part are chosen
-# from, relative to the linear part's. Single precision cannot factorise with smaller ridges.
-_RIDGES = (-12, 4)
-_RIDGES_SINGLE = (-5, 4)
+# from, relative to the linear part's. Single precision cannot factorise with smaller ridges; under
+# larger ones, steps would be too short to find out that the function is not noise alone.
+_RIDGES = (-12, 0)
+_RIDGES_SINGLE = (-5, 0)
 _QUADRATICS = (-3, 3)
 # A prior variance that leaves the constant free.
 _CONSTANT = 10.0
@@ -33,12 +34,18 @@ _RADIUS = 2.0
 _REACH_DOWN, _REACH_UP, _LEAST_REACH = 0.7, 1.3, 0.05
 # By how much a step may lengthen or shorten the noise along one direction.
 _STRETCH = 1.5
-# Share of the variance between samples that the surrogate explains: below it, sigma does not follow
-# the surrogate. At half, a function of plateaus is followed down between its steps.
+# Share of the variance between samples that the surrogate explains: below it, sigma follows the
+# surrogate with caution. At half, a function of plateaus is followed down between its steps.
 _EXPLAINED = 0.7
 _SHRINK, _GROW = 0.2, 2.0
-# Of sigma below that share: after a step for the better, one for the worse, and on a plateau.
-_BETTER, _WORSE, _FLAT = 1.1, 0.95, 1.25
+# Below that share: the length of a step that leaves sigma as it is, and by how much, times the
+# share, another changes it.
+_MODERATE, _CAUTION = 0.4, 0.3
+# What is not explained pulls sigma towards the problem's scale: the power of their ratio, and the
+# most of a step.
+_PULL, _MOST_PULL = 0.1, 1.15
+# Of sigma on a plateau.
+_FLAT = 1.25
 
 
 class Search(NamedTuple):
@@ -98,7 +105,9 @@ def fit(
 
     The prior of its coefficients is normal, with a curvature that is one number times the identity,
     plus a symmetric matrix whose entries are as likely positive as negative. Ridge and prior
-    variance move in turn to the neighbour under which the values are most likely. Under normal
+    variance move in turn to the neighbour that predicts left-out values best, which is what counts
+    where the function is no quadratic. In many coordinates there are too few samples to predict one
+    from the others, and it is the neighbour under which the values are most likely. Under normal
     noise the coefficients of a least-squares fit are those of Stein's identity: the smoothed
     function's own gradient and Hessian.
 
@@ -126,8 +135,16 @@ def fit(
     trust = 1 / (jnp.maximum(squares / dim, 1) * (1 + above) ** 2) ** 2
     bounds = _RIDGES if values.dtype == np.float64 else _RIDGES_SINGLE
     both = known[:, None] & known[None, :]
+    counted = jnp.where(known, trust, 0)
 
-    def likelihood(ridge: Array, quadratic: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    def inverse_of(root: Array) -> Array:
+        return solve_triangular(root, jnp.eye(len(values), dtype=z.dtype), lower=True)
+
+    def left_out(inverse: Array, white: Array) -> Array:
+        """Each value against the fit to all others."""
+        return jnp.where(known, inverse.T @ white, 0) / jnp.sum(inverse**2, 0)
+
+    def quality(ridge: Array, quadratic: Array) -> tuple[Array, tuple[Array, Array, Array]]:
         prior = 10.0 ** quadratic.astype(z.dtype)
         kernel = _CONSTANT + gram / dim
         kernel = kernel + prior * (gram**2 / (2 * dim**2) + 3 * jnp.outer(spread, spread))
@@ -136,22 +153,25 @@ def fit(
         root = jnp.linalg.cholesky(matrix)
         white = solve_triangular(root, residual, lower=True)
         variance = white @ white / num
-        log_det = jnp.sum(jnp.log(jnp.diagonal(root)))
-        tiny = jnp.finfo(values.dtype).tiny
-        likely = -0.5 * num * jnp.log(variance + tiny) - log_det
-        return jnp.where(jnp.isfinite(likely), likely, -jnp.inf), (root, white, variance)
+        if dim <= _MOST_METRIC:
+            good = -(counted @ left_out(inverse_of(root), white) ** 2)
+        else:
+            log_det = jnp.sum(jnp.log(jnp.diagonal(root)))
+            tiny = jnp.finfo(values.dtype).tiny
+            good = -0.5 * num * jnp.log(variance + tiny) - log_det
+        return jnp.where(jnp.isfinite(good), good, -jnp.inf), (root, white, variance)
 
     moves = jnp.array([0, 1, -1], jnp.int32)
     turn = (count % 2).astype(jnp.int32)
     ridges = jnp.clip(ridge + (1 - turn) * moves, *bounds)
     quadratics = jnp.clip(quadratic + turn * moves, *_QUADRATICS)
-    likely, found = jax.vmap(likelihood)(ridges, quadratics)
-    best = jnp.argmax(likely)
+    good, found = jax.vmap(quality)(ridges, quadratics)
+    best = jnp.argmax(good)
     root, white, variance = jax.tree.map(lambda v: v[best], found)
-    failed = ~jnp.isfinite(likely[best])
+    failed = ~jnp.isfinite(good[best])
     prior = 10.0 ** quadratics[best].astype(z.dtype)
 
-    inverse = solve_triangular(root, jnp.eye(len(values), dtype=z.dtype), lower=True)
+    inverse = inverse_of(root)
     weights = inverse.T @ white
     weights = jnp.where(known, weights, 0)
     isotropic = prior * 3 * (spread @ weights) * math.sqrt(2 / dim)
@@ -159,12 +179,10 @@ def fit(
     at_centre = jnp.where(known, _CONSTANT - prior * 3 * spread * math.sqrt(dim / 2), 0)
     left = inverse @ at_centre
     error = jnp.sqrt(jnp.maximum(_CONSTANT + prior * 3 * dim / 2 - left @ left, 0) * variance)
-    # Each value against the fit to all others.
-    others = weights / jnp.sum(inverse**2, 0)
-    trust = jnp.where(known, trust, 0)
-    mean = trust @ residual / trust.sum()
-    total = trust @ (residual - mean) ** 2
-    explained = 1 - trust @ others**2 / jnp.where(total > 0, total, 1)
+    mean = counted @ residual / counted.sum()
+    total = counted @ (residual - mean) ** 2
+    missed = counted @ left_out(inverse, white) ** 2
+    explained = 1 - missed / jnp.where(total > 0, total, 1)
     explained = jnp.where((total > 0) & ~failed, explained, 0)
     return Fit(
         value=jnp.where(known.any(), middle + unit * (at_centre @ weights), jnp.nan),
@@ -396,7 +414,11 @@ def surrogate_search(
         floor = jnp.maximum(_SHRINK, 1 - (explained - _EXPLAINED) / (1 - _EXPLAINED))
         wanted = jnp.where(limited & (reach >= 1), jnp.maximum(length, 1.5), length)
         factor = jnp.where(worse, 1, jnp.clip(wanted, jnp.minimum(floor, 1), _GROW))
-        unclear = jnp.where(worse, _WORSE / back, _BETTER)
+        most = 1 / (1 - _CAUTION * explained)
+        home = jnp.exp(jnp.mean(jnp.log(flat(operands.scale))))
+        pull = (home / state.sigma) ** (_PULL * (1 - explained))
+        unclear = jnp.clip(length / _MODERATE, 1 / most, most)
+        unclear = unclear * jnp.clip(pull, 1 / _MOST_PULL, _MOST_PULL) / jnp.where(worse, back, 1)
         factor = jnp.where(explained < _EXPLAINED, unclear, factor)
         flat_here = 2 * jnp.sum(new_values == jnp.median(new_values)) > batch
         factor = jnp.where(flat_here, _FLAT, factor)
