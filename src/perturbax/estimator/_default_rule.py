@@ -28,8 +28,8 @@ class Rule:
         it is worth.
       block_degree: most coordinates, and samples for each from which a fit of degree 1 pays with
         orthogonal directions, which tell it more. In more coordinates they leave little to fit.
-      parts: samples for each coordinate from which a block of orthogonal directions pays, if there
-        are `fewest` or one for each; of all samples but their root, which make a baseline for it.
+      parts: samples for each coordinate from which a block of orthogonal directions pays, of all
+        samples but twice their root, or a third, which make a baseline for it.
       pairs: the same for whole blocks of directions with their opposites, and the most: with more,
         nets are better.
       block_coordinates: fewest and most for which blocks are taken.
@@ -51,7 +51,7 @@ class Rule:
     degrees: tuple[tuple[int, int, int], ...] = ((2, 6, 10), (1, 100, 3))
     fewest: int = 20
     block_degree: tuple[int, int] = (50, 3)
-    parts: float = 0.5
+    parts: int = 1
     pairs: tuple[int, int] = (2, 12)
     block_coordinates: tuple[int, int] = (3, 1000)
     block_groups: int = 3
@@ -104,10 +104,10 @@ def choose_sampler(
 ) -> Choice:
     """Tells which sampler and degree `make_perturbed_fun` chooses, and why.
 
-    From half as many evaluations as coordinates orthogonal directions pay, from two for each with
-    opposites, from a dozen nets, and polynomials while there are several for each coefficient (the
-    guide to samplers has the table). With fewer nothing beats independent samples, each against the
-    mean of the others.
+    From one evaluation for each coordinate orthogonal directions pay, from two with opposites, from
+    a dozen nets, and polynomials while there are several for each coefficient (the guide to
+    samplers has the table). With fewer evaluations than coordinates nothing beats independent
+    samples, each against the mean of the others.
 
     Args:
       num_samples: as in `make_perturbed_fun`.
@@ -132,7 +132,7 @@ def choose_sampler(
       >>> choice = px.choose_sampler(1000, dim=3, noise=px.Normal())
       >>> choice.sampler, choice.degree, choice.num_groups
       (Sobol(num_groups=2), 2, 2)
-      >>> print(px.choose_sampler(100, dim=400))
+      >>> print(px.choose_sampler(100, dim=200))
       Independent(block=1), 100 groups of 1 sample, degree 0. Independent samples, because ...
     """
     num_samples = _checks.check_count(num_samples, "num_samples")
@@ -231,8 +231,7 @@ def _sampler(
 def _takes_blocks(num_samples: int, dim: int, noise: NoiseDistribution) -> bool:
     """Whether there are as many samples as for blocks, and the tails allow it."""
     fewest, most = RULE.block_coordinates
-    few = max(RULE.parts * dim, min(RULE.fewest, dim))
-    several = few <= num_samples <= RULE.pairs[1] * dim
+    several = RULE.parts * dim <= num_samples <= RULE.pairs[1] * dim
     return several and fewest <= dim <= most and _has_moments(noise)
 
 
@@ -243,7 +242,7 @@ def _blocks(num_samples: int, dim: int, num_nets: int) -> tuple[Sampler, str]:
     """
     if num_samples < RULE.pairs[0] * dim:
         why = f"there are {RULE.parts} to {RULE.pairs[0]} samples for each coordinate"
-        others = math.isqrt(num_samples)
+        others = min(2 * math.isqrt(num_samples), num_samples // 3)
         most = -(-num_samples // num_nets) if num_nets > RULE.nets else num_samples - others
         return Orthogonal(min(most, dim)), f"Orthogonal directions, because {why}."
     most = num_samples // 2 // num_nets if num_nets > RULE.nets else dim

@@ -25,6 +25,8 @@ _CHUNK_ACCELERATOR = 2**26
 # A sample of the noise that several passes read is drawn again in each of them if there are several
 # chunks; chunks this many times as large cost less.
 _PASSES = 2
+# Slightly more than a chunk is one, which saves what is left a compilation of its own.
+_AT_ONCE = 1.5
 # With fewer values of other groups than this, the value at x is worth another evaluation.
 _FEW = 32
 # With more leaves than that, those of x that have few numbers are read by index: as fast, for few.
@@ -140,6 +142,8 @@ class Plan:
             # Evaluations on the host keep its workers busy, whatever the noise takes.
             points = max((host.points_at_a_time() for host in self.fun.hosts), default=1)
             most = max(budget // self.width, points) // self.group_size
+            if self.num_samples * self.width <= _AT_ONCE * budget:
+                most = self.num_groups
         else:
             most = self.batch_size // self.group_size
         most = min(max(most, 1), self.num_groups)
