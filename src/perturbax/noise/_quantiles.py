@@ -131,7 +131,7 @@ _GUMBEL_LOWER = (
 
 
 def gumbel_from_normal(z: Array) -> Array:
-    """-log(-log Phi(z)), in a fifth of the time that a distribution function and its inverse take."""
+    """-log(-log Phi(z)), in a fifth of the time that the two functions one by one take."""
     if z.dtype == jnp.float64:
         return gumbel(*from_normal(z))
     s, upper = jnp.abs(z), z > 0

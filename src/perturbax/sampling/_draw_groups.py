@@ -58,15 +58,14 @@ def _draw(
     dim: int,
     dtype: np.dtype,
 ) -> Array:
-    groups = getattr(sampler, "sample_groups", None) or partial(_sample_groups, sampler)
-    block = partial(groups, key, first, count, noise, group_size, dim, dtype)
+    block = partial(sample_groups, sampler, key, first, count, noise, group_size, dim, dtype)
     return materialise(block, (count * group_size, dim), dtype, key)
 
 
 _draw_traced_once = jax.jit(_draw, static_argnums=(0, 1, 4, 5, 6, 7))
 
 
-def _sample_groups(
+def sample_groups(
     sampler: Sampler,
     key: Array,
     first: Array,
@@ -76,7 +75,10 @@ def _sample_groups(
     dim: int,
     dtype: np.dtype,
 ) -> Array:
-    """What a sampler that has no `sample_groups` is taken to have."""
+    """What a sampler's `sample_groups` draws, or, if it has none, its `sample_group` one by one."""
+    together = getattr(sampler, "sample_groups", None)
+    if together is not None:
+        return together(key, first, count, noise, group_size, dim, dtype)
 
     def one(key: Array) -> Array:
         return sample_group(

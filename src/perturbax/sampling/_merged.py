@@ -3,11 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from ..noise._protocol import NoiseDistribution
-from ._draw_groups import sample_group
+from ._draw_groups import sample_groups
 from ._protocol import Sampler
 
 
@@ -31,9 +32,20 @@ class Merged:
         self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
-        size = group_size // self.count
+        words = jax.random.key_data(key)
+        return self.sample_groups(words, np.uint32(0), 1, noise, group_size, dim, dtype)
 
-        def part(key: Array) -> Array:
-            return sample_group(self.sampler, key, noise, size, dim, dtype)
-
-        return jax.vmap(part)(jax.random.split(key, self.count)).reshape(group_size, dim)
+    def sample_groups(
+        self,
+        key: Array,
+        first: Array | np.uint32,
+        count: int,
+        noise: NoiseDistribution,
+        group_size: int,
+        dim: int,
+        dtype: np.dtype,
+    ) -> Array:
+        """Noise of several groups, shape (count * group_size, dim)."""
+        each, size = self.count, group_size // self.count
+        first = jnp.asarray(first * np.uint32(each))
+        return sample_groups(self.sampler, key, first, count * each, noise, size, dim, dtype)

@@ -16,6 +16,7 @@ from ..noise._smooth import Normal
 from ..tracing._linear_algebra import matmul
 from . import _random_bits
 from ._protocol import MAX_GROUP
+from ._random_bits import group_keys
 
 # Coordinates of the smallest matrices at least: those of one share the angles of its rows.
 _LEAST_LEAF = 8
@@ -68,17 +69,40 @@ class Orthogonal:
         self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
+        return self._noise(jax.random.key_data(key)[None], noise, group_size, dim, dtype)[0]
+
+    def sample_groups(
+        self,
+        key: Array,
+        first: Array,
+        count: int,
+        noise: NoiseDistribution,
+        group_size: int,
+        dim: int,
+        dtype: np.dtype,
+    ) -> Array:
+        """Noise of several groups, shape (count * group_size, dim).
+
+        All at once, for what vmap makes of it takes twice as long to compile.
+        """
+        z = self._noise(group_keys(key, first, count), noise, group_size, dim, dtype)
+        return z.reshape(count * group_size, dim)
+
+    def _noise(
+        self, keys: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
+    ) -> Array:
+        """Noise of a group for each of the keys (count, 2): (count, group_size, dim)."""
         if dim == 0:
-            return jnp.zeros((group_size, 0), dtype)
+            return jnp.zeros((len(keys), group_size, 0), dtype)
         rows = -(-group_size // 2) if self.antithetic else group_size
-        z = gaussian_directions(jax.random.key_data(key), rows, dim, dtype)
+        z = gaussian_directions(keys, rows, dim, dtype)
         if self.antithetic:
-            z = jnp.concatenate([z, -z])[:group_size]
+            z = jnp.concatenate([z, -z], axis=1)[:, :group_size]
         return from_normal(noise, z)
 
 
-def gaussian_directions(key: Array, rows: int, dim: int, dtype: np.dtype) -> Array:
-    """Orthogonal vectors (rows, dim), each of which is standard normal.
+def gaussian_directions(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Array:
+    """Orthogonal vectors (rows, dim), each of which is standard normal, for each key (count, 2).
 
     Their directions are made of small random matrices by two steps that keep each row uniformly
     distributed:
@@ -93,6 +117,7 @@ def gaussian_directions(key: Array, rows: int, dim: int, dtype: np.dtype) -> Arr
 
     After doubling, coordinates are dealt at random, for those of one small matrix share angles.
     """
+    count, key = len(keys), keys[0]
     leaf, doublings = _shape_of(rows, dim)
     size = leaf << doublings if doublings else dim - rows
     added, number = dim - size, 2**doublings
@@ -101,26 +126,39 @@ def gaussian_directions(key: Array, rows: int, dim: int, dtype: np.dtype) -> Arr
     normals = [added * dim, lengths * rows] + [number * leaf**2] * (doublings > 0)
     uniforms = [lengths * rows] * (lengths < dim) + [doublings * size] * (doublings > 0)
     sizes = np.cumsum([*normals, *uniforms, dim * (doublings > 0)])
-    bits = _random_bits.grid(key, 1, sizes[-1], dtype)[0]
+    bits = _words(keys, int(sizes[-1]), dtype)
     few, many = sizes[len(normals) - 1], sizes[len(normals) + len(uniforms) - 1]
-    normal = _kept(lambda: Normal().from_bits(bits[:few]), (few,), dtype, key)
-    uniform = 2 * from_bits(bits[few:many])[0]
-    steps = normal[: sizes[0]].reshape(added, 1, dim)
-    radii = _chi(normal[sizes[0] : sizes[1]].reshape(lengths, rows), uniform, dim)
+    normal = _kept(lambda: Normal().from_bits(bits[:, :few]), (count, few), dtype, key)
+    uniform = 2 * from_bits(bits[:, few:many])[0]
+    steps = normal[:, : sizes[0]].reshape(count, added, dim)
+    radii = _chi(normal[:, sizes[0] : sizes[1]].reshape(count, lengths, rows), uniform, dim)
     if not doublings:
-        found = _extended(jnp.zeros((1, size, 0), dtype), steps)[0]
-        return found.T * radii[:, None]
-    angles = uniform[uniform.size - doublings * size :].reshape(2, doublings, size // 2)
-    leaves = normal[sizes[1] :].reshape(leaf, number, leaf)
-    base = _doubled(_extended(jnp.zeros((number, 0, 0), dtype), leaves), angles, key)
-    found = _extended(base[None, :, :rows], steps)[0, :, :rows]
+        found = _extended(jnp.zeros((count, size, 0), dtype), steps)
+        return found.mT * radii[..., None]
+    angles = uniform[:, uniform.shape[1] - doublings * size :]
+    angles = angles.reshape(count, 2, doublings, size // 2)
+    leaves = normal[:, sizes[1] :].reshape(count * number, leaf, leaf)
+    leaves = _extended(jnp.zeros((count * number, 0, 0), dtype), leaves)
+    base = _doubled(leaves.reshape(count, number, leaf, leaf), angles, key)
+    found = _extended(base[:, :, :rows], steps)[:, :, :rows]
     # By ranks, for sorting compiles slowly.
-    words = bits[None, many:]
-    order = jnp.sum(words < words.T, axis=1, dtype=jnp.int32)
-    return (found * radii[None])[order].T
+    words = bits[:, None, many:]
+    order = jnp.sum(words < words.mT, axis=2, dtype=jnp.int32)
+    return jnp.take_along_axis(found * radii[:, None], order[..., None], axis=1).mT
 
 
-def _kept(block: Any, shape: tuple[int, ...], dtype: np.dtype, key: Array) -> Array:
+def _words(keys: Array, number: int, dtype: np.dtype) -> Array:
+    """So many uniform words for each of the keys, (count, number)."""
+
+    def drawn() -> Array:
+        row, column = jnp.zeros((1, 1), jnp.uint32), lax.iota(jnp.uint32, number)[None]
+        return _random_bits.words((keys[:, :1], keys[:, 1:]), row, column, dtype)
+
+    kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
+    return _kept(drawn, (len(keys), number), kind, keys[0])
+
+
+def _kept(block: Any, shape: tuple[int, ...], dtype: Any, key: Array) -> Array:
     """What would be computed anew for each of its uses."""
     return _random_bits.materialise(block, shape, dtype, key)
 
@@ -144,27 +182,26 @@ def _extended(base: Array, normal: Array) -> Array:
     """Orthogonal unit vectors, the columns of `base` (count, n, rows), in more coordinates.
 
     And one more vector for each coordinate, by a reflection for each, of which random numbers
-    `normal` (added, count, n + added) tell the directions: (count, n + added, rows + added). With
+    `normal` (count, added, n + added) tell the directions: (count, n + added, rows + added). With
     a base without columns, uniform among all orthogonal vectors.
 
     References:
       Stewart, The Efficient Generation of Random Orthogonal Matrices with an Application to
       Condition Estimators, 1980, doi:10.1137/0717034
     """
-    added, start = normal.shape[0], base.shape[1]
+    added, start = normal.shape[1], base.shape[1]
     if not added:
         return base
     coordinate, place = np.arange(start + added), np.arange(start, start + added)[:, None]
-    own = (coordinate == place)[:, None]
-    normal = jnp.where((coordinate <= place)[:, None], normal, 0)
+    own = (coordinate == place)[None]
+    normal = jnp.where((coordinate <= place)[None], normal, 0)
     uniform = normal / jnp.sqrt(jnp.sum(normal**2, axis=2, keepdims=True))
     last = jnp.sum(jnp.where(own, uniform, 0), axis=2, keepdims=True)
     sign = jnp.where(last < 0, -1, 1).astype(base.dtype)
     # The reflection takes minus the sign times the unit vector to the uniform vector: so it is not
     # made of the difference of nearly equal numbers.
     vectors = (uniform + jnp.where(own, sign, 0)) / jnp.sqrt(1 + jnp.abs(last))
-    vectors = jnp.moveaxis(vectors, 0, 1)  # (count, added, n + added)
-    units = jnp.moveaxis(jnp.where(own, -sign, 0), 0, 2)
+    units = jnp.where(own, -sign, 0).mT
     widened = jnp.pad(base, ((0, 0), (0, added), (0, 0)))
     found = jnp.concatenate([widened, units], axis=2)
     # One by one: found - v (v . found), for each v. Together: found - sum of v times its product
@@ -184,56 +221,61 @@ def _extended(base: Array, normal: Array) -> Array:
 def _doubled(leaves: Array, uniform: Array, key: Array) -> Array:
     """Orthogonal unit vectors as columns, as many as coordinates, each uniformly distributed.
 
-    Made of those in `leaves` (2**k, n, n), by numbers `uniform` (2, k, 2**k n / 2) for the angles.
+    Made of those in `leaves` (count, 2**k, n, n), by numbers `uniform` (count, 2, k, 2**k n / 2)
+    for the angles: (count, 2**k n, 2**k n).
     """
-    number, leaf, _ = leaves.shape
-    doublings, half, dtype = uniform.shape[1], uniform.shape[2], leaves.dtype
+    count, number, leaf, _ = leaves.shape
+    doublings, half, dtype = uniform.shape[2], uniform.shape[3], leaves.dtype
 
     def angles() -> Array:
         # Twice a squared cosine, less one, has the distribution of a coordinate of a uniform vector
         # of one coordinate more than a half has: of two, radius and angle are known.
         halves = leaf * 2 ** np.arange(doublings - 1, -1, -1)[:, None]
-        radius = jnp.sqrt(-jnp.expm1((2 / (halves - 1)).astype(dtype) * jnp.log(uniform[0])))
-        shift = radius * jnp.cos(np.pi * uniform[1]).astype(dtype)
+        power = (2 / (halves - 1)).astype(dtype)[None]
+        radius = jnp.sqrt(-jnp.expm1(power * jnp.log(uniform[:, 0])))
+        shift = radius * jnp.cos(np.pi * uniform[:, 1]).astype(dtype)
         return jnp.sqrt((1 + jnp.stack([shift, -shift])) / 2)
 
-    cosine, sine = _kept(angles, (2, doublings, half), dtype, key)
+    cosine, sine = _kept(angles, (2, count, doublings, half), dtype, key)
 
     # Row (b, i), b of as many bits as there are doublings, is a multiple of row i of each small
     # matrix c: the product over the bits of what the angle for the bits of c before, those of b
     # after it, and i makes of the two.
     def multiples() -> Array:
-        found = jnp.ones((1,) * (2 * doublings + 1), dtype)
+        found = jnp.ones((1,) * (2 * doublings + 2), dtype)
         for bit in range(doublings):
             before, after = (2,) * bit, (2,) * (doublings - 1 - bit)
             first, last = (1,) * len(before), (1,) * len(after)
-            shape = (*before, 1, *last, *first, 1, *after, leaf)
-            c, s = cosine[bit].reshape(shape), sine[bit].reshape(shape)
-            index = np.arange(2).reshape(2, *last, *first, 1, *last, 1)
+            shape = (count, *before, 1, *last, *first, 1, *after, leaf)
+            c, s = cosine[:, bit].reshape(shape), sine[:, bit].reshape(shape)
+            index = np.arange(2).reshape(1, 2, *last, *first, 1, *last, 1)
             other = np.arange(2).reshape(2, *last, 1)
             found = found * jnp.where(index == other, c, jnp.where(index > other, s, -s))
         # One by one, as for arrays split over a mesh with explicit axes.
-        return found.reshape(number, *(2,) * doublings, leaf).reshape(number, number, leaf)
+        found = found.reshape(count, number, *(2,) * doublings, leaf)
+        return found.reshape(count, number, number, leaf)
 
-    multiple = _kept(multiples, (number, number, leaf), dtype, key)
-    found = multiple[:, None] * leaves[:, :, None]
-    return found.reshape(2 * half, number, leaf).reshape(2 * half, 2 * half)
+    multiple = _kept(multiples, (count, number, number, leaf), dtype, key)
+    found = multiple[:, :, None] * leaves[:, :, :, None]
+    found = found.reshape(count, 2 * half, number, leaf)
+    return found.reshape(count, 2 * half, 2 * half)
 
 
 def _chi(normal: Array, uniform: Array, freedoms: int) -> Array:
-    """Independent chi-distributed numbers, of several numbers each (several, count).
+    """Independent chi-distributed numbers, (count, rows), of several each (count, several, rows).
 
     References:
       Marsaglia and Tsang, A Simple Method for Generating Gamma Variables, 2000,
       doi:10.1145/358407.358414
     """
-    if len(normal) == freedoms:
-        return jnp.sqrt(jnp.sum(normal**2, axis=0))
-    uniform = uniform[: normal.size].reshape(normal.shape)
+    several, rows = normal.shape[1:]
+    if several == freedoms:
+        return jnp.sqrt(jnp.sum(normal**2, axis=1))
+    uniform = uniform[:, : several * rows].reshape(normal.shape)
     shape = freedoms / 2 - 1 / 3
     cube = jnp.maximum(1 + normal * (9 * shape) ** -0.5, 0) ** 3
     taken = jnp.log(uniform) < normal**2 / 2 + shape * (1 - cube + jnp.log(cube))
-    found = cube[-1]
-    for candidate, accepted in zip(cube[-2::-1], taken[-2::-1], strict=True):
-        found = jnp.where(accepted, candidate, found)
+    found = cube[:, -1]
+    for k in range(several - 2, -1, -1):
+        found = jnp.where(taken[:, k], cube[:, k], found)
     return jnp.sqrt(2 * shape * found)
