@@ -12,10 +12,14 @@ reads them, make that cheaper; neither changes a number beyond rounding:
   the flags and the processor: a change of the library asks for another entry. ``make clean``
   removes the folder.
 
+Linear algebra outside JAX has one thread, for there are as many workers as cores: two threads of
+each took turns, and a regression of scikit-learn 4 s in place of 0.1.
+
 Python looks for garbage more rarely: it has little to find among all that tracing makes.
 
 A test of a product of cases that is marked ``covering`` runs, by default, at so many of them that
-each pair of values occurs, and one that is marked ``full`` does not run; ``--all`` runs all.
+each pair of values occurs, and one that is marked ``full`` does not run; ``--all`` runs all. The
+fixture ``everything`` tells a test that has cases of its own.
 """
 
 import gc
@@ -55,6 +59,7 @@ def prepare() -> None:
         environment["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    environment.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(20_000, 10, 20)
 
 
@@ -64,6 +69,12 @@ prepare()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds ``--all``."""
     parser.addoption("--all", action="store_true", help="run whole products of cases")
+
+
+@pytest.fixture(scope="session")
+def everything(request: pytest.FixtureRequest) -> bool:
+    """Whether whole products of cases are asked for."""
+    return request.config.getoption("all")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,11 +2,14 @@
 
 A process fixes its number of devices before anything else. As a program, this file runs all checks
 and prints, as JSON, the traceback of each that fails.
+
+    python meshes.py [--all]
 """
 
 import functools
 import json
 import re
+import sys
 import threading
 
 import jax
@@ -71,7 +74,7 @@ def check_every_sampler_and_degree():
     assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def check_bits_on_one_device_and_on_eight():
+def check_bits_on_any_number_of_devices():
     """As XLA compiles for users; it rounds in other ways where it is asked for less."""
 
     def failing(y):
@@ -85,7 +88,8 @@ def check_bits_on_one_device_and_on_eight():
         yield compiled(functools.partial(errors, where, **nets))(X)
 
     expected = list(bits(mesh(1)))
-    assert_trees_close(list(bits(mesh(8))), expected)
+    for count in (2, 4, 8) if "--all" in sys.argv else (8,):
+        assert_trees_close(list(bits(mesh(count))), expected)
     assert_trees_close(next(bits(None)), expected[0], rtol=1e-4, atol=1e-5)
 
 

@@ -49,8 +49,8 @@ def reports(processes, seconds=600):
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
-def test_on_eight_devices():
-    [report] = reports([start("meshes.py", devices=8)])
+def test_on_eight_devices(everything):
+    [report] = reports([start("meshes.py", *["--all"] * everything, devices=8)])
     assert report["ran"] == 13
     assert not report["failed"], "\n".join(report["failed"].values())
 

@@ -1,11 +1,11 @@
 """px.minimize: what it finds, tells and refuses, and that interruptions cost nothing."""
 
 import functools
-import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+import checkpoints
 import perturbax as px
 
 quiet = functools.partial(px.minimize, progress=False)
@@ -394,45 +395,18 @@ def test_a_checkpoint_of_another_problem_is_refused(tmp_path):
         run(fun, jnp.zeros(4), jax.random.key(0), args=(data,))
 
 
-KILLED = """
-import sys, time
-import jax, jax.numpy as jnp, numpy as np
-import perturbax as px
-
-def slow(x):
-    time.sleep(0.003)
-    return np.float32(np.sum(np.round(4 * (x - 1)) ** 2))
-
-def fun(x):
-    like = jax.ShapeDtypeStruct((), jnp.float32)
-    return jax.pure_callback(slow, like, x, vmap_method="sequential")
-
-px.minimization._minimize._SECONDS_A_CHECKPOINT = 0.1
-px.minimization._minimize._SECONDS_A_BLOCK = 0.05
-checkpoint = sys.argv[1] or None
-run = px.minimize(fun, jnp.zeros(4), jax.random.key(0), max_evaluations=700, checkpoint=checkpoint,
-                  progress=False)
-print(run.num_evaluations, *np.asarray(run.x).view(np.uint32), run.history.evaluations.sum(),
-      run.history.smoothed_value.view(np.uint32).sum())
-"""
-
-
 def test_a_run_ended_by_kill_goes_on_and_ends_in_the_same_bits(tmp_path):
     kept = tmp_path / "run"
-    command = [sys.executable, "-c", KILLED]
-    whole = subprocess.Popen([*command, ""], stdout=subprocess.PIPE, text=True)
-    killed = subprocess.Popen([*command, str(kept)])
-    while not kept.exists():
-        assert killed.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.2)
-    os.kill(killed.pid, signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    begun = kept.stat().st_size
-    assert begun
-    rest = subprocess.run([*command, str(kept)], capture_output=True, text=True, check=True)
-    assert rest.stdout == whole.communicate()[0]
-    assert whole.returncode == 0
+    program = Path(__file__).with_name("checkpoints.py")
+    with subprocess.Popen([sys.executable, program, kept]) as killed:
+        while not kept.exists():
+            assert killed.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.2)
+        killed.kill()
+    assert killed.returncode == -signal.SIGKILL
+    assert kept.stat().st_size
+    assert checkpoints.run(kept) == checkpoints.run()
 
 
 def test_an_interrupt_keeps_the_run(tmp_path):

@@ -1,0 +1,44 @@
+"""A run of `minimize` that keeps a checkpoint: as a program, for test_minimize.py to kill.
+
+python checkpoints.py FILE
+"""
+
+import sys
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import perturbax as px
+from perturbax.minimization import _minimize
+
+
+def slow(x):
+    time.sleep(0.003)
+    return np.float32(np.sum(np.round(4 * (x - 1)) ** 2))
+
+
+def fun(x):
+    like = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.pure_callback(slow, like, x, vmap_method="sequential")
+
+
+@mock.patch.multiple(_minimize, _SECONDS_A_CHECKPOINT=0.1, _SECONDS_A_BLOCK=0.05)
+def run(checkpoint=None):
+    """The bits of what it finds, and its numbers of evaluations."""
+    found = px.minimize(
+        fun,
+        jnp.zeros(4),
+        jax.random.key(0),
+        max_evaluations=700,
+        checkpoint=checkpoint,
+        progress=False,
+    )
+    bits = [np.asarray(v).view(np.uint32).tolist() for v in (found.x, found.history.smoothed_value)]
+    return found.num_evaluations, found.history.evaluations.tolist(), *bits
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])
