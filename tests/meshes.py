@@ -80,17 +80,19 @@ def check_bits_on_any_number_of_devices():
     def failing(y):
         return jnp.where(y[2] > 2.3, jnp.nan, fun(y))
 
+    def gradient(where):
+        return jax.value_and_grad(smooth(where, failing, missing="drop", **INDEPENDENT), argnums=1)
+
     def bits(where):
         compiled = functools.partial(jax.jit, compiler_options=AS_FOR_USERS)
-        g = smooth(where, failing, missing="drop", **INDEPENDENT)
-        yield compiled(jax.value_and_grad(g, argnums=1))(KEY, X)
         nets = {"sampler": px.Sobol(num_groups=8), "num_samples": 64}
-        yield compiled(functools.partial(errors, where, **nets))(X)
+        each = compiled(functools.partial(errors, where, **nets))
+        return compiled(gradient(where))(KEY, X), each(X)
 
-    expected = list(bits(mesh(1)))
+    expected = bits(mesh(1))
     for count in (2, 4, 8) if "--all" in sys.argv else (8,):
-        assert_trees_close(list(bits(mesh(count))), expected)
-    assert_trees_close(next(bits(None)), expected[0], rtol=1e-4, atol=1e-5)
+        assert_trees_close(bits(mesh(count)), expected)
+    assert_trees_close(jax.jit(gradient(None))(KEY, X), expected[0], rtol=1e-4, atol=1e-5)
 
 
 def check_second_derivatives():
@@ -126,11 +128,10 @@ def check_vmap_scan_and_eager_calls():
 
 def check_layers():
     def run(where):
-        layer = px.make_perturbed_argmax(px.solvers.one_hot_argmax, 50, 0.5, mesh=where)
+        settings = {"num_samples": 50, "sigma": 0.5, "mesh": where, **INDEPENDENT}
+        layer = px.make_perturbed_argmax(px.solvers.one_hot_argmax, **settings)
         value = jax.jit(jax.jacrev(layer, argnums=1))(KEY, X)
-        loss = px.make_fenchel_young_loss(
-            px.solvers.one_hot_argmax, num_samples=50, sigma=0.5, mesh=where
-        )
+        loss = px.make_fenchel_young_loss(px.solvers.one_hot_argmax, **settings)
         slope = jax.jit(jax.grad(loss, argnums=1))(KEY, X, jnp.array([1.0, 0.0, 0.0]))
         return layer(KEY, X), value, slope
 

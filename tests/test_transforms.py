@@ -405,9 +405,14 @@ def test_strict_dtypes_and_ranks():
     tree = {"w": jnp.ones((2, 3)), "b": jnp.ones(2), "half": jnp.ones(2, jnp.bfloat16)}
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         actual = value_and_grad(strict)(KEY, X)
-        value, pullback = jax.vjp(functools.partial(smooth(outputs), KEY), tree)
-        (gradient,) = pullback(jax.tree.map(jnp.ones_like, value))
-        hessian = jax.hessian(smooth(lambda w: w @ jnp.ones(3)), argnums=1)(KEY, tree["w"])
+
+        def pulled_back(tree):
+            value, pullback = jax.vjp(functools.partial(smooth(outputs), KEY), tree)
+            return value, *pullback(jax.tree.map(jnp.ones_like, value))
+
+        value, gradient = jax.eval_shape(pulled_back, tree)
+        hessian = jax.hessian(smooth(lambda w: w @ jnp.ones(3)), argnums=1)
+        hessian = jax.eval_shape(hessian, KEY, tree["w"])
     assert_like_eager(actual)
     assert {v.dtype for v in jax.tree.leaves(value)} == {jnp.dtype(jnp.float32)}
     assert jax.tree.map(lambda v: v.dtype, gradient) == jax.tree.map(lambda v: v.dtype, tree)
@@ -856,15 +861,13 @@ def test_derivatives_of_many_outputs_do_not_depend_on_the_batch_size(settings):
 
             return smooth(steps, 30, sigma=sigma, batch_size=batch_size, **settings)(KEY, x)
 
-        first = jax.jacrev(call, (0, 1))
-        x, sigma, theta = X, jnp.float32(0.5), jnp.float32(0.7)
-        return jax.jit(
-            lambda: (
-                first(x, sigma, theta),
-                jax.jacfwd(call, (0, 1))(x, sigma, theta),
-                jax.jacfwd(first, (0, 1, 2))(x, sigma, theta),
-            )
-        )()
+        def first(*at):
+            found = jax.jacrev(call, (0, 1))(*at)
+            return found, found
+
+        second = jax.jacfwd(first, (0, 1, 2), has_aux=True)
+        forward = jax.jacfwd(call, (0, 1))
+        return jax.jit(lambda *at: (second(*at), forward(*at)))(X, 0.5, 0.7)
 
     assert_trees_close(run(7), run(None), rtol=1e-4, atol=1e-4)
 
