@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import perturbax as px
+from helpers import assert_trees_close
 
 NUM = 4
 KEYS = jax.random.split(jax.random.key(0, impl="threefry2x32"), NUM)
@@ -126,32 +127,24 @@ def test_the_hessian_of_a_batch_is_the_batch_of_hessians(name):
         np.testing.assert_allclose(whole[i, :, 1 - i], 0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("options", "size"),
-    [
-        ({}, 2),
-        pytest.param({}, 5, marks=pytest.mark.full),
-        ({}, 6),
-        ({"degree": 0}, 5),
-        ({"use_baseline": False}, 6),
-    ],
-)
-def test_large_batches_are_gone_through_in_turn(options, size, monkeypatch):
+def test_large_batches_are_gone_through_in_turn(monkeypatch, everything):
     """In parts of the batch that fit into the cache, and where not even one does, in chunks."""
-    x = jnp.linspace(-1.0, 1.0, size * 40).reshape(size, 40)
-    keys = jax.random.split(jax.random.key(3), size)
+    cases = [({}, 2), ({}, 6), ({"degree": 0}, 5), ({"use_baseline": False}, 6)]
+    if everything:
+        cases.append(({}, 5))
 
-    def estimates(x):
+    def estimates(options, size):
+        x = jnp.linspace(-1.0, 1.0, size * 40).reshape(size, 40)
+        keys = jax.random.split(jax.random.key(3), size)
         fun = px.make_perturbed_fun(lambda y: jnp.sum(jnp.abs(y)), 300, 0.5, **options)
-        one = jax.jit(jax.value_and_grad(fun, argnums=1))
-        return jax.vmap(one)(keys, x), jax.vmap(jax.vmap(one, (0, None)), (None, 0))(keys, x[:2])
+        one = jax.value_and_grad(fun, argnums=1)
+        each, all_pairs = jax.vmap(one), jax.vmap(jax.vmap(one, (0, None)), (None, 0))
+        return jax.jit(lambda x: (each(keys, x), all_pairs(keys, x[:2])))(x)
 
-    whole = estimates(x)
+    whole = [estimates(*case) for case in cases]
     for chunk in (300 * 40 * 2, 300 * 10):
         monkeypatch.setitem(px.execution._plan.CHUNK, "cpu", chunk)
         monkeypatch.setattr(px.execution._chunks, "_BATCH", chunk)
-        for got, want in zip(
-            jax.tree.leaves(estimates(x + 0)), jax.tree.leaves(whole), strict=True
-        ):
-            np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+        for case, want in zip(cases, whole, strict=True):
+            assert_trees_close(estimates(*case), want, rtol=2e-4, atol=2e-4)
         jax.clear_caches()

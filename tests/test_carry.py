@@ -71,6 +71,7 @@ def estimator(carried):
 # --- The regression
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def fit_of(points, noise):
     """A fit that has seen something: two batches of values of a function that is not smooth."""
     sigma = jnp.full(points.shape[1], 0.8)
@@ -90,11 +91,15 @@ def test_coefficients_solve_the_regression(noise):
     counted[[2, 7]] = 0
     values[2] = 1e6
     with enable_x64(True):
-        empty = _regression.nothing(12, jnp.full(3, 2.0), noise)
-        drawn = [jnp.asarray(v) for v in (points, values, counted)]
-        found = _regression.renew(empty, *drawn, 12, jnp.full(3, 0.1), jnp.full(3, 2.0), noise)
-        u = jnp.asarray((points - 0.1) / 2.0)
-        phi = np.asarray(_features.features(u, noise))
+
+        @jax.jit
+        def fit(*drawn):
+            empty = _regression.nothing(12, jnp.full(3, 2.0), noise)
+            return _regression.renew(empty, *drawn, 12, jnp.full(3, 0.1), jnp.full(3, 2.0), noise)
+
+        found = fit(points, values, counted)
+        u = (points - 0.1) / 2.0
+        phi = np.asarray(jax.jit(_features.features, static_argnums=1)(u, noise))
         gram = phi @ phi.T
         if isinstance(noise, px.Normal):
             apart = np.sum((u[:, None] - u[None]) ** 2, axis=2)
@@ -127,8 +132,9 @@ def test_the_mean_of_a_prediction_is_exact(noise):
     with enable_x64(True):
         fit = fit_of(jnp.asarray(draw.normal(size=(12, 2))), noise)
         at = jnp.asarray(x + sigma * grid)
-        exact = _regression.predict(fit, at, noise) @ np.outer(chance, chance).ravel()
-        found = _regression.expect(fit, jnp.asarray(x), jnp.asarray(sigma), noise)
+        predicted = jax.jit(_regression.predict, static_argnums=2)(fit, at, noise)
+        exact = np.asarray(predicted) @ np.outer(chance, chance).ravel()
+        found = jax.jit(_regression.expect, static_argnums=3)(fit, x, sigma, noise)
         assert np.abs(exact).min() > 0.03
         assert_trees_close(found, exact, atol=1e-7)
 
@@ -202,7 +208,7 @@ def test_unbiased_after_thirty_steps(noise, sampler):
         exact,
         args=(state,),
         seed=4,
-        num_keys=16_384,
+        num_keys=2048,
         promise={"value": 0.01, "gradient": 0.05},
     )
 
@@ -222,7 +228,7 @@ def test_unbiased_whatever_the_state():
         exact_of_bumpy(X),
         args=(hostile,),
         seed=6,
-        num_keys=2**16,
+        num_keys=9 * 2**10,
         promise={"value": 0.01, "gradient": 0.05},
     )
 
@@ -230,7 +236,8 @@ def test_unbiased_whatever_the_state():
 def test_a_state_that_is_not_a_number_gives_none():
     carried, state = trained(*SAMPLERS[0])
     fit = state.fit._replace(coefficients=jnp.full_like(state.fit.coefficients, jnp.nan))
-    (value, gradient), _ = carried.value_and_grad(state._replace(fit=fit), jax.random.key(7), X)
+    estimate = jax.jit(carried.value_and_grad)
+    (value, gradient), _ = estimate(state._replace(fit=fit), jax.random.key(7), X)
     assert np.isnan(value)
     assert np.isnan(gradient).all()
 
@@ -245,7 +252,7 @@ def test_mutant_that_learns_before_it_predicts_is_caught():
         return estimator(carried)(key, after)
 
     forgetful = carried.init(X)
-    assert_biased(early, exact_of_bumpy(X), args=(forgetful,), seed=8, num_keys=2048)
+    assert_biased(early, exact_of_bumpy(X), args=(forgetful,), seed=8, num_keys=1024)
 
 
 def test_mutant_that_weighs_the_past_by_importance_is_caught():
@@ -327,7 +334,7 @@ def test_scans_vmaps_and_takes_trees():
     assert aux.shape == (2, 4, 6, 2)
     assert slope.shape == (2, 4, 2)
     assert np.isfinite(slope).all()
-    one, _ = run(keys[1])
+    one, _ = jax.jit(run)(keys[1])
     assert_trees_close(jax.tree.map(lambda v: v[1], state), one, rtol=1e-3, atol=1e-3)
 
 
@@ -357,7 +364,7 @@ def test_a_mask_is_no_obstacle():
 
     exact = {"value": beyond.sum(), "gradient": np.array([slope[0], 0, slope[1]])}
     promise = {"value": 0.01, "gradient": 0.05}
-    assert_unbiased(estimate, exact, args=(state,), seed=19, num_keys=16_384, promise=promise)
+    assert_unbiased(estimate, exact, args=(state,), seed=19, num_keys=4096, promise=promise)
 
 
 def test_unbiased_where_sigma_changes():
@@ -373,7 +380,7 @@ def test_unbiased_where_sigma_changes():
         return {"value": value, "gradient": gradient}
 
     exact, promise = exact_of_bumpy(X, sigma), {"value": 0.01, "gradient": 0.05}
-    assert_unbiased(twice, exact, args=(state,), seed=20, num_keys=2**15, promise=promise)
+    assert_unbiased(twice, exact, args=(state,), seed=20, num_keys=6144, promise=promise)
 
 
 @pytest.mark.filterwarnings("ignore:sigma is below the spacing")
@@ -383,12 +390,11 @@ def test_a_jump_leaves_the_perturbed_function_as_it_is():
     x, key = X + 1e25, jax.random.key(21)
     plain = smoothed(lambda x: jnp.sum(jnp.where(x > 1e25, 1.0, 2.0)), sampler=px.Independent())
     carried = px.carry(plain, memory=64)
-    found, state = carried.value_and_grad(state, key, x)
-    assert_trees_close(found, jax.value_and_grad(plain, argnums=1)(key, x), rtol=1e-5)
-    assert all(np.isfinite(v).all() for v in jax.tree.leaves(state))
-    found, state = carried.value_and_grad(state, key, X)
-    assert_trees_close(found, jax.value_and_grad(plain, argnums=1)(key, X), atol=1e-5)
-    assert all(np.isfinite(v).all() for v in jax.tree.leaves(state))
+    step, alone = jax.jit(carried.value_and_grad), jax.jit(jax.value_and_grad(plain, argnums=1))
+    for at, close in ((x, {"rtol": 1e-5}), (X, {"atol": 1e-5})):
+        found, state = step(state, key, at)
+        assert_trees_close(found, alone(key, at), **close)
+        assert all(np.isfinite(v).all() for v in jax.tree.leaves(state))
 
 
 def test_a_plateau_tells_nothing():

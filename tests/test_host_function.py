@@ -113,7 +113,7 @@ def test_transformations(settings):
             jax.lax.map(lambda x: f(x, 1.0), xs[0], batch_size=2),
         )
 
-    expected = nested(in_jax)(xs, ys)
+    expected = jax.jit(nested(in_jax))(xs, ys)
     assert_trees_close(nested(h)(xs, ys), expected, rtol=1e-6)
     assert_trees_close(jax.jit(nested(h))(xs, ys), expected, rtol=1e-6)
 
