@@ -128,7 +128,10 @@ def test_the_hessian_of_a_batch_is_the_batch_of_hessians(name):
 
 
 def test_large_batches_are_gone_through_in_turn(monkeypatch, everything):
-    """In parts of the batch that fit into the cache, and where not even one does, in chunks."""
+    """In parts of the batch that fit into the cache, and where not even one does, in chunks.
+
+    The first of the two sizes once took what was traced for whole batches.
+    """
     cases = [({}, 2), ({}, 6), ({"degree": 0}, 5), ({"use_baseline": False}, 6)]
     if everything:
         cases.append(({}, 5))
@@ -145,6 +148,7 @@ def test_large_batches_are_gone_through_in_turn(monkeypatch, everything):
     for chunk in (300 * 40 * 2, 300 * 10):
         monkeypatch.setitem(px.execution._plan.CHUNK, "cpu", chunk)
         monkeypatch.setattr(px.execution._chunks, "_BATCH", chunk)
+        jax.clear_caches()
         for case, want in zip(cases, whole, strict=True):
             assert_trees_close(estimates(*case), want, rtol=2e-4, atol=2e-4)
-        jax.clear_caches()
+    jax.clear_caches()
