@@ -43,6 +43,14 @@ def test_points_are_sums_of_generators_and_each_slice_has_one(kind, dim, size):
     np.testing.assert_array_equal(slices, np.tile(np.arange(count)[:, None], (1, dim)))
 
 
+@pytest.mark.parametrize("dim", [3, 10, 70])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_ranks_and_dtypes_may_be_strict(kind, dim):
+    """Sobol nets once failed where ranks are not promoted."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(lambda k: _nets.net(kind, k, 128, dim), jnp.array([[1, 2]], jnp.uint32))
+
+
 @pytest.mark.parametrize(
     ("size", "dim", "digits"),
     [(16, 15, 1), (64, 16, 2), (64, 21, 2), (64, 63, 1), (512, 33, 4), (100, 16, 3)],

@@ -97,9 +97,9 @@ def scrambled_sobol(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
     words = _random(keys, levels + 1, dim)
     if _FEWEST_DEALT <= dim <= _MOST_DEALT:
         number = _dealt(keys, levels + 1, dim, dim)[:, None]
-        own = number[..., None, :] == lax.iota(jnp.uint32, dim)[:, None]
+        own = number[..., None, :] == lax.broadcasted_iota(jnp.uint32, (1, 1, dim, 1), 2)
         directions = _sums(directions[..., None], own)
-    hit = (directions[:, :, None] & _place(levels)) != 0  # generator k has digit q
+    hit = (directions[:, :, None] & _place(levels)[None, None]) != 0  # generator k has digit q
     return _sums(_triangle(words[:, None, :levels]), hit), words[:, levels:]
 
 
