@@ -40,10 +40,10 @@ _EXPLAINED = 0.7
 _SHRINK, _GROW = 0.2, 2.0
 # Below that share: the length of a step that leaves sigma as it is, and by how much, times the
 # share, another changes it.
-_MODERATE, _CAUTION = 0.4, 0.3
+_MODERATE, _CAUTION = 0.4, 0.2
 # What is not explained pulls sigma towards the problem's scale: the power of their ratio, and the
 # most of a step.
-_PULL, _MOST_PULL = 0.1, 1.15
+_PULL, _MOST_PULL = 0.15, 1.3
 # Of sigma on a plateau.
 _FLAT = 1.25
 
