@@ -3,16 +3,17 @@
 Each method minimises each problem of optimizer_problems.py ten times, from ten starts, with its
 defaults, and every evaluation counts. A run ends at the problem's hard target or after
 `--budget` x sqrt(coordinates) evaluations (half of it in control). Rivals are told a sensible scale
-(a first standard deviation; differential evolution a box); `px.minimize` is told nothing. Runs are
-appended to build/benchmarks/optimizers.jsonl, and those that are there are not made again, so the
-script may be interrupted, and run for a few problems or methods at a time.
+(a first standard deviation; differential evolution a box); `px.minimize` is told nothing, and what
+it finds counts at the end of its step. Runs are appended to build/benchmarks/optimizers.jsonl, and
+those that are there, or in docs/_generated/optimizers.json, are not made again, so the script may
+be interrupted, and run for a few problems or methods at a time.
 
     python benchmarks/optimizers.py [--problems REGEX] [--methods REGEX] [--seeds N] [--budget B]
     python benchmarks/optimizers.py --report
 
-The rivals come with `pip install 'perturbax[rivals]'`. The report (a table and the sentences under
-it in docs/_generated/optimizers.md, data profiles in docs/_static/optimizers.png) is made of all
-runs there are.
+The rivals come with `pip install 'perturbax[rivals]'`. The report (tables and the sentences under
+them in docs/_generated/optimizers.md, data profiles in docs/_static/optimizers.png) is made of all
+runs there are, and keeps them in docs/_generated/optimizers.json.
 """
 
 import argparse
@@ -212,8 +213,33 @@ METHODS = {
 def done():
     """Runs that there are, the last of each problem, method and seed."""
     lines = RUNS.read_text().splitlines() if RUNS.exists() else []
-    runs = [json.loads(line) for line in lines if line.strip()]
+    runs = [*kept(), *(json.loads(line) for line in lines if line.strip())]
     return {(run["problem"], run["method"], run["seed"]): run for run in runs}
+
+
+def kept():
+    """Runs of the last report."""
+    problems = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    return [
+        {"problem": name, "method": method, "seed": int(seed), "reached": reached, **about}
+        for name, (about, methods) in problems.items()
+        for method, seeds in methods.items()
+        for seed, reached in seeds.items()
+    ]
+
+
+def keep(runs):
+    """Writes what a report needs of the runs, a line for each problem."""
+    problems = {}
+    for run in sorted(runs, key=lambda run: (run["problem"], run["method"], run["seed"])):
+        about = {key: run[key] for key in ("label", "group", "dim", "most")}
+        _, methods = problems.setdefault(run["problem"], (about, {}))
+        methods.setdefault(run["method"], {})[str(run["seed"])] = run["reached"]
+    lines = [
+        f"{json.dumps(name)}:{json.dumps(found, separators=(',', ':'))}"
+        for name, found in problems.items()
+    ]
+    KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def run(name, problem, method, seed, factor):
@@ -245,6 +271,7 @@ def run(name, problem, method, seed, factor):
 # ------------------------------------------------------------------------------------ report
 
 PAGE = ROOT / "docs" / "_generated" / "optimizers.md"
+KEPT = ROOT / "docs" / "_generated" / "optimizers.json"
 PICTURE = ROOT / "docs" / "_static" / "optimizers.png"
 SHORT = {
     "evosax CMA-ES": "evosax<br>CMA-ES",
@@ -287,6 +314,10 @@ class Row:
         best = min(self.median(self.best_rival()), self.most)
         return best / min(self.median(OURS), self.most)
 
+    def times(self, method):
+        """How many runs get there."""
+        return sum(map(math.isfinite, self.reached[method]))
+
     def solved(self):
         """Whether anyone gets there."""
         return any(math.isfinite(self.median(m)) for m in self.reached)
@@ -297,7 +328,7 @@ class Row:
             return ""
         median, found = self.median(method), self.reached[method]
         if not math.isfinite(median):
-            return f"{sum(map(math.isfinite, found))}/{len(found)}"
+            return f"{self.times(method)}/{len(found)}"
         best = all(median <= self.median(other) for other in self.reached)
         return f"**{median:,.0f}**" if best else f"{median:,.0f}"
 
@@ -318,52 +349,60 @@ def mean_gain(rows):
     return math.exp(np.mean([math.log(row.gain()) for row in rows]))
 
 
-def sentences(rows):
-    """One for each problem on which a rival wins."""
-    lines = []
+def better_rivals(rows):
+    """For each rival, the problems on which it is the best and better than ours."""
+    found = {}
     for row in rows:
-        best = row.best_rival()
-        theirs, ours = row.median(best), row.median(OURS)
+        best, count = row.best_rival(), row.times
         if not row.solved():
-            times = {m: sum(map(math.isfinite, found)) for m, found in row.reached.items()}
-            best = max(row.rivals(), key=lambda m: times[m])
-            if times[best] > times[OURS]:
-                lines.append(
-                    f"- Use **{best}** for problems like *{row.label}*: {times[best]} of "
-                    f"{len(row.reached[best])} runs get there, of `px.minimize`'s {times[OURS]} "
-                    f"of {len(row.reached[OURS])}."
-                )
-        elif theirs < ours:
+            best = max(row.rivals(), key=count)
+            if count(best) > count(OURS):
+                words = f"{count(best)} runs get there, {count(OURS)} of `px.minimize`'s"
+                found.setdefault(best, []).append(f"*{row.label}* ({words})")
+        elif row.median(best) < row.median(OURS):
+            ours = row.median(OURS)
             instead = f"{ours:,.0f}" if math.isfinite(ours) else "more than it was given"
-            lines.append(
-                f"- Use **{best}** for problems like *{row.label}*: {theirs:,.0f} evaluations, "
-                f"where `px.minimize` takes {instead}."
-            )
-    return lines
+            words = f"{row.median(best):,.0f} evaluations, `px.minimize` {instead}"
+            found.setdefault(best, []).append(f"*{row.label}* ({words})")
+    return [f"- Use **{best}** if yours is like {'; '.join(few)}." for best, few in found.items()]
 
 
 def report():
     runs = list(done().values())
+    keep(runs)
     rows = rows_of(runs)
     methods = [m for m in METHODS if any(m in row.reached for row in rows)]
     head = ["problem (coordinates)", *(SHORT.get(m, m) for m in methods), "best rival / ours"]
-    cells = []
-    for row in rows:
-        gain = f"{row.gain():.2f}" if row.solved() else ""
-        cells.append([row.label, *(row.cell(m) for m in methods), gain])
-    lines = [table(head, cells), ""]
-    told = [row for row in rows if row.solved()]
+    lines = []
     for words, part in (
-        (f"{MANY} coordinates and more", [row for row in told if row.dim >= MANY]),
-        (f"fewer than {MANY} coordinates", [row for row in told if row.dim < MANY]),
+        (f"{MANY} coordinates and more", [row for row in rows if row.dim >= MANY]),
+        (f"Fewer than {MANY} coordinates", [row for row in rows if row.dim < MANY]),
     ):
-        if part:
-            ahead = sum(row.gain() > 1 for row in part)
-            lines.append(
-                f"Geometric mean of the last column, {words}: **{mean_gain(part):.2f}**; "
-                f"`px.minimize` is ahead on {ahead} of {len(part)} problems.\n"
-            )
-    lines += ["### Where a rival is better", "", *sentences(rows)]
+        told = [row for row in part if row.solved()]
+        if not told:
+            continue
+        cells = [
+            [
+                row.label,
+                *(row.cell(m) for m in methods),
+                f"{row.gain():.2f}" if row.solved() else "",
+            ]
+            for row in part
+        ]
+        ahead = sum(row.gain() > 1 for row in told)
+        lines += [
+            f"### {words}",
+            "",
+            table(head, cells),
+            "",
+            f"Geometric mean of the last column: **{mean_gain(told):.2f}**; `px.minimize` is "
+            f"ahead on {ahead} of {len(told)} problems.",
+            "",
+            "Where a rival is better:",
+            "",
+            *better_rivals(part),
+            "",
+        ]
     counts = [len(found) for row in rows for found in row.reached.values()]
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     about = machine()
@@ -372,10 +411,9 @@ def report():
         for name in ("cma", "nevergrad", "evosax", "scipy", "optax", "coco-experiment", "gymnax")
         if version(name)
     )
-    lines += [
-        "",
-        f"*Medians of {seeds} runs; jax {about['jax']}, {versions}; {about['date'][:10]}.*",
-    ]
+    lines.append(
+        f"*Medians of {seeds} runs; jax {about['jax']}, {versions}; {about['date'][:10]}.*"
+    )
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(lines) + "\n")
     draw(runs, rows)
