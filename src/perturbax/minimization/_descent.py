@@ -115,8 +115,10 @@ def descent(
             signal=jnp.zeros((), dtype),
         )
 
-    def step(operands: Operands, state: Descent, key: Array, count: Array) -> tuple[Descent, Step]:
-        draw_key, fun_key = jax.random.split(key)
+    def step(
+        operands: Operands, state: Descent, keys: tuple[Array, Array], count: Array
+    ) -> tuple[Descent, Step]:
+        draw_key, fun_key = keys
         scale = scale_of(operands, state, count)
 
         def value(u: Any) -> tuple[Array, Array]:

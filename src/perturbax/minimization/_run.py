@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from ..noise._protocol import NoiseDistribution
 from ..sampling._protocol import Sampler
+from ..sampling._random_bits import fold_in_and_split
 from ._descent import Optimizer, descent
 from ._problem import Objective, evaluations
 from ._result import MinimizeHistory
@@ -100,8 +101,8 @@ def begin(setup: Setup, operands: Operands, key: Array, u: Any) -> Run:
 def step(setup: Setup, operands: Operands, run: Run, budget: Array) -> tuple[Run, MinimizeHistory]:
     """One step, and its row of the history."""
     objective, method = setup.objective, setup.method
-    key = jax.random.fold_in(run.key, run.steps)
-    state, told = method.step(operands, run.method, key, run.steps)
+    keys = fold_in_and_split(run.key, run.steps)
+    state, told = method.step(operands, run.method, keys, run.steps)
     made = run.evaluations + told.evaluations
     lowest = jnp.where(run.noisy, told.smoothed_value, told.candidate_value)
     better = lowest < run.best_value
@@ -173,7 +174,9 @@ def block(
     Returns:
       The state, and the history, whose rows behind the steps that were made are NaN.
     """
-    rows = empty_history(setup.objective, length)
+    # One array: writing to each by itself takes as long as a small step.
+    evaluations = jnp.zeros(length, jnp.int32)
+    table = jnp.full((length, 5), jnp.nan, setup.objective.dtype)
     method = setup.method
     left = jnp.where(run.noisy, budget[1], budget[0]) - run.evaluations
     ended = (left < method.most_evaluations) & (run.status == RUNNING)
@@ -182,17 +185,19 @@ def block(
     )
     first = run.steps
 
-    def goes_on(carry: tuple[Run, MinimizeHistory]) -> Array:
-        run, _ = carry
+    def goes_on(carry: tuple[Run, Array, Array]) -> Array:
+        run = carry[0]
         return (run.status == RUNNING) & ~run.wants_more & (run.steps - first < most)
 
-    def body(carry: tuple[Run, MinimizeHistory]) -> tuple[Run, MinimizeHistory]:
-        run, rows = carry
+    def body(carry: tuple[Run, Array, Array]) -> tuple[Run, Array, Array]:
+        run, evaluations, table = carry
         after, row = step(setup, operands, run, budget)
-        at = run.steps - first
-        return after, jax.tree.map(lambda column, v: column.at[at].set(v), rows, row)
+        at, (made, *row) = run.steps - first, jax.tree.leaves(row)
+        write = lax.dynamic_update_index_in_dim
+        return after, write(evaluations, made, at, 0), write(table, jnp.stack(row), at, 0)
 
-    return lax.while_loop(goes_on, body, (run, rows))
+    run, evaluations, table = lax.while_loop(goes_on, body, (run, evaluations, table))
+    return run, MinimizeHistory(evaluations, *table.T)
 
 
 class Found(NamedTuple):

@@ -59,8 +59,8 @@ class Method(NamedTuple):
       most_evaluations: most evaluations of one step.
       init: its state, from operands, a key and the start.
       init_evaluations: how many evaluations `init` takes.
-      step: the next state and what the step found, from operands, the state, a key, and the number
-        of steps before this one.
+      step: the next state and what the step found, from operands, the state, two keys, for the
+        noise and for the function, and the number of steps before this one.
       grown: the same state for steps of twice as many samples; None where their number is fixed.
     """
 
@@ -68,7 +68,7 @@ class Method(NamedTuple):
     most_evaluations: int
     init: Callable[["Operands", Array, Any], Any]
     init_evaluations: int
-    step: Callable[["Operands", Any, Array, Array], tuple[Any, Step]]
+    step: Callable[["Operands", Any, tuple[Array, Array], Array], tuple[Any, Step]]
     grown: Callable[[Any], Any] | None
 
 

@@ -303,8 +303,10 @@ def surrogate_search(
             u,
         )
 
-    def step(operands: Operands, state: Search, key: Array, count: Array) -> tuple[Search, Step]:
-        draw_key, fun_key = jax.random.split(key)
+    def step(
+        operands: Operands, state: Search, keys: tuple[Array, Array], count: Array
+    ) -> tuple[Search, Step]:
+        draw_key, fun_key = keys
         if not adapts:
             wanted = flat(scales(operands, count, point(state.centre)))
             state = state._replace(sigma=jnp.exp(jnp.mean(jnp.log(wanted))))

@@ -78,6 +78,25 @@ def root(key: Array) -> Array:
     return jnp.stack([lax.bitwise_xor(*threefry(data, row, jnp.uint32(c))) for c in range(2)])
 
 
+def fold_in_and_split(key: Array, data: Array) -> tuple[Array, Array]:
+    """The two keys `jax.random.split(jax.random.fold_in(key, data))`.
+
+    Of JAX's own generator each is a loop of small parts, which in a loop of small steps takes as
+    long as the steps.
+    """
+    watched = jax.config.jax_debug_key_reuse  # pyright: ignore[reportAttributeAccessIssue]
+    split = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
+    if watched or not split or jax.random.key_impl(key) != "threefry2x32":
+        first, second = jax.random.split(jax.random.fold_in(key, data))
+        return first, second
+    folded = threefry(
+        jax.random.key_data(key), jnp.uint32(0), lax.convert_element_type(data, np.uint32)
+    )
+    words = (jnp.stack(threefry(folded, jnp.uint32(0), jnp.uint32(c))) for c in range(2))
+    first, second = (jax.random.wrap_key_data(w, impl="threefry2x32") for w in words)
+    return first, second
+
+
 def child(key: Array, index: Array) -> Array:
     """The two-word key of the `index`-th child of `key`, for scalar `index`.
 
