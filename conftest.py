@@ -36,6 +36,8 @@ QUICK = {
     "xla_cpu_parallel_codegen_split_count": "1",
     "xla_cpu_use_fusion_emitters": "false",
 }
+# No tests, and what they import is not there unless the documentation was built.
+collect_ignore_glob = ["docs/*.py", "docs/_extensions/*.py"]
 CACHE = Path(__file__).parent / "build" / "jax-cache"
 LARGEST_CACHE = 2**30  # bytes
 
