@@ -91,7 +91,8 @@ def test_argmax_and_ranks_under_other_noise(law, everything):
         for name, of_it in names.items()
     }
     promise = {name: {quantity: PROMISES[quantity] for quantity in exact[name]} for name in exact}
-    assert_unbiased(estimates, exact, seed=22, num_keys=5120, args=(X, SIGMA), promise=promise)
+    num_keys = 6144 if everything else 5120
+    assert_unbiased(estimates, exact, seed=22, num_keys=num_keys, args=(X, SIGMA), promise=promise)
 
 
 def argmax_of(sigma, solver, noise):
