@@ -31,6 +31,9 @@ from pathlib import Path
 
 import pytest
 
+# They need Sphinx, which `make test` does not install, and have no doctests.
+collect_ignore_glob = ["docs/conf.py", "docs/_extensions/*"]
+
 QUICK = {
     "xla_backend_optimization_level": "0",
     "xla_cpu_parallel_codegen_split_count": "1",

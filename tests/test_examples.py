@@ -142,7 +142,7 @@ def test_sorting_digits(example, tmp_path):
 def test_assignment(example, tmp_path):
     path = tmp_path / "new" / "assignment.png"
     tracker = example("assignment")
-    result = tracker.main(path, num_steps=12, num_scenes=3)
+    result = tracker.main(path, num_steps=20, num_scenes=3)
     assert result.untuned_error > 0.7
     assert result.tuned_error < 0.5
     # Distance and the steady colour count for more, and the colour that says nothing for less.

@@ -289,19 +289,24 @@ class JournalFile:
                 head = file.read(len(_HEADER))
             if head and head != _HEADER:
                 raise self._foreign("it is no SQLite database")
-        connections = [self._connect("FULL"), self._connect("OFF")]
-        # Results are on disk after a commit. Claims need not be: they end with their owners.
-        self._durable, self._fleeting = connections
+        connections: list[sqlite3.Connection] = []
         self._close = weakref.finalize(self, _close_all, connections)
-        self._check()
-
-    def _connect(self, synchronous: str) -> sqlite3.Connection:
-        # Transactions are begun by hand.
-        connection = sqlite3.connect(
-            self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False
-        )
-        connection.execute(f"PRAGMA synchronous={synchronous}")
-        return connection
+        try:
+            # Results are on disk after a commit. Claims need not be: they end with their owners.
+            for synchronous in ("FULL", "OFF"):
+                # Transactions are begun by hand.
+                connections.append(
+                    sqlite3.connect(
+                        self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False
+                    )
+                )
+                connections[-1].execute(f"PRAGMA synchronous={synchronous}")
+            self._durable, self._fleeting = connections
+            self._check()
+        except BaseException:
+            self._durable = None
+            self._close()
+            raise
 
     def _check(self) -> None:
         """Makes the tables in an empty file; raises for any other file that is not a journal."""

@@ -137,7 +137,9 @@ def gaussian_directions(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Ar
         return found.mT * radii[..., None]
     angles = uniform[:, uniform.shape[1] - doublings * size :]
     angles = angles.reshape(count, 2, doublings, size // 2)
-    leaves = normal[:, sizes[1] :].reshape(count * number, leaf, leaf)
+    # In two steps, for arrays on a mesh with explicit axes: one that splits, one that merges.
+    leaves = normal[:, sizes[1] :].reshape(count, number, leaf, leaf)
+    leaves = leaves.reshape(count * number, leaf, leaf)
     leaves = _extended(jnp.zeros((count * number, 0, 0), dtype), leaves)
     base = _doubled(leaves.reshape(count, number, leaf, leaf), angles, key)
     found = _extended(base[:, :, :rows], steps)[:, :, :rows]
