@@ -36,14 +36,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
-# JAX 0.6 has it in jax.experimental alone, later releases in jax alone.
-enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+enable_x64 = jax.enable_x64
 
 Z_LIMIT = 5.0
 Z_OF_POWER = 3.09  # the normal quantile of .999

@@ -184,9 +184,8 @@ def check_meshes_that_are_set_and_explicit_axes():
         found = [gradient(KEY, placed), jax.jit(gradient)(KEY, placed)]
         in_shardings = NamedSharding(where, P())
         found.append(jax.jit(gradient, in_shardings=(in_shardings, in_shardings))(KEY, X))
-        if hasattr(jax, "set_mesh"):  # since jax 0.7
-            with jax.set_mesh(where):
-                found += [jax.jit(gradient)(KEY, X), jax.jit(gradient)(KEY, placed)]
+        with jax.set_mesh(where):
+            found += [jax.jit(gradient)(KEY, X), jax.jit(gradient)(KEY, placed)]
         for one in found:
             assert_trees_close(one, expected, rtol=1e-4, atol=1e-5)
 

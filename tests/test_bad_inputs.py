@@ -942,7 +942,8 @@ def of_nine_with_aux(y):
         ),
         # A sixteenth of the samples is drawn as a whole, and aux adds a number to each sample.
         (squares, 100, 2**17, {"degree": 1}, 0.3),
-        (of_nine_with_aux, 100, 2**17, {"degree": 1, "has_aux": True}, 0.45),
+        # 0.4 on JAX 0.10.2, 0.72 before.
+        (of_nine_with_aux, 100, 2**17, {"degree": 1, "has_aux": True}, 0.75),
     ],
     ids=["default", "batch_size=10", "nine", "nine and aux", "degree 1", "degree 1, nine and aux"],
 )

@@ -85,9 +85,6 @@ def traces(context):
     return len(count)
 
 
-@pytest.mark.skipif(
-    not hasattr(jax.sharding, "use_abstract_mesh"), reason="there is no such context before 0.7"
-)
 @pytest.mark.skipif(RELEASE > (0, 11), reason="told everywhere on 0.12")
 def test_a_mesh_is_still_told_in_derivative_rules_alone():
     """What is traced for a value is not found again for its derivative."""
@@ -113,9 +110,7 @@ def test_numbers_are_still_part_of_a_trace():
 @pytest.mark.parametrize(
     ("old", "since", "name"),
     [
-        ("jax.lax.pvary", (0, 9), "lax.pcast"),
         ("aval.vma", (0, 10), "manual_axis_type"),
-        ("no use_abstract_mesh", (0, 7), "jax.sharding.use_abstract_mesh"),
         ("in_told_mesh", (0, 12), "a mesh that is told everywhere"),
         ("branches on jaxpr.effects", (0, 12), "side effects in derivative rules"),
         ("core.Jaxpr beside core.ClosedJaxpr", (0, 12), "core.Jaxpr with constants"),

@@ -157,6 +157,9 @@ def check_degree(degree: object) -> None:
 
 def dtype_of(value: object) -> np.dtype | None:
     """As JAX has it; None for those that it does not support, such as that of strings."""
+    given = getattr(value, "dtype", None)
+    if isinstance(given, np.dtype) and not given.isnative:
+        return None  # JAX does not raise at once in all of its releases
     try:
         return jnp.result_type(value)
     except TypeError:

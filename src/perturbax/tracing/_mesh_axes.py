@@ -13,9 +13,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ._callbacks import inner_replaced
 
-# Since jax 0.7.
-_use_mesh: Any = getattr(jax.sharding, "use_abstract_mesh", contextlib.nullcontext)
-
 
 def in_told_mesh() -> Any:
     """A context in which a jitted function is traced once for a value and its derivative.
@@ -23,7 +20,7 @@ def in_told_mesh() -> Any:
     JAX (0.10.2, no issue is known) tells the mesh in derivative rules alone, and would trace once
     with it and once without.
     """
-    return _use_mesh(jax.sharding.get_abstract_mesh())
+    return jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh())
 
 
 def share_axes(
@@ -45,12 +42,7 @@ def share_axes(
 def varying(value: Array, axes: frozenset[Any]) -> Array:
     """The value, as one that varies over these mesh axes too."""
     missing = tuple(axes - varying_axes(value))
-    if not missing:
-        return value
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(value, missing, to="varying")
-    pvary: Any = getattr(jax.lax, "pvary")  # noqa: B009 (its name until jax 0.7)
-    return pvary(value, missing)
+    return jax.lax.pcast(value, missing, to="varying") if missing else value
 
 
 def varying_axes(value: Any) -> frozenset[Any]:
@@ -67,7 +59,7 @@ def traced_for(mesh: Mesh | None) -> Any:
     """A context in which functions are traced as if no mesh had been set, if there is one here."""
     if mesh is None:
         return contextlib.nullcontext()
-    return _use_mesh(jax.sharding.AbstractMesh((), ()))
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def inside_shard_map() -> bool:
