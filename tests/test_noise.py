@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 
 import closed_forms as cf
@@ -222,6 +223,16 @@ def test_normal_numbers_become_the_law(name):
     mapped = np.asarray(from_normal(noise, jnp.asarray(z, jnp.float32)))
     assert np.max(np.abs(mapped - exact) / np.maximum(np.abs(exact), 1)) < 2e-5
     assert np.isfinite(from_normal(noise, jnp.array([-30.0, 30.0]))).all()
+
+
+def test_normal_numbers_become_gumbel_noise_to_rounding():
+    """By quotients of polynomials; the score is the exponential of minus the noise."""
+    z = np.linspace(-13, 13, 20_001, dtype=np.float32)
+    exact = -np.log(-scipy.special.log_ndtr(z.astype(np.float64)))
+    mapped = np.asarray(px.Gumbel().from_normal(z))
+    assert np.max(np.abs(mapped - exact) / np.maximum(np.abs(exact), 1)) < 1e-6
+    assert np.max(np.abs(np.exp(exact - mapped) - 1)[z < 0]) < 3e-6
+    assert np.all(np.diff(mapped) >= 0)
 
 
 def test_a_noise_with_nothing_but_an_icdf_is_mapped_through_it():
