@@ -29,7 +29,8 @@ class Rule:
       block_degree: most coordinates, and samples for each from which a fit of degree 1 pays with
         orthogonal directions, which tell it more. In more coordinates they leave little to fit.
       parts: samples for each coordinate from which a block of orthogonal directions pays, of all
-        samples but twice their root, or a third, which make a baseline for it.
+        samples but twice their root, or a third, which make a baseline for it; and up to how many
+        coordinates. In many, drawing it takes twice the time, and hardly gains at first.
       pairs: the same for whole blocks of directions with their opposites, and the most: with more,
         nets are better.
       block_coordinates: fewest and most for which blocks are taken.
@@ -51,7 +52,7 @@ class Rule:
     degrees: tuple[tuple[int, int, int], ...] = ((2, 6, 10), (1, 100, 3))
     fewest: int = 20
     block_degree: tuple[int, int] = (50, 3)
-    parts: int = 1
+    parts: tuple[tuple[float, int], ...] = ((1, 200), (1.5, 1000))
     pairs: tuple[int, int] = (2, 12)
     block_coordinates: tuple[int, int] = (3, 1000)
     block_groups: int = 3
@@ -231,7 +232,8 @@ def _sampler(
 def _takes_blocks(num_samples: int, dim: int, noise: NoiseDistribution) -> bool:
     """Whether there are as many samples as for blocks, and the tails allow it."""
     fewest, most = RULE.block_coordinates
-    several = RULE.parts * dim <= num_samples <= RULE.pairs[1] * dim
+    enough = any(few * dim <= num_samples for few, up_to in RULE.parts if dim <= up_to)
+    several = enough and num_samples <= RULE.pairs[1] * dim
     return several and fewest <= dim <= most and _has_moments(noise)
 
 
@@ -241,7 +243,7 @@ def _blocks(num_samples: int, dim: int, num_nets: int) -> tuple[Sampler, str]:
     For standard errors there are more.
     """
     if num_samples < RULE.pairs[0] * dim:
-        why = f"there are {RULE.parts} to {RULE.pairs[0]} samples for each coordinate"
+        why = f"there are {RULE.parts[0][0]} to {RULE.pairs[0]} samples for each coordinate"
         others = min(2 * math.isqrt(num_samples), num_samples // 3)
         most = -(-num_samples // num_nets) if num_nets > RULE.nets else num_samples - others
         return Orthogonal(min(most, dim)), f"Orthogonal directions, because {why}."
