@@ -213,6 +213,15 @@ def test_the_root_of_a_key_is_what_jax_draws():
         )
 
 
+def test_keys_of_steps_are_those_of_jax():
+    for impl in ("threefry2x32", "rbg"):
+        key = jax.random.key(7, impl=impl)
+        found = jnp.stack(_random_bits.fold_in_and_split(key, jnp.int32(2**31 - 1)))
+        expected = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
+        data = [jax.random.key_data(keys) for keys in (found, expected)]
+        np.testing.assert_array_equal(*data)
+
+
 @pytest.mark.covering
 @pytest.mark.parametrize("degree", [0, 1, 2])
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -1,7 +1,7 @@
 """Orthogonal directions."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from ..noise._smooth import Normal
 from ..tracing._linear_algebra import matmul
 from . import _random_bits
 from ._protocol import MAX_GROUP
-from ._random_bits import group_keys
+from ._random_bits import group_keys, materialise
 
 # Coordinates of the smallest matrices at least: those of one share the angles of its rows.
 _LEAST_LEAF = 8
@@ -128,7 +128,7 @@ def gaussian_directions(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Ar
     sizes = np.cumsum([*normals, *uniforms, dim * (doublings > 0)])
     bits = _words(keys, int(sizes[-1]), dtype)
     few, many = sizes[len(normals) - 1], sizes[len(normals) + len(uniforms) - 1]
-    normal = _kept(lambda: Normal().from_bits(bits[:, :few]), (count, few), dtype, key)
+    normal = materialise(lambda: Normal().from_bits(bits[:, :few]), (count, few), dtype, key)
     uniform = 2 * from_bits(bits[:, few:many])[0]
     steps = normal[:, : sizes[0]].reshape(count, added, dim)
     radii = _chi(normal[:, sizes[0] : sizes[1]].reshape(count, lengths, rows), uniform, dim)
@@ -157,12 +157,7 @@ def _words(keys: Array, number: int, dtype: np.dtype) -> Array:
         return _random_bits.words((keys[:, :1], keys[:, 1:]), row, column, dtype)
 
     kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
-    return _kept(drawn, (len(keys), number), kind, keys[0])
-
-
-def _kept(block: Any, shape: tuple[int, ...], dtype: Any, key: Array) -> Array:
-    """What would be computed anew for each of its uses."""
-    return _random_bits.materialise(block, shape, dtype, key)
+    return materialise(drawn, (len(keys), number), kind, keys[0])
 
 
 def _shape_of(rows: int, dim: int) -> tuple[int, int]:
@@ -238,7 +233,7 @@ def _doubled(leaves: Array, uniform: Array, key: Array) -> Array:
         shift = radius * jnp.cos(np.pi * uniform[:, 1]).astype(dtype)
         return jnp.sqrt((1 + jnp.stack([shift, -shift])) / 2)
 
-    cosine, sine = _kept(angles, (2, count, doublings, half), dtype, key)
+    cosine, sine = materialise(angles, (2, count, doublings, half), dtype, key)
 
     # Row (b, i), b of as many bits as there are doublings, is a multiple of row i of each small
     # matrix c: the product over the bits of what the angle for the bits of c before, those of b
@@ -257,7 +252,7 @@ def _doubled(leaves: Array, uniform: Array, key: Array) -> Array:
         found = found.reshape(count, number, *(2,) * doublings, leaf)
         return found.reshape(count, number, number, leaf)
 
-    multiple = _kept(multiples, (count, number, number, leaf), dtype, key)
+    multiple = materialise(multiples, (count, number, number, leaf), dtype, key)
     found = multiple[:, :, None] * leaves[:, :, :, None]
     found = found.reshape(count, 2 * half, number, leaf)
     return found.reshape(count, 2 * half, 2 * half)
