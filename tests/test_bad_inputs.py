@@ -134,6 +134,11 @@ CONSTRUCTION = {
         ["use_baseline must be a bool", "'False'", "str"],
     ),
     "use_baseline None": ({"use_baseline": None}, TypeError, ["use_baseline must be a bool"]),
+    "missing an array": (
+        {"missing": np.array(["drop", "drop"])},
+        ValueError,
+        ["missing must be 'propagate' or 'drop'"],
+    ),
     "has_aux a number": ({"has_aux": 1}, TypeError, ["has_aux must be a bool", "int"]),
     "noise None": (
         {"noise": None},
@@ -167,9 +172,12 @@ def test_noise_needs_both_methods(has, lacks):
         smooth(noise=noise)
 
 
-def test_num_samples_must_be_static():
-    with fails(TypeError, "num_samples must be static", "Python int", "static_argnums"):
-        jax.jit(lambda n: smooth(num_samples=n)(KEY, X))(10)
+@pytest.mark.parametrize(
+    ("name", "kind"), [("num_samples", "int"), ("degree", "int"), ("use_baseline", "bool")]
+)
+def test_what_must_be_static(name, kind):
+    with fails(TypeError, f"{name} must be static", f"Python {kind}", "static_argnums"):
+        jax.jit(lambda value: smooth(**{name: value})(KEY, X))(1)
 
 
 # --- Mistakes that are found when it is called
@@ -1038,6 +1046,13 @@ LAYERS = {
 def test_every_function_that_makes_functions_is_in_the_table():
     made = {n for n in dir(px) if n.startswith("make_")}
     assert made == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", ["make_implicit_mle", "make_perturbed_distribution"])
+def test_scores_without_leaves(name):
+    """An IndexError, where other layers had nothing to say."""
+    found = getattr(px, name)(lambda theta: theta, 4)(KEY, {})
+    assert found == {} if name == "make_implicit_mle" else found.weights.tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", LAYERS)

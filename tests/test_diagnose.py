@@ -187,6 +187,11 @@ def test_a_jacobian_too_large_is_combined(monkeypatch):
             "num_samples=15, but .* at least 16",
         ),
         (
+            lambda: px.make_perturbed_fun(lambda x: x[:0], 16),
+            ValueError,
+            "<lambda> returns no numbers",
+        ),
+        (
             lambda: px.make_perturbed_fun(steps, 16, noise=px.Uniform(), sampler=px.Independent()),
             NotImplementedError,
             r"Uniform\(\) is good for no derivative",

@@ -554,7 +554,8 @@ def test_a_choice_is_what_happens(num_samples, dim):
     ("args", "options", "error", "told"),
     [
         ((0, 3), {}, ValueError, "num_samples must be >= 1, got 0"),
-        ((10, -3), {}, ValueError, "dim must be >= 1, got -3"),
+        ((10, -3), {}, ValueError, "dim must be >= 0, got -3"),
+        ((10, np.zeros(2)), {}, TypeError, "dim must be an int, got ndarray"),
         ((10, 3), {"degree": 3}, ValueError, "degree must be None, 0, 1 or 2, got 3"),
         ((10, 3), {"num_nets": 0}, ValueError, "num_nets must be >= 1, got 0"),
         ((10, 3), {"noise": 1.0}, TypeError, "noise must define sample and log_prob"),

@@ -135,6 +135,23 @@ def test_what_a_sweep_needs():
         px.sweep_sigma(lambda x: x, KEY, X)
     with pytest.raises(TypeError, match="call it outside jit"):
         jax.jit(lambda x: px.sweep_sigma(steps, KEY, x).values)(X)
+    with pytest.raises(ValueError, match="x has no coordinates"):
+        px.sweep_sigma(lambda x: jnp.zeros(()), KEY, {})
+
+
+def test_a_sweep_of_truth_values():
+    """It failed in a difference of them."""
+
+    def either(dtype):
+        def fun(x):
+            return (x[0] > 0).astype(dtype)
+
+        return px.sweep_sigma(fun, KEY, X, [0.2, 0.5], num_samples=64)
+
+    truth, number = either(bool), either(jnp.float32)
+    np.testing.assert_array_equal(truth.share_equal, number.share_equal)
+    np.testing.assert_allclose(truth.values, number.values)
+    assert truth.share_equal[1] < 1
 
 
 # --- Pictures
@@ -194,14 +211,27 @@ def test_picture_of_a_diagnosis(ax):
         ({"direction": np.zeros(3)}, "direction must not be zero"),
         ({"direction": np.ones(2)}, r"that of 'x' is \(3,\), and that of its direction \(2,\)"),
         ({"direction": {"a": np.ones(3)}}, "direction must have the structure of x"),
+        ({"direction": np.array([1, np.nan, 0])}, "direction must be finite"),
+        ({"reach": 0}, "reach must be positive and finite, got 0"),
+        ({"reach": np.nan}, "reach must be positive and finite, got nan"),
         ({"fun": lambda x: x}, r"must return one number, got arrays of the shapes \[\(3,\)\]"),
     ],
 )
 def test_lines_that_are_refused(change, text, ax):
-    options = {"fun": steps, "direction": np.ones(3), **change}
+    options = {"fun": steps, "direction": np.ones(3), "reach": None, **change}
     g = px.make_perturbed_fun(options["fun"], 20, 0.3, **OPTIONS)
     with pytest.raises(ValueError, match=text):
-        px.plot_smoothing(g, KEY, X, options["direction"], ax=ax)
+        px.plot_smoothing(g, KEY, X, options["direction"], reach=options["reach"], ax=ax)
+
+
+def test_lines_of_the_wrong_kind(ax):
+    g, direction = px.make_perturbed_fun(steps, 20, 0.3, **OPTIONS), np.ones(3)
+    with pytest.raises(TypeError, match="reach must be a number or None, got str"):
+        px.plot_smoothing(g, KEY, X, direction, reach="a", ax=ax)
+    with pytest.raises(TypeError, match="call it outside jit"):
+        jax.jit(lambda x: px.plot_smoothing(g, KEY, x, direction, ax=ax))(X)
+    with pytest.raises(TypeError, match="got perturbed_steps, a function that wraps it"):
+        px.plot_smoothing(jax.jit(g), KEY, X, direction, ax=ax)
 
 
 def test_without_matplotlib(monkeypatch, sweep):

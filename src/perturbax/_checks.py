@@ -21,21 +21,26 @@ def check_fun(fun: object, name: str = "fun") -> None:
         raise TypeError(f"{name} must be callable, got {type(fun).__name__}")
 
 
-def check_count(value: Any, name: str, most: int | None = None) -> int:
-    """A static integer of at least 1, and at most `most`."""
+def _check_static(value: Any, name: str, kind: str) -> None:
+    """Raises TypeError if `value`, which a program is compiled for, is not known yet."""
     if isinstance(value, Tracer):
         raise TypeError(
-            f"{name} must be static (a Python int), got a traced value; pass it outside jit, or "
+            f"{name} must be static (a Python {kind}), got a traced value; pass it outside jit, or "
             "mark it with static_argnums"
         )
+
+
+def check_count(value: Any, name: str, most: int | None = None, least: int = 1) -> int:
+    """A static integer of at least `least`, and at most `most`."""
+    _check_static(value, name, "int")
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be an int, got bool")
     try:
         count = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
-    if count < 1:
-        raise ValueError(f"{name} must be >= 1, got {count}")
+    if count < least:
+        raise ValueError(f"{name} must be >= {least}, got {count}")
     if most is not None and count > most:
         raise ValueError(
             f"{name} must be <= {most}, got {count}; average calls with different keys instead"
@@ -45,6 +50,7 @@ def check_count(value: Any, name: str, most: int | None = None) -> int:
 
 def check_bool(value: object, name: str) -> bool:
     """A Python (or numpy) bool."""
+    _check_static(value, name, "bool")
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be a bool, got {value!r} ({type(value).__name__})")
     return bool(value)
@@ -52,7 +58,7 @@ def check_bool(value: object, name: str) -> bool:
 
 def check_missing(value: Any) -> None:
     """Raises unless `value` is one of the words."""
-    if value not in ("propagate", "drop"):
+    if not isinstance(value, str) or value not in ("propagate", "drop"):
         raise ValueError(f"missing must be 'propagate' or 'drop', got {value!r}")
 
 
@@ -62,11 +68,7 @@ def check_level(
     example: str = "0.95 stands for intervals of 95 %",
 ) -> float:
     """A static number between 0 and 1; the example starts with one."""
-    if isinstance(value, Tracer):
-        raise TypeError(
-            f"{name} must be static (a Python number), got a traced value; pass it outside jit, or "
-            "mark it with static_argnums"
-        )
+    _check_static(value, name, "number")
     number = isinstance(value, int | float | np.number | np.ndarray | Array)
     if isinstance(value, bool) or not number or np.shape(value):
         what = f"an array of shape {np.shape(value)}" if np.shape(value) else type(value).__name__
@@ -149,6 +151,7 @@ def check_degree(degree: object) -> None:
     """Raises unless `degree` is None, 0, 1 or 2."""
     if degree is None:
         return
+    _check_static(degree, "degree", "int")
     if isinstance(degree, bool) or not isinstance(degree, int | np.integer):
         raise TypeError(f"degree must be None, 0, 1 or 2, got {type(degree).__name__}")
     if not 0 <= degree <= 2:

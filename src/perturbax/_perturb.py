@@ -1,6 +1,7 @@
 """make_perturbed_fun: a smoothed, differentiable version of any function."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 from jax import Array
@@ -60,6 +61,14 @@ class PerturbedFun:
         return type(self), (self.fun, self.settings)
 
 
+def kind_of_fun(fun: Any) -> str:
+    """What an error calls a function in the place of which a `PerturbedFun` is needed."""
+    kind = getattr(fun, "__name__", type(fun).__name__)
+    inner = inspect.unwrap(fun) if callable(fun) else fun
+    wraps = inner is not fun and (isinstance(inner, PerturbedFun) or hasattr(inner, "made"))
+    return f"{kind}, a function that wraps it, as those of jit, vmap and grad do" if wraps else kind
+
+
 def make_perturbed_fun(
     fun: Fun,
     num_samples: int = 1000,
@@ -112,8 +121,8 @@ def make_perturbed_fun(
         zero; in further arguments it is differentiable as fun's own.
       missing: what becomes of samples at which fun's value has a NaN: "propagate" makes the result
         NaN; "drop" leaves them out, as if they had not been drawn. That changes no expectation if
-        failing has nothing to do with where the sample is; see the guide to functions outside JAX
-        for what is estimated if it has.
+        failing has nothing to do with where the sample is; see the guide to missing values for
+        what is estimated if it has.
       mesh: a `jax.sharding.Mesh` whose devices, along all of its axes, share the samples; None for
         the device that x is on. All arguments and results are replicated. The samples are the same
         however many devices there are, and so is the result, but for rounding (see the guide to

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .. import _checks
-from .._perturb import PerturbedFun
+from .._perturb import PerturbedFun, kind_of_fun
 from ..scale import _scales
 from . import _regression
 from ._regression import Fit
@@ -211,10 +211,10 @@ def carry(perturbed_fun: PerturbedFun, *, memory: int | None = None) -> Carried:
       Rahimi and Recht, Random Features for Large-Scale Kernel Machines, 2007
     """
     if not isinstance(perturbed_fun, PerturbedFun):
-        kind = getattr(perturbed_fun, "__name__", type(perturbed_fun).__name__)
         raise TypeError(
-            f"perturbed_fun must be what make_perturbed_fun returned, got {kind}; carry first, "
-            "then apply jit, vmap and scan to value_and_grad"
+            "perturbed_fun must be what make_perturbed_fun returned, got "
+            f"{kind_of_fun(perturbed_fun)}; carry first, then apply jit, vmap and scan to "
+            "value_and_grad"
         )
     if memory is not None:
         memory = _checks.check_count(memory, "memory")

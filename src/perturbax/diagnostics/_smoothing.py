@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from .. import _checks
-from .._perturb import PerturbedFun
+from .._perturb import PerturbedFun, kind_of_fun
 from ..scale import _scales
 from ..scale._matrices import is_matrix, row_lengths
 from . import _plots
@@ -58,8 +58,9 @@ def plot_smoothing(
       The axes.
 
     Raises:
-      TypeError: if g is not what make_perturbed_fun returned.
-      ValueError: if its value is not one number, or direction is not like x, or zero.
+      TypeError: if g is not what make_perturbed_fun returned, or anything is traced.
+      ValueError: if its value is not one number, direction is not like x, zero or not finite, or
+        reach is not positive and finite.
       ImportError: without matplotlib.
 
     Example:
@@ -71,10 +72,11 @@ def plot_smoothing(
       >>> ax = px.plot_smoothing(g, jax.random.key(0), x, direction, num_points=5)
     """
     if not isinstance(g, PerturbedFun):
-        kind = getattr(g, "__name__", type(g).__name__)
-        raise TypeError(f"g must be what make_perturbed_fun returned, got {kind}")
+        raise TypeError(f"g must be what make_perturbed_fun returned, got {kind_of_fun(g)}")
     num_points = _checks.check_count(num_points, "num_points")
-    ax = _plots.axes(ax)
+    if _checks.is_traced((key, x, direction, args, kwargs, g.settings.sigma)):
+        raise TypeError("plot_smoothing needs known numbers, got traced ones; call it outside jit")
+    key = _checks.check_key(key, x)
     leaves, names, merge = _checks.perturbed_leaves(x)
     if jax.tree.structure(direction) != jax.tree.structure(x):
         raise ValueError(
@@ -92,9 +94,12 @@ def plot_smoothing(
                 f"direction must have the shapes of x, but that of {name!r} is {leaf.shape}, and "
                 f"that of its direction {d.shape}"
             )
+    if not all(bool(jnp.all(jnp.isfinite(d))) for d in moved):
+        raise ValueError("direction must be finite")
     if not any(bool(jnp.any(d != 0)) for d in moved):
         raise ValueError("direction must not be zero")
-    reach = _reach(g, x, leaves, names, moved) if reach is None else float(reach)
+    reach = _reach(g, x, leaves, names, moved) if reach is None else _check_reach(reach)
+    ax = _plots.axes(ax)
 
     def at(t: Array) -> Any:
         return merge(
@@ -140,6 +145,14 @@ def _one_number(value: Any) -> Array:
             "or draw the loss that they are used in"
         )
     return jnp.reshape(jnp.asarray(leaves[0]), ())
+
+
+def _check_reach(reach: Any) -> float:
+    if isinstance(reach, bool) or not isinstance(reach, int | float | np.number | Array):
+        raise TypeError(f"reach must be a number or None, got {type(reach).__name__}")
+    if not 0 < float(reach) < math.inf:
+        raise ValueError(f"reach must be positive and finite, got {reach}")
+    return float(reach)
 
 
 def _reach(g: PerturbedFun, x: Any, leaves: Any, names: Any, moved: list[Array]) -> float:

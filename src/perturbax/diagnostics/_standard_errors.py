@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from .. import _checks
 from .._call import run
-from .._perturb import PerturbedFun
+from .._perturb import PerturbedFun, kind_of_fun
 from ..estimator._default_rule import RULE, choose
 from ..estimator._derivatives import sums_of_slopes
 from ..estimator._formula import Part, fitted, kept, unit_of
@@ -193,16 +193,10 @@ def estimates_by_degree(
       ValueError: if for one of the degrees other samples would be drawn.
     """
     if not isinstance(perturbed_fun, PerturbedFun):
-        kind = getattr(perturbed_fun, "__name__", type(perturbed_fun).__name__)
-        if isinstance(getattr(perturbed_fun, "__wrapped__", None), PerturbedFun):
-            raise TypeError(
-                "perturbed_fun must be what make_perturbed_fun returned, got a function that wraps "
-                "it, as those of jit, vmap and grad do; pass the perturbed function itself, and "
-                "apply jit and vmap to estimate"
-            )
         raise TypeError(
-            f"perturbed_fun must be what make_perturbed_fun returned, got {kind}. (Layers and "
-            "losses have no standard errors; a mean solution is a perturbed function of its solver)"
+            "perturbed_fun must be what make_perturbed_fun returned, got "
+            f"{kind_of_fun(perturbed_fun)}. Apply jit and vmap to estimate. (Layers and losses "
+            "have no standard errors; a mean solution is a perturbed function of its solver)"
         )
     call = perturbed_fun.prepare(key, x, args, kwargs, RULE.nets_for_errors)
     call = dataclasses.replace(

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from .. import _checks
 from .._call import Settings
 from .._describe import Made
-from .._perturb import PerturbedFun
+from .._perturb import PerturbedFun, kind_of_fun
 from ..estimator._default_rule import Choice, choose_sampler
 from ..estimator._surrogate import num_features
 from ..sampling._independent import Independent
@@ -166,6 +166,8 @@ class Subject:
         found = self._value_at(self._sampled_at(self.leaves))
         value = found if self._made is None else self._value_of(found)
         size = self._num_outputs = sum(jnp.size(v) for v in jax.tree.leaves(value))
+        if not size:
+            raise ValueError(f"{self.name} returns no numbers, so there is nothing to diagnose")
         if size > 1 and size * self.dim > WHOLE:
             key = jax.random.fold_in(self._key, 0)
             self._signs = np.asarray(jax.random.rademacher(key, (size,), np.int8))
@@ -407,12 +409,9 @@ def _origin(g: Any) -> tuple[Any, Settings, Made | None]:
         if "fun" in made.arguments:  # the derivatives are those of a perturbed function
             return made.arguments["fun"], settings, None
         return made.arguments["argmax_fun"], settings, made
-    kind = getattr(g, "__name__", type(g).__name__)
-    wraps = made is not None or isinstance(getattr(g, "__wrapped__", None), PerturbedFun)
-    kind += ", a function that wraps it" if wraps else ""
     raise TypeError(
         "g must be what make_perturbed_fun, make_straight_through_fun, make_perturbed_argmax, "
-        f"make_perturbed_max or make_fenchel_young_loss returned, got {kind}"
+        f"make_perturbed_max or make_fenchel_young_loss returned, got {kind_of_fun(g)}"
     )
 
 

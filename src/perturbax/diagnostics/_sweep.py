@@ -162,7 +162,7 @@ def sweep_sigma(
 
     Raises:
       TypeError: if an argument is not of the kind described, or traced.
-      ValueError: if fun does not return one number; if sigmas are not positive.
+      ValueError: if fun does not return one number; if sigmas are not positive; if x is empty.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -178,6 +178,8 @@ def sweep_sigma(
     leaves, _, merge = _checks.perturbed_leaves(x)
     if _checks.is_traced((key, leaves, sigmas)):
         raise TypeError("sweep_sigma needs known numbers, got traced ones; call it outside jit")
+    if not _checks.num_elements(leaves):
+        raise ValueError("x has no coordinates: there is nothing to smooth")
     scales = _check_sigmas(sigmas, leaves)
     hard = jax.tree.leaves(jax.tree.map(np.asarray, fun(x)))
     if len(hard) != 1 or hard[0].size != 1 or np.iscomplexobj(hard[0]):
@@ -186,8 +188,9 @@ def sweep_sigma(
             f"fun must return one real number, got arrays of the shapes {shapes}: sweep the loss "
             "that they are used in"
         )
-    at_x, dtype = hard[0].ravel()[0], hard[0].dtype
-    slack = 8 * float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
+    dtype = np.dtype(np.int8) if hard[0].dtype == bool else hard[0].dtype
+    at_x = hard[0].astype(dtype).ravel()[0]
+    slack = 8 * float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0
     freedom = 0
 
     def one(arguments: tuple[Array, Array], leaves: list[Array]) -> Any:
@@ -211,7 +214,7 @@ def sweep_sigma(
             jnp.concatenate([jnp.ravel(v) for v in jax.tree.leaves(tree)])
             for tree in (found.gradient, found.gradient_error)
         ]
-        values = found.aux
+        values = found.aux.astype(dtype)
         close = jnp.abs(values - at_x) <= slack * abs(at_x)
         failed = ~jnp.isfinite(values.astype(jnp.float32))
         return found.value, found.value_error, *gradients, jnp.mean(close), jnp.mean(failed)

@@ -137,8 +137,7 @@ def choose_sampler(
       Independent(block=1), 100 groups of 1 sample, degree 0. Independent samples, because ...
     """
     num_samples = _checks.check_count(num_samples, "num_samples")
-    if dim != 0:  # an empty x is allowed
-        dim = _checks.check_count(dim, "dim")
+    dim = _checks.check_count(dim, "dim", least=0)
     _checks.check_noise(noise)
     _checks.check_sampler(sampler)
     _checks.check_degree(degree)

@@ -104,8 +104,7 @@ def host_function(
         if not number or not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be None or a positive number, got {timeout!r}")
         timeout = float(timeout)
-    if isinstance(retries, bool) or retries != 0:
-        retries = check_count(retries, "retries")
+    retries = check_count(retries, "retries", least=0)
     if isinstance(on_failure, str) and on_failure not in ("raise", "missing"):
         raise ValueError(
             f"on_failure must be 'raise', 'missing', a number or a pytree, got {on_failure!r}"

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from .. import _checks
-from .._call import Settings, evaluate, prepare
+from .._call import Call, Settings, evaluate, prepare
 from .._describe import describe, leading
 from .._types import Fun, PyTree
 from ..estimator import _formula
@@ -160,7 +160,7 @@ def make_perturbed_distribution(
         location, scale = perturbation.location(), perturbation.scale()
         call = prepare(dataclasses.replace(settings, sigma=scale), solve, key, location)
         _, (v, solutions) = evaluate(call)
-        density = _log_density(settings.noise, v, location, scale)
+        density = _log_density(call, v, location, scale)
         size = call.plan.group_size if use_baseline else num_samples
         distinct, weights = _tabulate(size, solutions, density)
         if _checks.is_traced(settings.sigma):
@@ -173,17 +173,17 @@ def make_perturbed_distribution(
     return perturbed_distribution
 
 
-def _log_density(
-    noise: NoiseDistribution, v: list[Array], location: list[Array], scale: Any
-) -> Array:
+def _log_density(call: Call, v: list[Array], location: list[Array], scale: Any) -> Array:
     """Log-density of each sample v, held fixed, under m + r Z: shape (N,)."""
     scales = scale if isinstance(scale, list) else [scale] * len(location)
-    rows, log_scale = [], jnp.zeros((), v[0].dtype)
+    plan = call.plan
+    rows = [jnp.zeros((plan.num_samples, 0), plan.dtype)]  # scores may have no leaves
+    log_scale = jnp.zeros((), plan.dtype)
     for one, m, r in zip(v, location, scales, strict=True):
         spread = jnp.broadcast_to(r, m.shape)
         rows.append(((lax.stop_gradient(one) - m[None]) / spread[None]).reshape(len(one), -1))
         log_scale += jnp.sum(jnp.log(spread))
-    return _formula.log_prob_of(noise, jnp.concatenate(rows, axis=1)) - log_scale
+    return _formula.log_prob_of(call.settings.noise, jnp.concatenate(rows, axis=1)) - log_scale
 
 
 @partial(jax.jit, static_argnums=0)

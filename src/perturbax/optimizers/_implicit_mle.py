@@ -126,7 +126,7 @@ def make_implicit_mle(
         traced, operands = trace(mean, key, *leaves)
         scores = [sign * v for v in leaves]
         value = traced(operands, key, *lax.stop_gradient(scores))
-        fixed = lax.stop_gradient((value, operands, jnp.asarray(lam, value[0].dtype)))
+        fixed = lax.stop_gradient((value, operands, jnp.asarray(lam, _checks.noise_dtype(value))))
         # The target steps from alpha theta, but the gradient is one in theta.
         start = [v + lax.stop_gradient(_scaled(v, alpha - 1)) for v in scores]
         change: Any = _zeros(traced, two_sided, start, *fixed, jax.random.clone(key))
