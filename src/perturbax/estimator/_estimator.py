@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from ..execution._plan import Operands, Plan, shaped
 from ..sampling import _random_bits
+from ..tracing._mesh_axes import in_told_mesh
 from ._derivatives import expectation, value_by_formula
 
 
@@ -29,7 +30,8 @@ def estimate(
     Returns:
       The leaves of the value, and of aux stacked over samples.
     """
-    words = _random_bits.root(key)
+    with in_told_mesh():  # so that the generator's trace serves the keys of two groups too
+        words = _random_bits.root(key)
     has_aux = len(plan.fun.out_avals) > plan.num_outputs
     if has_aux or plan.fun.jaxpr.effects:
         # JAX allows no side effects inside a custom derivative rule (jax#11916).

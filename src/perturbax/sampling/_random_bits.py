@@ -74,8 +74,9 @@ def root(key: Array) -> Array:
         return jax.random.bits(key, (2,), jnp.uint32)
     # The same words, by a generator that compiles faster than JAX's own, which is a loop. The check
     # for reuse of keys would not see it.
-    data, row = jax.random.key_data(key), jnp.uint32(0)
-    return jnp.stack([lax.bitwise_xor(*threefry(data, row, jnp.uint32(c))) for c in range(2)])
+    column = lax.iota(jnp.uint32, 2)
+    words = threefry(jax.random.key_data(key), lax.full_like(column, 0), column)
+    return lax.bitwise_xor(*words)
 
 
 def fold_in_and_split(key: Array, data: Array) -> tuple[Array, Array]:
@@ -98,17 +99,17 @@ def fold_in_and_split(key: Array, data: Array) -> tuple[Array, Array]:
 
 
 def child(key: Array, index: Array) -> Array:
-    """The two-word key of the `index`-th child of `key`, for scalar `index`.
+    """The two-word keys of the `index`-th children of `key`, uint32: shape (*index.shape, 2).
 
-    The column lies beyond any coordinate that `words` is asked for, so the child's key never
-    repeats a word that the parent hands out as noise.
+    The column lies beyond any coordinate that `words` is asked for, so a child's key never repeats
+    a word that the parent hands out as noise.
     """
-    return jnp.stack(threefry(key, jnp.asarray(index, jnp.uint32), jnp.uint32(0xFFFFFFFF)))
+    return jnp.stack(threefry(key, index, lax.full_like(index, 0xFFFFFFFF)), axis=-1)
 
 
 def group_keys(key: Array, first: Array, count: int) -> Array:
     """The keys of the groups first, ..., first + count - 1: (count, 2)."""
-    return jax.vmap(lambda group: child(key, group))(first + lax.iota(jnp.uint32, count))
+    return child(key, first + lax.iota(jnp.uint32, count))
 
 
 def materialise(
