@@ -1,6 +1,7 @@
 """The journal: nothing finished is evaluated twice, nothing else is taken for a result."""
 
 import functools
+import importlib
 import os
 import signal
 import sqlite3
@@ -161,6 +162,73 @@ def test_names_tell_functions_apart(monkeypatch):
     changed = name_of(with_helper)
     monkeypatch.setitem(globals(), "helper", lambda x: x + 2)
     assert len({before, changed, name_of(with_helper)}) == 3
+
+
+SOURCE = """
+import functools, types, typing
+
+class Base:
+    def step(self):
+        return {0}
+
+class Plain(Base):
+    rate = {1}
+
+    @staticmethod
+    def scale(x):
+        return {2} * x
+
+    @property
+    def width(self):
+        return {3}
+
+    def __init__(self, value):
+        self.value = value
+
+class Pair(typing.NamedTuple):
+    a: int = {4}
+
+@functools.cache
+def cached(x):
+    return {5}
+
+plain = Plain({6})
+space = types.SimpleNamespace(a={7})
+both = [cached, object()]
+
+def fun(x):
+    if both:
+        return cached(x), plain.step(), plain.rate, plain.value, plain.width, space.a, Pair().a
+"""
+
+
+def test_names_tell_what_functions_use_apart(tmp_path, monkeypatch):
+    """Of classes only methods counted, of what is cached and of objects nothing at all."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def name(numbers):
+        (tmp_path / "of_users.py").write_text(SOURCE.format(*numbers))
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        importlib.invalidate_caches()
+        sys.modules.pop("of_users", None)
+        return name_of(importlib.import_module("of_users").fun)
+
+    count = SOURCE.count("{")
+    names = [name([10 + (i == j) for i in range(count)]) for j in range(count + 1)]
+    assert len(set(names)) == count + 1
+    assert name([10] * count) == names[-1]
+
+
+def test_a_name_is_found_at_once_where_functions_refer_to_each_other(monkeypatch):
+    """All ways through them were followed: of nine, for seconds, of twelve, for hours."""
+    number = range(12)
+    calls = [" + ".join(f"mutual{j}(x)" for j in number if j != i) for i in number]
+    source = [f"def mutual{i}(x):\n    return {calls[i]}" for i in number]
+    space = {"__name__": "mutual"}
+    exec(compile("\n".join(source), "mutual.py", "exec"), space)
+    before = name_of(space["mutual0"])
+    space["mutual7"] = lambda x: x
+    assert before != name_of(space["mutual0"])
 
 
 def test_functions_that_cannot_be_told_apart_need_a_name(journal):

@@ -15,6 +15,7 @@ import os
 import socket
 import sqlite3
 import struct
+import sys
 import threading
 import time
 import types
@@ -53,8 +54,9 @@ class Journal:
       path: a file, which is made if it is not there. Beside it lie, while it is in use, two more.
       name: what tells the function from others, and from its own earlier versions: results of the
         same name are taken for the function's. None makes a name of the function's code, of what it
-        closes over, and of the functions and data of its module that it uses. What it reads from
-        files, or calls in other modules, is not in that name: change `name` when that changes.
+        closes over, and of the functions, classes and data of its own modules that it uses. What it
+        reads from files or calls in installed packages is not in that name, nor are objects of
+        their classes in its modules: change `name` when these change.
     """
 
     path: str | os.PathLike[str]
@@ -83,7 +85,7 @@ class _Unnamed(Exception):
 def name_of(fun: Callable[..., Any]) -> str:
     """A name that changes with the function's code, and with the data that it refers to."""
     try:
-        digest = hashlib.sha256(_content(fun, ())).hexdigest()
+        digest = hashlib.sha256(_content(fun, {})).hexdigest()
     except _Unnamed as error:
         raise ValueError(
             f"journal cannot tell fun from others, for it refers to {error}: give it a name, "
@@ -93,12 +95,16 @@ def name_of(fun: Callable[..., Any]) -> str:
     return f"{module}.{getattr(fun, '__qualname__', type(fun).__name__)}:{digest[:32]}"
 
 
-def _content(value: Any, within: tuple[Any, ...]) -> bytes:
-    """Bytes that are equal only for what acts alike."""
+def _content(value: Any, seen: dict[int, tuple[int, Any]]) -> bytes:
+    """Bytes that are equal only for what acts alike.
+
+    Args:
+      value: a function, or what one refers to.
+      seen: what was met on the way here, by id, each with a number: functions and objects may refer
+        to themselves and, in many ways, to each other. It is kept alive, lest ids be used again.
+    """
     kind = type(value).__name__.encode()
-    inner = functools.partial(_content, within=(*within, value))
-    if any(value is v for v in within):  # a function that refers to itself
-        return b"itself"
+    inner = functools.partial(_content, seen=seen)
     if value is None or value is Ellipsis or isinstance(value, bool | int | float | complex):
         return kind + repr(value).encode()
     if isinstance(value, str | bytes | range | PurePath | enum.Enum | np.dtype):
@@ -110,37 +116,54 @@ def _content(value: Any, within: tuple[Any, ...]) -> bytes:
         return kind + leaf_digest(array)
     if isinstance(value, types.ModuleType):
         return kind + value.__name__.encode()
-    if isinstance(value, type):
-        methods = [v for v in vars(value).values() if isinstance(v, types.FunctionType)]
-        name = f"{value.__module__}.{value.__qualname__}".encode()
-        return _joined(kind + name, map(inner, filter(_is_of_user, methods)))
     if isinstance(value, types.CodeType):
         parts = (value.co_code, value.co_names, value.co_varnames, value.co_freevars)
         return _joined(kind, map(inner, (*parts, *value.co_consts)))
+    if isinstance(value, set | frozenset):  # in no order
+        return _joined(kind, sorted(_content(v, dict(seen)) for v in value))
+    if isinstance(value, tuple):  # constants of code among them, which Python shares at will
+        return _joined(kind, map(inner, value))
+    if id(value) in seen:
+        return kind + str(seen[id(value)][0]).encode()
+    seen[id(value)] = len(seen), value
+    if isinstance(value, type):
+        name = kind + f"{value.__module__}.{value.__qualname__}".encode()
+        if not _is_class_of_user(value):
+            return name
+        own = {k: v for k, v in vars(value).items() if not _is_bookkeeping(k, v)}
+        return _joined(name, [*map(inner, value.__bases__), *_tellable(own, seen)])
     if isinstance(value, types.FunctionType):
         if not _is_of_user(value):
             return kind + f"{value.__module__}.{value.__qualname__}".encode()
         parts = [value.__code__, value.__defaults__, value.__kwdefaults__]
         parts += _closed_over(value)
-        return _joined(kind, [*map(inner, parts), *_globals_of(value, within)])
+        return _joined(kind, [*map(inner, parts), *_globals_of(value, seen)])
     if isinstance(value, types.MethodType):
         return _joined(kind, map(inner, (value.__func__, value.__self__)))
+    if isinstance(value, staticmethod | classmethod):
+        return _joined(kind, [inner(value.__func__)])
+    if isinstance(value, property):
+        return _joined(kind, map(inner, (value.fget, value.fset, value.fdel)))
+    if isinstance(value, functools.cached_property):
+        return _joined(kind, [inner(value.func)])
     if isinstance(value, np.ufunc):
         return kind + value.__name__.encode()
     if isinstance(value, functools.partial):
         return _joined(kind, map(inner, (value.func, value.args, value.keywords)))
     if isinstance(value, dict):
         return _joined(kind, (inner(k) + b"=" + inner(v) for k, v in value.items()))
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return _joined(kind, map(inner, value))
-    if isinstance(value, set | frozenset):
-        return _joined(kind, sorted(map(inner, value)))
     if dataclasses.is_dataclass(value):
         parts = (getattr(value, field.name) for field in dataclasses.fields(value))
         return _joined(kind, map(inner, (type(value), *parts)))
     if callable(value) and hasattr(value, "__qualname__"):  # compiled, or wrapped by a package
         name = f"{getattr(value, '__module__', '')}.{value.__qualname__}".encode()
-        return _joined(kind + name, [inner(getattr(value, "__self__", None))])
+        parts = (getattr(value, name, None) for name in ("__self__", "__wrapped__"))
+        return _joined(kind + name, map(inner, parts))
+    plain = isinstance(value, types.SimpleNamespace) or _is_class_of_user(type(value))
+    if plain and hasattr(value, "__dict__"):
+        return _joined(kind, map(inner, (type(value), vars(value))))
     raise _Unnamed(f"an object of the class {type(value).__name__}")
 
 
@@ -165,17 +188,38 @@ def _is_of_user(value: Any) -> bool:
     return file is not None and "site-packages" not in file and not file.startswith(inside)
 
 
-def _globals_of(function: types.FunctionType, within: tuple[Any, ...]) -> Iterator[bytes]:
+def _is_class_of_user(value: type) -> bool:
+    """Whether a class is defined in a file of the user's, or in a notebook."""
+    module = sys.modules.get(value.__module__)
+    if getattr(module, "__file__", None) is None:
+        return value.__module__ not in sys.builtin_module_names
+    return _is_of_user(module)
+
+
+def _is_bookkeeping(name: str, value: Any) -> bool:
+    """Whether Python itself keeps this in a class, such as the number of its first line."""
+    return name[:2] == name[-2:] == "__" and not isinstance(value, types.FunctionType)
+
+
+def _tellable(values: dict[str, Any], seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
+    """Of named values, those that can be told from others of their kind."""
+    for name in sorted(values):
+        before = len(seen)
+        try:
+            yield name.encode() + b"=" + _content(values[name], seen)
+        except _Unnamed:
+            while len(seen) > before:  # what was met in vain is not part of the result
+                seen.popitem()
+
+
+def _globals_of(function: types.FunctionType, seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
     """Of what a function uses of its module, and of the user's modules there, if it can be told."""
     names = sorted(_names(function.__code__))
     spaces = [function.__globals__]
     found = [function.__globals__.get(name) for name in names]
     spaces += [vars(v) for v in found if isinstance(v, types.ModuleType) and _is_of_user(v)]
     for space in spaces:
-        for name in names:
-            if name in space:
-                with contextlib.suppress(_Unnamed):
-                    yield name.encode() + b"=" + _content(space[name], (*within, function))
+        yield from _tellable({name: space[name] for name in names if name in space}, seen)
 
 
 def _names(code: types.CodeType) -> set[str]:
