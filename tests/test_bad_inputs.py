@@ -1048,6 +1048,11 @@ def test_every_function_that_makes_functions_is_in_the_table():
     assert made == set(LAYERS)
 
 
+def test_settings_of_another_kind():
+    with fails(TypeError, "settings must be Settings, got int"):
+        px.PerturbedFun(squares, 3)
+
+
 @pytest.mark.parametrize("name", ["make_implicit_mle", "make_perturbed_distribution"])
 def test_scores_without_leaves(name):
     """An IndexError, where other layers had nothing to say."""

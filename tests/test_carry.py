@@ -444,6 +444,9 @@ def test_far_from_the_origin_no_digits_are_lost():
             ValueError,
             "sigma is a matrix",
         ),
+        (lambda: step_of(smoothed(), state=None), TypeError, "state must be what init.* NoneType"),
+        (lambda: step_of(smoothed(), x=X[:2]), ValueError, "for 3 coordinates, but x has 2"),
+        (lambda: step_of(smoothed(), key=X, x=jax.random.key(0)), TypeError, "did you swap"),
     ],
 )
 def test_errors_tell_what_to_do(make, error, message):
@@ -451,6 +454,7 @@ def test_errors_tell_what_to_do(make, error, message):
         make()
 
 
-def step_of(g):
+def step_of(g, **changes):
     carried = px.carry(g)
-    return carried.value_and_grad(carried.init(X), jax.random.key(0), X)
+    given = {"state": carried.init(X), "key": jax.random.key(0), "x": X, **changes}
+    return carried.value_and_grad(*given.values())

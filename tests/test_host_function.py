@@ -6,6 +6,7 @@ Most tests compare with the same function written in JAX, or with a loop over th
 import concurrent.futures
 import multiprocessing
 import os
+import pickle
 import signal
 import statistics
 import subprocess
@@ -388,6 +389,8 @@ def test_bad_calls():
     scaled = px.host_function(lambda x, t: steps(x) * t)
     with pytest.raises(NotImplementedError, match="stop_gradient"):
         jax.grad(lambda t: smooth(scaled)(KEY, X, t))(2.0)
+    with pytest.raises(TypeError, match=r"steps cannot be pickled .* make a host function of it"):
+        pickle.dumps(smooth(h))
     held = jax.grad(lambda x: smooth(scaled)(KEY, x, jax.lax.stop_gradient(2.0)))(X)
     assert_trees_close(held, jax.grad(lambda x: 2.0 * smooth(steps_in_jax)(KEY, x))(X), rtol=1e-5)
 

@@ -10,6 +10,7 @@ import pytest
 
 import closed_forms
 import perturbax as px
+from perturbax.diagnostics._sweep import _suggest, _why_not
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -101,6 +102,18 @@ def test_nothing_to_suggest(fun, text):
     assert text in found.reason
 
 
+def test_a_single_sigma_is_told_as_one():
+    none = np.full(2, np.nan)
+    why = ["the gradient cannot be told from zero with these samples", "", "2 % are infinite"]
+    ends, reason = _suggest(np.array([0.1, 0.2, 0.5]), why, none, none)
+    assert ends == (0.2, 0.2)
+    assert reason == (
+        "Worth using, of these: sigma 0.2 alone. Below, the gradient cannot be told from zero with "
+        "these samples. Above, 2 % are infinite."
+    )
+    assert _why_not(False, 0.4, 0.0, 0.0, 100.0) == why[0]
+
+
 @pytest.mark.parametrize(
     ("x", "low", "high"),
     [
@@ -135,6 +148,10 @@ def test_what_a_sweep_needs():
         px.sweep_sigma(lambda x: x, KEY, X)
     with pytest.raises(TypeError, match="call it outside jit"):
         jax.jit(lambda x: px.sweep_sigma(steps, KEY, x).values)(X)
+    with pytest.raises(
+        TypeError, match=r"got float32\[3\]; did you swap .* sweep_sigma\(fun, key, x"
+    ):
+        px.sweep_sigma(steps, X, KEY)
     with pytest.raises(ValueError, match="x has no coordinates"):
         px.sweep_sigma(lambda x: jnp.zeros(()), KEY, {})
 
@@ -215,6 +232,7 @@ def test_picture_of_a_diagnosis(ax):
         ({"reach": 0}, "reach must be positive and finite, got 0"),
         ({"reach": np.nan}, "reach must be positive and finite, got nan"),
         ({"fun": lambda x: x}, r"must return one number, got arrays of the shapes \[\(3,\)\]"),
+        ({"fun": lambda x: 1j * steps(x)}, "must return a real number, got a complex one"),
     ],
 )
 def test_lines_that_are_refused(change, text, ax):

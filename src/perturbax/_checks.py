@@ -175,9 +175,15 @@ def kind_of(value: object) -> str:
     return f"a {type(value).__name__}" if dtype is None else f"an array of {dtype}"
 
 
-def check_key(key: Any, x: PyTree) -> Array:
-    """One typed PRNG key, from a typed one or a raw one; `x` is looked at for swapped arguments."""
-    hint = "; did you call g(x, key)? it is g(key, x)" if _is_key(x) else ""
+def check_key(key: Any, x: PyTree, call: str | None = None) -> Array:
+    """One typed PRNG key, from a typed one or a raw one; `x` is looked at for swapped arguments.
+
+    `call` is how the function is called, if not as g(key, x).
+    """
+    place, hint = "the first argument", "did you call g(x, key)? it is g(key, x)"
+    if call is not None:
+        place, hint = "key", f"did you swap arguments? it is {call}"
+    hint = f"; {hint}" if _is_key(x) else ""
     if isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.shape:
             raise TypeError(
@@ -196,9 +202,7 @@ def check_key(key: Any, x: PyTree) -> Array:
                 f"key must be one PRNG key, got raw keys of shape {key.shape}; vmap over the keys"
             )
     what = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else type(key).__name__
-    raise TypeError(
-        f"the first argument must be a PRNG key such as jax.random.key(0), got {what}{hint}"
-    )
+    raise TypeError(f"{place} must be a PRNG key such as jax.random.key(0), got {what}{hint}")
 
 
 def _is_key(value: Any) -> bool:

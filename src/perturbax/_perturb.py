@@ -35,6 +35,8 @@ class PerturbedFun:
     def __post_init__(self) -> None:
         """Checks fun, and takes over what it tells about itself."""
         _checks.check_fun(self.fun)
+        if not isinstance(self.settings, Settings):
+            raise TypeError(f"settings must be Settings, got {type(self.settings).__name__}")
         number = self.settings.num_samples
         does = f"Estimates E[{{name}}(x + sigma eps)] by the mean of {number} samples."
         describe(self, "perturbed", self.fun, ("key", "x"), "make_perturbed_fun", does)

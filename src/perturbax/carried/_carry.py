@@ -104,9 +104,24 @@ class Carried:
         Returns:
           `((value, gradient), state)`, where value is a pair of value and aux if the perturbed
           function has aux. The gradient has the structure of x, as that of `jax.value_and_grad`.
+
+        Raises:
+          TypeError: if state is none, or the value is not a real scalar.
+          ValueError: if state is one for points with another number of coordinates.
         """
         fun, settings = self.perturbed_fun.fun, self.perturbed_fun.settings
+        if not isinstance(state, CarriedState):
+            raise TypeError(
+                "state must be what init(x), or the step before, returned, got "
+                f"{type(state).__name__}; it is value_and_grad(state, key, x)"
+            )
+        key = _checks.check_key(key, x, "value_and_grad(state, key, x)")
         leaves, names, merge = _checks.perturbed_leaves(x)
+        if state.origin.shape != (_checks.num_elements(leaves),):
+            raise ValueError(
+                f"state is one for {state.origin.size} coordinates, but x has "
+                f"{_checks.num_elements(leaves)}; call init(x) for points like x"
+            )
         scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
         dtype = _checks.noise_dtype(leaves)
         sigma, noise = _spread(scales, leaves, names, dtype), settings.noise

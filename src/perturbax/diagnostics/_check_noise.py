@@ -121,7 +121,11 @@ def check_noise(
             f"num_samples must be at least {_LEAST_DRAWS * dim}, which is {_LEAST_DRAWS} draws of "
             f"dim={dim} numbers, got {num_samples}: standard errors of fewer mean little"
         )
-    key = jax.random.key(0) if key is None else _checks.check_key(key, None)
+    key = (
+        jax.random.key(0)
+        if key is None
+        else _checks.check_key(key, None, "check_noise(noise, key=key)")
+    )
     name = repr(noise)
     if len(name) > 60 or " object at " in name:
         name = type(noise).__name__

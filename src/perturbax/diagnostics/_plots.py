@@ -49,7 +49,7 @@ def plot_errors(
         ax.axvline(suggested, color=RED, label=f"suggested: {suggested:,} samples")
     if np.isfinite(now[1]):
         ax.plot(*now, "D", mfc="none", color=RED, label="as it is")
-    ax.set(xscale="log", yscale="log", xlabel="samples", ylabel="relative error of the gradient")
+    ax.set(xscale="log", yscale="log", xlabel="samples")
     for axis, unit in ((ax.xaxis, 1), (ax.yaxis, 100)):
         axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_minor_locator(matplotlib.ticker.NullLocator())

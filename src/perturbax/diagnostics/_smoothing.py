@@ -76,7 +76,7 @@ def plot_smoothing(
     num_points = _checks.check_count(num_points, "num_points")
     if _checks.is_traced((key, x, direction, args, kwargs, g.settings.sigma)):
         raise TypeError("plot_smoothing needs known numbers, got traced ones; call it outside jit")
-    key = _checks.check_key(key, x)
+    key = _checks.check_key(key, x, "plot_smoothing(g, key, x, direction)")
     leaves, names, merge = _checks.perturbed_leaves(x)
     if jax.tree.structure(direction) != jax.tree.structure(x):
         raise ValueError(
@@ -144,6 +144,8 @@ def _one_number(value: Any) -> Array:
             f"the function must return one number, got arrays of the shapes {shapes}: choose one, "
             "or draw the loss that they are used in"
         )
+    if jnp.iscomplexobj(leaves[0]):
+        raise ValueError("the function must return a real number, got a complex one: draw a part")
     return jnp.reshape(jnp.asarray(leaves[0]), ())
 
 

@@ -198,6 +198,7 @@ def estimates_by_degree(
             f"{kind_of_fun(perturbed_fun)}. Apply jit and vmap to estimate. (Layers and losses "
             "have no standard errors; a mean solution is a perturbed function of its solver)"
         )
+    key = _checks.check_key(key, x, "estimate(g, key, x)")
     call = perturbed_fun.prepare(key, x, args, kwargs, RULE.nets_for_errors)
     call = dataclasses.replace(
         call,

@@ -85,7 +85,7 @@ class Subject:
         if isinstance(key, Tracer) or _checks.is_traced((x, args, kwargs, settings.sigma)):
             raise TypeError("diagnose needs known numbers, got traced ones; call it outside jit")
         self.settings = settings
-        self._key = _checks.check_key(key, x)
+        self._key = _checks.check_key(key, x, "diagnose(g, key, x)")
         self._x, self._args, self._kwargs = x, args, kwargs
         self.leaves, self.names, self._merge = _checks.perturbed_leaves(x)
         self.fixed = [

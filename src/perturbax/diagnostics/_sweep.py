@@ -174,7 +174,7 @@ def sweep_sigma(
       (True, True)
     """
     _checks.check_fun(fun)
-    key = _checks.check_key(key, x)
+    key = _checks.check_key(key, x, "sweep_sigma(fun, key, x)")
     leaves, _, merge = _checks.perturbed_leaves(x)
     if _checks.is_traced((key, leaves, sigmas)):
         raise TypeError("sweep_sigma needs known numbers, got traced ones; call it outside jit")
@@ -337,6 +337,8 @@ def _why_not(seen: bool, relative: float, equal: float, failed: float, spacings:
     if equal > _PLATEAU:
         return f"{percent(equal)} of the samples have the value at x"
     if not seen:
+        if relative <= _MOST_ERROR:
+            return "the gradient cannot be told from zero with these samples"
         error = f"its error is {percent(relative)}" if math.isfinite(relative) else "it vanishes"
         return f"the gradient is not seen through its noise ({error} with these samples)"
     return ""
@@ -366,6 +368,8 @@ def _suggest(
         return None, f"No sigma is worth using: {why[len(why) // 2]}, for example."
     first, last = next((one for one in found if one[0] < one[1]), found[0])
     text = f"Worth using: sigma from {sigmas[first]:.3g} to {sigmas[last]:.3g}."
+    if first == last:
+        text = f"Worth using, of these: sigma {sigmas[first]:.3g} alone."
     if first:
         below = why[first - 1] or f"the gradient turns (cosine {cosines[first - 1]:.2f})"
         text += f" Below, {below}."

@@ -190,6 +190,13 @@ class HostFunction:
         """Says what it was made of."""
         return f"<host function {self.__name__}>"
 
+    def __reduce__(self) -> Any:
+        """Raises: what it runs on belongs to this process."""
+        raise TypeError(
+            f"the host function {self.__name__} cannot be pickled or copied; pickle the function "
+            "that it was made of, and make a host function of it there"
+        )
+
     def like_at(self, call: "_Call", arrays: Sequence[Any]) -> Like | None:
         """What comes back for such arguments, as far as it is known."""
         return self._like or self._found.get(call.kind(arrays))

@@ -155,7 +155,7 @@ def minimize(
       Powell, The NEWUOA software for unconstrained optimization without derivatives, 2006,
       doi:10.1007/0-387-30065-1_16
     """
-    key = _checks.check_key(key, x0)
+    key = _checks.check_key(key, x0, "minimize(fun, x0, key)")
     _checks.check_noise(noise)
     max_evaluations = _checks.check_count(max_evaluations, "max_evaluations", _MAX_EVALUATIONS)
     takes_key = _checks.check_bool(takes_key, "takes_key")
