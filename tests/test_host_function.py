@@ -247,6 +247,7 @@ LIKES = {
     "other structure": (lambda x: (1.0, 2.0), 0.0, TypeError, ["structure", "like"]),
     "number for an integer": (lambda x: 1.5, 0, TypeError, ["float64", "int64", "like="]),
     "integer too large": (lambda x: 300, np.uint8(0), OverflowError, ["300", "uint8"]),
+    "integer too large for JAX": (lambda x: 2**40, 0, OverflowError, ["1099511627776", "int32"]),
     "string": (lambda x: "a", 0.0, TypeError, ["must return numbers", "'a'", "str"]),
     "None": (lambda x: None, 0.0, TypeError, ["structure"]),
     "object": (lambda x: np.array([None]), 0.0, TypeError, ["must return numbers", "object"]),

@@ -237,6 +237,8 @@ def test_functions_that_cannot_be_told_apart_need_a_name(journal):
     px.host_function(closing_over(object()), journal=px.Journal(journal, name="v1")).close()
     with pytest.raises(TypeError, match="journal must be None, a path or"):
         px.host_function(measured, journal=3)
+    with pytest.raises(TypeError, match="name must be a string or None, got int"):
+        px.Journal(journal, name=1)
 
 
 # --- Files
@@ -291,6 +293,11 @@ def test_damaged_and_foreign_files_are_errors_and_stay(journal, name):
     with pytest.raises(ValueError, match=message):
         filled(journal)
     assert journal.read_bytes() == before
+
+
+def test_a_folder_in_place_of_a_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder; give a file in it"):
+        px.host_function(measured, journal=tmp_path)
 
 
 def test_a_folder_that_is_not_there(tmp_path):

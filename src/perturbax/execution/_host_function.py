@@ -319,7 +319,9 @@ class HostFunction:
         if not count:
             stacked = [np.zeros((0, *v.shape), v.dtype) for v in like.leaves]
         wanted = results or tuple(map(_canonical, like.leaves))
-        stacked = [v.astype(w.dtype) for v, w in zip(stacked, wanted, strict=True)]
+        stacked = [
+            _narrowed(v, w.dtype, self.__name__) for v, w in zip(stacked, wanted, strict=True)
+        ]
         if size is None:
             return [v[0] for v in stacked]
         if count < size:  # asked for what comes back alone
@@ -556,10 +558,16 @@ def _cast(leaf: Any, spec: jax.ShapeDtypeStruct, front: tuple[int, ...], name: s
             f"{name} returned dtype {array.dtype}, which does not fit into {spec.dtype}, by like "
             "or an earlier call; say what it returns: host_function(..., like=...)"
         )
+    return _narrowed(array, spec.dtype, name)
+
+
+def _narrowed(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):  # an infinity, as everywhere in JAX
-        cast = array.astype(spec.dtype)
-    if _KINDS[kind] is jnp.integer and not np.array_equal(cast, array):
-        raise OverflowError(f"{name} returned {array!r}, which does not fit into {spec.dtype}")
+        cast = array.astype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer) and not np.array_equal(cast, array):
+        raise OverflowError(
+            f"{name} returned {array!r}, which does not fit into {dtype}; return a floating number"
+        )
     return cast
 
 

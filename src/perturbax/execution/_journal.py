@@ -57,22 +57,28 @@ class Journal:
         closes over, and of the functions, classes and data of its own modules that it uses. What it
         reads from files or calls in installed packages is not in that name, nor are objects of
         their classes in its modules: change `name` when these change.
+
+    Raises:
+      TypeError: if path is no path, or name neither None nor a string.
     """
 
     path: str | os.PathLike[str]
     name: str | None = None
 
+    def __post_init__(self) -> None:
+        """Checks both."""
+        if not isinstance(self.path, str | os.PathLike):
+            raise TypeError(
+                "journal must be None, a path or perturbax.Journal(path, name=...), got "
+                f"{self.path!r} ({type(self.path).__name__})"
+            )
+        if not isinstance(self.name, str | None):
+            raise TypeError(f"name must be a string or None, got {type(self.name).__name__}")
+
 
 def check_journal(journal: Any) -> Journal | None:
     """The argument `journal` of `host_function`."""
-    if journal is None or isinstance(journal, Journal):
-        return journal
-    if not isinstance(journal, str | os.PathLike):
-        raise TypeError(
-            "journal must be None, a path or perturbax.Journal(path, name=...), got "
-            f"{journal!r} ({type(journal).__name__})"
-        )
-    return Journal(journal)
+    return journal if journal is None or isinstance(journal, Journal) else Journal(journal)
 
 
 # --- Names of functions
@@ -328,6 +334,8 @@ class JournalFile:
     def _open(self) -> None:
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"journal: there is no folder {self.path.parent}")
+        if self.path.is_dir():
+            raise IsADirectoryError(f"journal: {self.path} is a folder; give a file in it")
         if self.path.exists():
             with self.path.open("rb") as file:
                 head = file.read(len(_HEADER))

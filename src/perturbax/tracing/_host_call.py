@@ -28,6 +28,7 @@ from jax.core import Tracer
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
+from .._checks import check_fun
 from ._mesh_axes import varying, varying_axes
 
 
@@ -246,6 +247,9 @@ def own_exceptions(program: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
       A function like it, which waits for its results.
 
+    Raises:
+      TypeError: if program is not callable.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> import perturbax as px
@@ -258,6 +262,7 @@ def own_exceptions(program: Callable[..., Any]) -> Callable[..., Any]:
       ArithmeticError: no solution
       ...
     """
+    check_fun(program, "program")
 
     @functools.wraps(program)
     def raising(*args: Any, **kwargs: Any) -> Any:
