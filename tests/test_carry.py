@@ -432,6 +432,18 @@ def test_far_from_the_origin_no_digits_are_lost():
 
 
 @pytest.mark.parametrize(
+    ("option", "value"), [("numpy_dtype_promotion", "strict"), ("numpy_rank_promotion", "raise")]
+)
+def test_without_promotion(option, value):
+    """Flags were multiplied with numbers, and rows with vectors."""
+    g = px.make_perturbed_fun(lambda x: jnp.sum(jnp.floor(x)), 4, 0.5, px.Gumbel())
+    carried = px.carry(g, memory=8)
+    with getattr(jax, option)(value):
+        state, x = carried.init(X), X.astype(jnp.float16)
+        jax.eval_shape(carried.value_and_grad, state, jax.random.key(0), x)
+
+
+@pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: px.carry(bumpy), TypeError, "make_perturbed_fun"),

@@ -57,6 +57,13 @@ def test_other_options(options):
     np.testing.assert_allclose(found.gradient, gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_intervals_have_the_dtypes_of_the_estimates():
+    """Those of half precision, and of single where double is enabled, were wider."""
+    found = px.estimate(px.make_perturbed_fun(relu, 8, 0.2), KEY, X.astype(jnp.bfloat16))
+    for one, interval in zip((found.value, found.gradient), found.interval(), strict=True):
+        assert [end.dtype for end in interval] == [one.dtype, one.dtype]
+
+
 @functools.cache
 def intervals(noise, **options):
     """Of 95 %, at 1,000 keys, with the estimates."""

@@ -175,3 +175,11 @@ def test_a_nan_is_propagated_by_default():
 def test_other_words_are_refused():
     with pytest.raises(ValueError, match="missing must be 'propagate' or 'drop', got 'ignore'"):
         smooth(bumps, missing="ignore")
+
+
+def test_strict_promotion():
+    """A number was multiplied with counts of samples."""
+    with jax.numpy_dtype_promotion("strict"):
+        g = smooth(fails(bumps), 64, sampler=px.Sobol(4), degree=1)
+        found = jax.eval_shape(lambda x: px.estimate(g, KEY, x).interval().gradient, X)
+    assert {v.dtype for v in jax.tree.leaves(found)} == {np.dtype("float32")}

@@ -141,8 +141,9 @@ class Carried:
             value, aux = out if settings.has_aux else (out, None)
             point = _offset(_checks.perturbed_leaves(y)[0], state.origin)
             q = _regression.predict(chosen, point[None], noise)[0, 0]
-            wide = _scalar(value).astype(jnp.promote_types(jnp.result_type(value), dtype))
-            return wide - q.astype(wide.dtype), (value, point, aux)
+            with jax.numpy_dtype_promotion("standard"):
+                kind = jnp.promote_types(jnp.result_type(value), dtype)
+            return _scalar(value).astype(kind) - q.astype(kind), (value, point, aux)
 
         smoothed = PerturbedFun(residual, dataclasses.replace(settings, has_aux=True))
 
@@ -282,9 +283,10 @@ def _learn(
     total = jnp.maximum(jnp.sum(counted), 1)
 
     def centred(v: Array) -> Array:
-        return (v - jnp.sum(v * counted, -1, keepdims=True) / total) * counted
+        """Rows (..., N), less their means."""
+        return (v - jnp.sum(v * counted[None], axis=1, keepdims=True) / total) * counted[None]
 
-    f = centred(values)
+    [f] = centred(values[None])
     q = centred(_regression.predict(state.fit, points, noise))
     moved = jnp.sum(q**2, axis=1)
     # Where no value differs from another, a prediction that says otherwise must lose its share.

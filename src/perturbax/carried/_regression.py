@@ -128,7 +128,7 @@ def renew(
     absorbed = jnp.where(jnp.isfinite(absorbed), absorbed, 0)
     before = jnp.concatenate([jnp.zeros_like(fit.coefficients[:, :new]), fit.coefficients], axis=1)
     u = (points - middle[None]) / scale[None]
-    counted = counted * jnp.all(jnp.abs(u) < FAR, axis=1)
+    counted = jnp.where(jnp.all(jnp.abs(u) < FAR, axis=1), counted, 0)
     # Points that are not counted may be anything; of no influence, and finite.
     u = jnp.where(counted[:, None] > 0, u, 0)
     phi = features(u, noise) * counted[:, None]

@@ -109,11 +109,11 @@ class Estimate:
         width: Any = scipy.stats.t.ppf((1 + level) / 2, np.where(degrees > 0, degrees, np.nan))
         if self.empty_groups is not None:
             left = jnp.maximum(self.degrees_of_freedom - self.empty_groups, 0)
-            width = jnp.asarray(width, np.float32)[left]
+            width = jnp.asarray(width)[left]
 
         def ends(middle: Any, error: Any) -> tuple[Any, Any]:
-            low = jax.tree.map(lambda m, e: m - width * e, middle, error)
-            return low, jax.tree.map(lambda m, e: m + width * e, middle, error)
+            half = jax.tree.map(lambda e: jnp.asarray(width, e.dtype) * e, error)
+            return jax.tree.map(jnp.subtract, middle, half), jax.tree.map(jnp.add, middle, half)
 
         return Intervals(
             value=ends(self.value, self.value_error),

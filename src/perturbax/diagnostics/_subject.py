@@ -433,7 +433,8 @@ def equal_rows(values: np.ndarray, value_at_x: Any) -> np.ndarray:
 def _joined(tree: Any) -> Array:
     """All numbers of a pytree, one after another."""
     leaves = [jnp.ravel(v) for v in jax.tree.leaves(tree)]
-    dtype = jnp.result_type(np.float32, *[v.dtype for v in leaves])
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(np.float32, *[v.dtype for v in leaves])
     return jnp.concatenate([v.astype(dtype) for v in leaves]) if leaves else jnp.zeros((0,))
 
 

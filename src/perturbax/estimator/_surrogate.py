@@ -151,7 +151,10 @@ def fit(equations: Equations, least: int | tuple[int, Array]) -> Array:
     beta, rest = jax.lax.fori_loop(0, 1 + _REFINEMENTS, refine, (jnp.zeros_like(moment), moment))
     # Features and weights are real; f may be complex.
     explained = jnp.sum(jnp.real(jnp.conj(beta) * (moment + rest)), axis=1)
-    counts = least if counts is None else (counts[::-1] if pair else counts)[:, None]
+    if counts is None:
+        counts = least
+    else:  # a number like those that it is multiplied by, for jax_numpy_dtype_promotion='strict'
+        counts = (counts[::-1] if pair else counts)[:, None].astype(explained.dtype)
     beta = _shrunk(beta, explained, jnp.real(gram[:, 0, :1]), moments[:, 0], least, counts)
     return beta[::-1] if pair else beta
 

@@ -51,8 +51,7 @@ def load(path: Path, prints: dict[str, str], likes: dict[str, Any]) -> dict[str,
     Args:
       path: of the file.
       prints: of this run.
-      likes: for each part, a function from the kinds of its leaves, as (dtype, shape), to a pytree
-        of that structure, or a pytree with leaves of those kinds.
+      likes: for each part, a pytree of its structure.
 
     Raises:
       ValueError: if the file is no checkpoint, is damaged, or is of another run.
