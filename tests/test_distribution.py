@@ -274,6 +274,13 @@ def test_an_expectation_has_the_dtype_of_the_weights(dtype):
     assert of_complex.dtype == jnp.complex64
 
 
+def test_an_infinite_cost_has_an_infinite_mean():
+    """It was NaN wherever a solution occurred twice: its cost has weight 0 in spare places."""
+    found = make()(KEY, X)
+    assert (found.weights == 0).any()
+    assert found.expectation(lambda y: jnp.where(y[0] >= 0, jnp.inf, 0.0)) == jnp.inf
+
+
 def test_errors():
     with pytest.raises(ValueError, match="needs noise=Normal"):
         make(multiplicative=True)

@@ -146,6 +146,8 @@ def test_errors():
         layer(lambda x: x[:2])(KEY, X)
     with pytest.raises(ValueError, match="k must be >= 1"):
         px.SumOfGamma(0)
+    with pytest.raises(ValueError, match=r"lam must be one positive number, got shape \(3,\)"):
+        jax.jit(lambda lam: layer(lam=lam)(KEY, X))(jnp.ones(3))
     traced = jax.jit(lambda lam: jax.grad(lambda x: layer(lam=lam)(KEY, x)[0])(X))
     assert np.isnan(traced(-1.0)).all()
 

@@ -53,9 +53,11 @@ class EmpiricalDistribution:
             dtype = self.weights.dtype
             if jnp.issubdtype(values.dtype, jnp.inexact):
                 dtype = np.result_type(dtype, values.dtype)
-            values = values.astype(dtype)
-            weights = self.weights.astype(dtype).reshape(-1, *[1] * (values.ndim - 1))
-            return jnp.sum(weights * values, axis=0)
+            column = (-1, *[1] * (values.ndim - 1))
+            # A place of weight 0 repeats a solution, whose cost may be infinite.
+            used = (lax.stop_gradient(self.weights) != 0).reshape(column)
+            values = jnp.where(used, values.astype(dtype), 0)
+            return jnp.sum(self.weights.astype(dtype).reshape(column) * values, axis=0)
 
         return jax.tree.map(mean, costs)
 

@@ -80,7 +80,8 @@ def make_implicit_mle(
       ValueError: where lam is not positive and finite, or alpha not finite, where argmax_fun
         returns another shape than that of theta, and as in `make_perturbed_fun`. A traced lam that
         is not > 0 gives NaN.
-      NotImplementedError: where a derivative of second order is asked for.
+      NotImplementedError: where a derivative of second order is asked for; in forward mode, as by
+        `jax.hessian`, JAX's own TypeError for a custom_vjp.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -140,12 +141,14 @@ def make_implicit_mle(
 
 
 def _check_number(value: Any, name: str, kind: str = "", above: float = -math.inf) -> Any:
-    if isinstance(value, Tracer):
+    if isinstance(value, Tracer) and not value.ndim:
         return value
     known = isinstance(value, int | float | np.ndarray | np.generic | Array)
     if isinstance(value, bool) or not known:
         raise TypeError(f"{name} must be a {kind}number, got {type(value).__name__}")
-    if np.ndim(value) or not (above < float(value) < math.inf):
+    if np.ndim(value):
+        raise ValueError(f"{name} must be one {kind}number, got shape {np.shape(value)}")
+    if not above < float(value) < math.inf:
         raise ValueError(f"{name} must be one {kind}finite number, got {value}")
     return value
 
