@@ -774,6 +774,12 @@ WRONG = [
         "fraction must be between 0 and 1, got 1.5",
     ),
     (lambda: solvers.quantile(SCORES, [0.5]), ValueError, "fraction must be a scalar"),
+    (lambda: solvers.quantile(SCORES, "a"), TypeError, "fraction must be a number, got str"),
+    (
+        lambda: solvers.graph_shortest_path(jnp.ones(2), [[0, 1], [1]], 0, 1),
+        ValueError,
+        r"edges must have shape \(num_edges, 2\)",
+    ),
     (lambda: solvers.quantile(SCORES, float("nan")), ValueError, "fraction must be between"),
     (lambda: solvers.assignment(SCORES), ValueError, r"2 axes, got shape \(6,\); add"),
     (lambda: solvers.assignment(jnp.ones((2, 3, 3))), ValueError, "2 axes, .*; .* jax.vmap"),

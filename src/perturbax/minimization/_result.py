@@ -2,17 +2,15 @@
 
 import dataclasses
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from ..diagnostics import _plots
 from ._states import REASONS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Rows of the history that are printed.
 _ROWS = 10
@@ -113,7 +111,7 @@ class MinimizeResult:
             )
         return "\n".join(lines)
 
-    def plot(self, ax: "Axes | None" = None) -> "Axes":
+    def plot(self, *, ax: Any = None) -> Any:
         """Draws the smoothed value with its error, the best value, and sigma, against evaluations.
 
         Args:
@@ -126,10 +124,6 @@ class MinimizeResult:
           ImportError: if matplotlib is missing.
           ValueError: if this is a batch of runs.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError("plots need matplotlib: pip install 'perturbax[plots]'") from error
         if np.ndim(self.status):
             raise ValueError(
                 "plot draws one run, got a batch of them; take one by jax.tree.map(lambda v: v[0], "
@@ -140,8 +134,7 @@ class MinimizeResult:
             field.name: np.asarray(getattr(self.history, field.name))[:steps]
             for field in dataclasses.fields(self.history)
         }
-        if ax is None:
-            _, ax = plt.subplots(constrained_layout=True)
+        ax = _plots.axes(ax)
         evaluations = columns["evaluations"]
         smoothed, error = columns["smoothed_value"], columns["standard_error"]
         (line,) = ax.plot(evaluations, smoothed, label="smoothed value")

@@ -145,7 +145,10 @@ def edge_list(costs: Array, edges: ArrayLike) -> np.ndarray:
             "edges must be known while tracing, got a traced value; "
             "close over a numpy array instead of passing it through jax.jit or jax.vmap"
         )
-    pairs = np.asarray(edges)
+    try:
+        pairs = np.asarray(edges)
+    except ValueError:  # a ragged list
+        pairs = np.asarray(None)
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(
             f"edges must have shape (num_edges, 2), got {pairs.shape}; "

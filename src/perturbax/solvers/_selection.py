@@ -129,7 +129,7 @@ def quantile(values: ArrayLike, fraction: ArrayLike) -> Array:
       value is NaN.
 
     Raises:
-      TypeError: If `values` does not hold real numbers.
+      TypeError: If `values` does not hold real numbers, or `fraction` is no number.
       ValueError: If `fraction` is outside [0, 1] or not a scalar, or `values` is empty.
 
     Example:
@@ -141,7 +141,11 @@ def quantile(values: ArrayLike, fraction: ArrayLike) -> Array:
     values = real_array("values", values)
     if np.ndim(fraction) != 0:
         raise ValueError(f"fraction must be a scalar, got shape {np.shape(fraction)}")
-    if is_static(fraction) and not 0 <= float(fraction) <= 1:  # pyright: ignore[reportArgumentType]
+    try:
+        outside = is_static(fraction) and not 0 <= float(fraction) <= 1  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):
+        raise TypeError(f"fraction must be a number, got {type(fraction).__name__}") from None
+    if outside:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
     dtype = solution_dtype(values)
     wide = at_least_float32(dtype)
