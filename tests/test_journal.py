@@ -400,12 +400,12 @@ def test_threads_that_share_a_journal_share_the_work(journal):
         h.close()
 
 
-@pytest.mark.parametrize("owner", ["elsewhere 1 x", f"{os.uname().nodename} 999999999 x"])
+@pytest.mark.parametrize("owner", ["not here 1 x", f"{os.uname().nodename} 999999999 x"])
 def test_claims_of_those_that_are_gone_are_taken_over(journal, owner):
     """Of a process of this machine that has ended, at once; of others, when they run out."""
     with px.host_function(measured, journal=journal) as h:
         jax.vmap(h)(POINTS[:1])
-        until = time.time() + (0.3 if owner.startswith("elsewhere") else 1000)
+        until = time.time() + (0.3 if owner.startswith("not here") else 1000)
         keys = claims(journal, POINTS)
         with sqlite3.connect(journal) as database:
             for key in keys:
@@ -413,7 +413,7 @@ def test_claims_of_those_that_are_gone_are_taken_over(journal, owner):
         database.close()
         jax.vmap(h)(POINTS)
         assert counted(h) == (12, 1)
-        if owner.startswith("elsewhere"):
+        if owner.startswith("not here"):
             assert time.time() >= until
 
 

@@ -111,6 +111,9 @@ def make_perturbed_fun(
       batch_size: how many samples are evaluated at a time; None chooses. With 1, fun is not vmapped
         but called sample by sample, for what cannot be vmapped (such as ordered callbacks). The
         result is the same but for rounding.
+      has_aux: whether fun returns a pair (value, aux). The perturbed function then returns a pair
+        too, with aux as it is, stacked over the samples. In x and sigma aux has the derivative
+        zero; in further arguments it is differentiable as fun's own.
       sampler: how samples depend on each other: `Independent()`, `Antithetic()`, `Orthogonal()`,
         `Sobol()`, `OrthogonalArray()` or any object with the methods of `Sampler`; None chooses by
         num_samples, the number of coordinates and noise (see the guide to samplers).
@@ -118,9 +121,6 @@ def make_perturbed_fun(
         samples than those it is subtracted from, and added back as its exact mean; None chooses.
         Needs noise with a mean and a variance unless 0, which stands for the mean of the values.
         Unused where use_baseline is False.
-      has_aux: whether fun returns a pair (value, aux). The perturbed function then returns a pair
-        too, with aux as it is, stacked over the samples. In x and sigma aux has the derivative
-        zero; in further arguments it is differentiable as fun's own.
       missing: what becomes of samples at which fun's value has a NaN: "propagate" makes the result
         NaN; "drop" leaves them out, as if they had not been drawn. That changes no expectation if
         failing has nothing to do with where the sample is; see the guide to missing values for

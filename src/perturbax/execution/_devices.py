@@ -120,7 +120,7 @@ def shared_out(
         ends = jnp.asarray(bounds.astype(np.uint32))
         nought = (_zeros(shapes[0]), *carried)
 
-        def in_slot(slot: Array, numbers: Array, parts: Any) -> Any:
+        def in_slot(slot: Array, parts: Any) -> Any:
             def step(state: Any, xs: Any) -> tuple[Any, Any]:
                 (first, i, part), (sums, *carried) = xs, state
                 more, rows, *carried = one(constants, first + i, end, part, *carried)
@@ -130,23 +130,23 @@ def shared_out(
             count = lax.iota(jnp.uint32, steps)
             return lax.scan(step, nought, (jnp.broadcast_to(start, (steps,)), count, parts))
 
-        def in_slots(slot: Array, number: int, numbers: Array, parts: Any) -> Any:
+        def in_slots(slot: Array, number: int, parts: Any) -> Any:
             if number == 1:
-                return in_slot(slot, *jax.tree.map(lambda v: v[0], (numbers, parts)))
+                return in_slot(slot, jax.tree.map(lambda v: v[0], parts))
             ways = next(i for i in range(2, number + 1) if number % i == 0)
             each = number // ways
-            split = jax.tree.map(lambda v: v.reshape(ways, each, *v.shape[1:]), (numbers, parts))
+            split = jax.tree.map(lambda v: v.reshape(ways, each, *v.shape[1:]), parts)
 
             def step(state: Any, xs: Any) -> tuple[Any, Any]:
-                i, (numbers, parts) = xs
-                found, rows = in_slots(slot + i * np.uint32(each), each, numbers, parts)
+                i, parts = xs
+                found, rows = in_slots(slot + i * np.uint32(each), each, parts)
                 return merge(state, found), rows
 
             state, rows = lax.scan(step, nought, (lax.iota(jnp.uint32, ways), split))
             return state, jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), rows)
 
         parts = jax.tree.map(lambda v: v[numbers], xs)
-        state, rows = in_slots(first_slot, own, numbers, parts)
+        state, rows = in_slots(first_slot, own, parts)
         return _merged(mesh, state, merge), jax.tree.map(functools.partial(gathered, mesh), rows)
 
     (sums, *after), rows = on_each(mesh, on_this, constants, xs, carried)

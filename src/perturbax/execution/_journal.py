@@ -498,7 +498,7 @@ def _close_all(connections: list[sqlite3.Connection]) -> None:
 
 def _holds(owner: str, until: float, now: float) -> bool:
     """Whether a claim is still that of somebody."""
-    host, process, _ = owner.split(" ")
+    host, process, _ = owner.rsplit(" ", 2)
     if until < now:
         return False
     if host != socket.gethostname() or os.name != "posix":
