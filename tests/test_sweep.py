@@ -214,6 +214,14 @@ def test_picture_along_a_line(ax):
     assert (high - low) / (right - left) == pytest.approx(slope, abs=0.3)
 
 
+def test_keys_that_are_used_again_on_purpose(ax):
+    """With JAX's check for it noise was "not valid", and no line was drawn."""
+    with jax.debug_key_reuse(True):
+        assert px.check_noise(px.Normal(), key=jax.random.key(1), num_samples=1000)
+        g = px.make_perturbed_fun(steps, 20, 0.3, **OPTIONS)
+        px.plot_smoothing(g, jax.random.key(2), X, np.ones(3), num_points=3, ax=ax)
+
+
 def test_picture_of_a_diagnosis(ax):
     g = px.make_perturbed_fun(steps, 23, 0.5, px.Normal(), **OPTIONS)
     found = px.diagnose(g, KEY, X)

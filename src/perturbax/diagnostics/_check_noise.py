@@ -180,17 +180,17 @@ def _draws(law: Any, key: Array, count: int, dim: int) -> np.ndarray:
         raise _Problem(f"{what} returned shape {shape}, expected ({dim},).")
     if not jnp.issubdtype(aval.dtype, jnp.floating):
         raise _Problem(f"{what} returned dtype {aval.dtype}, expected a floating one.")
-    keys = jax.random.split(key, count)
-    z = np.asarray(jax.jit(jax.vmap(one))(keys), np.float64)
+    # Keys are used again on purpose.
+    keys = jax.random.split(jax.random.clone(key), count)
+    z = np.asarray(jax.jit(jax.vmap(one))(jax.random.clone(keys)), np.float64)
     _check_finite(z)
     if count > 1 and (z == z[0]).all():
         raise _Problem(
             f"{what} does not depend on the key: all samples would share one draw. Draw with "
             "jax.random from the key."
         )
-    if not np.array_equal(
-        np.asarray(one(keys[0]), np.float64), np.asarray(one(keys[0]), np.float64)
-    ):
+    once, again = (np.asarray(one(jax.random.clone(keys)[0]), np.float64) for _ in range(2))
+    if not np.array_equal(once, again):
         raise _Problem(f"{what} returns something else each time; the key alone must decide.")
     some = z[: 2**16, 0]
     values = np.unique(some).size

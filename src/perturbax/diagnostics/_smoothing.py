@@ -114,7 +114,8 @@ def plot_smoothing(
         return _one_number(value[0] if g.settings.has_aux else value)
 
     def smooth(t: Array) -> tuple[Array, Array, Array, Array]:
-        found = estimate(g, key, at(t), *args, **kwargs)
+        # The same noise for all points, on purpose.
+        found = estimate(g, jax.random.clone(key), at(t), *args, **kwargs)
         value, error = _one_number(found.value), _one_number(found.value_error)
         if found.gradient is None:
             return value, error, jnp.full((), jnp.nan), jnp.full((), jnp.nan)
