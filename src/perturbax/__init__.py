@@ -19,7 +19,11 @@ from .diagnostics._diagnose import (
     diagnose as diagnose,
 )
 from .diagnostics._smoothing import plot_smoothing as plot_smoothing
-from .diagnostics._standard_errors import Estimate as Estimate, estimate as estimate
+from .diagnostics._standard_errors import (
+    Estimate as Estimate,
+    Intervals as Intervals,
+    estimate as estimate,
+)
 from .diagnostics._sweep import SigmaSweep as SigmaSweep, sweep_sigma as sweep_sigma
 from .estimator._default_rule import Choice as Choice, choose_sampler as choose_sampler
 from .execution._executors import ProcessWorkers as ProcessWorkers

@@ -36,7 +36,12 @@ from ..tracing._derivative_rules import without_derivatives
 
 
 class Intervals(NamedTuple):
-    """Ends of confidence intervals, `(low, high)`, structured as what they are intervals of."""
+    """Ends of confidence intervals, `(low, high)`, structured as what they are intervals of.
+
+    Attributes:
+      value: of the value.
+      gradient: of the gradient; a pair of None where there is none.
+    """
 
     value: tuple[Any, Any]
     gradient: tuple[Any, Any]

@@ -13,7 +13,7 @@ from ._executors import Attempt, Workers
 from ._journal import Session
 from ._progress import Bar
 
-# A point that so many workers have died with is taken for the reason.
+# After so many deaths of workers at a point, further ones are taken for failures of the point.
 _MOST_DEATHS = 5
 # How often to look what other processes have done, in seconds.
 _GLANCE = 0.05
