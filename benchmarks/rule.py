@@ -8,7 +8,8 @@ geometric means and the least. Keys are common to all; 200 leave an error of abo
 
 - "pairs": blocks of orthogonal directions with their opposites, of degree 0 and 1;
 - "blocks": the same without opposites; "halves": two blocks, each of half of the samples;
-- "arrays" and "Sobol": two nets; "opposites": independent pairs, of degree 1.
+- "arrays" and "Sobol": two nets; "opposites": independent pairs, of degree 1;
+- "squares": what the default draws, with degree 2, in 7 to 20 coordinates.
 
 Problems: those that the rule was set on (`middling` and some of `suite`), or with --unseen those
 that were measured only once it was fixed.
@@ -51,6 +52,8 @@ def candidates(num_samples, dim):
     if ratio > 4:
         found["arrays, 1"] = {"sampler": px.OrthogonalArray(), "degree": 1}
         found["Sobol, 1"] = {"sampler": px.Sobol(), "degree": 1}
+    if 6 < dim <= 20 and ratio >= 20:
+        found["squares"] = {"degree": 2}
     if ratio <= 3:
         found["blocks, 0"] = {"sampler": px.Orthogonal(), "degree": 0}
     if ratio < 2:

@@ -402,6 +402,30 @@ def test_the_hessian_of_a_quadratic_is_exact(sampler, noise):
     np.testing.assert_allclose(gradient, slope, atol=1e-4)
 
 
+def test_squares_are_doubted_apart_from_slopes():
+    """Of a function that has none they cost next to nothing, of a quadratic one they take all."""
+    dim, keys = 12, jax.random.split(jax.random.key(8), 100)
+    wave = lambda y: 3 * jnp.sum(y) + jnp.sum(jnp.sin(40 * y))  # noqa: E731
+    square = lambda y: jnp.sum(y) ** 2 + 0.1 * jnp.sum(jnp.sin(40 * y))  # noqa: E731
+
+    def variance(fun, num_samples, degree):
+        options = {"sampler": px.Independent(), "degree": degree}
+        perturbed = smooth(fun, None, 0.5, px.Normal(), num_samples, **options)
+        gradients = jax.jit(
+            lambda keys: jax.lax.map(
+                lambda key: jax.grad(perturbed, argnums=1)(key, jnp.full(dim, 0.3)), keys
+            )
+        )(keys)
+        return float(np.sum(np.var(gradients, axis=0)))
+
+    # Of 300 samples 262 are for a fit of 91 coefficients; of 100 there are fewer than coefficients,
+    # and the linear function remains.
+    assert variance(wave, 300, 2) < 1.1 * variance(wave, 300, 1)
+    assert variance(wave, 100, 2) < 1.1 * variance(wave, 100, 1)
+    assert variance(wave, 100, 1) < 0.5 * variance(wave, 100, 0)
+    assert variance(square, 300, 2) < 0.1 * variance(square, 300, 1)
+
+
 @pytest.mark.parametrize("batch_size", [None, 6_000])
 def test_a_fit_on_a_part_of_the_samples_is_exact_too(batch_size):
     """12,000 samples of 60 coordinates: 32 for each coefficient are enough, the rest save time."""

@@ -231,7 +231,7 @@ def fitted(
     if present is not None:
         seen = jnp.sum(in_groups(plan, present.astype(jnp.int32))[:, :enough], axis=1)
         least = least, jnp.sum(seen) - seen
-    beta = _surrogate.fit(equations, least) * unit[None, None]
+    beta = _surrogate.fit(equations, least, plan.dim) * unit[None, None]
     return Surrogates(Part(f, beta, sizes, present), number, value, mean(beta))
 
 

@@ -4,7 +4,8 @@ r"""Polynomial surrogates of the function, one for each group, fitted on all the
 
 where m is the mean of the noise. Each q_g minimises the sum of w_i (f_i - q_g(z_i))^2 over the
 samples i of other groups, with weights w_i = |s_i|^2 / D, for what the variance of a derivative
-sees of a residual is its product with the score s; then it is drawn towards a constant.
+sees of a residual is its product with the score s; then it is drawn towards a constant,
+and one of many squares and products towards a linear function.
 """
 
 from typing import Any, NamedTuple
@@ -28,6 +29,9 @@ _ENOUGH = 32
 _LITTLE = 2**20
 # Above this many coordinates a surrogate of degree 2 keeps the squares alone.
 _MAX_FULL = 20
+# A surrogate with more coefficients than so many times those of a linear function is doubted in two
+# parts. Of fewer, a second fit gains less than it takes to compile.
+_MANY = 4
 # Larger matrices are inverted by halves, in products; each half takes time to compile.
 _MAX_ELIMINATION = 64
 
@@ -117,20 +121,48 @@ def normal_equations(phi: Array, f: Array, weight: Array) -> Equations:
     return Equations(matmul(weighted, phi), matmul(weighted, jnp.concatenate(columns, axis=2)))
 
 
-def fit(equations: Equations, least: int | tuple[int, Array]) -> Array:
+def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array:
     """beta, shape (groups, P, M), from the other groups' equations; equivariant under f + constant.
 
     Args:
       equations: of each group, at least two.
       least: number of samples that each fit has at least; if some are missing, a pair of the number
         there would be, and of those there are for each fit, (groups,).
+      dim: number of coordinates.
     """
     least, counts = least if isinstance(least, tuple) else (least, None)
     # Of two groups each is fitted on the other.
     pair = equations.gram.shape[0] == 2
     gram, moments = equations if pair else jax.tree.map(_others, equations)
-    size, outputs = gram.shape[1], moments.shape[2] // 2
+    if counts is not None:
+        counts = (counts[::-1] if pair else counts)[:, None]
+    sums = Sums(jnp.real(gram[:, 0, :1]), moments[:, 0], least, counts)
+    size, outputs, linear = gram.shape[1], moments.shape[2] // 2, 1 + dim
     moment = moments[:, :, 1 : 1 + outputs]
+    beta, explained = _least_squares(gram, moment, counts is None and least >= 2 * size)
+    if size <= _MANY * linear:
+        beta = _drawn_to_constant(beta, explained, sums)
+    else:
+        # What squares and products explain beyond a linear function is doubted by itself, lest its
+        # coefficients, which are many, cost a function that is nearly linear what that explains.
+        slopes, before = _least_squares(gram[:, :linear, :linear], moment[:, :linear], halve=False)
+        weight = sums.weight / least
+        gain = (explained - before) / least * weight
+        keep = 1 - _lost(gain, explained, size - linear, size, sums) * weight
+        more = beta - _padded(slopes, size)
+        beta = _drawn_to_constant(slopes, before, sums)
+        beta = _padded(beta, size) + keep[:, None].astype(beta.dtype) * more
+    return beta[::-1] if pair else beta
+
+
+def _padded(beta: Array, size: int) -> Array:
+    """The same polynomials, with zeros for further coefficients."""
+    return jnp.pad(beta, [(0, 0), (0, size - beta.shape[1]), (0, 0)])
+
+
+def _least_squares(gram: Array, moment: Array, halve: bool) -> tuple[Array, Array]:
+    """Coefficients (groups, P, M), and what they explain of the sums of |f|^2, (groups, M)."""
+    size = gram.shape[1]
     # The ridge is relative to each feature's own size, and leaves the constant alone, lest a
     # constant added to f change the rest; the tiny floor is for features never seen.
     ridge = np.ones((size, size), gram.dtype) + np.diag([0.0, *[RIDGE] * (size - 1)])
@@ -139,7 +171,7 @@ def fit(equations: Equations, least: int | tuple[int, Array]) -> Array:
     stable = jax.lax.stop_gradient(
         gram * ridge[None].astype(gram.dtype) + floor[None].astype(gram.dtype)
     )
-    inverse = _inverse(stable, halve=counts is None and least >= 2 * size)
+    inverse = _inverse(stable, halve)
 
     # What the ridge took from well determined coefficients is given back: each step leaves a
     # thousandth of it. Those that the samples do not determine stay small.
@@ -150,13 +182,7 @@ def fit(equations: Equations, least: int | tuple[int, Array]) -> Array:
     # A loop, for a product takes long to compile.
     beta, rest = jax.lax.fori_loop(0, 1 + _REFINEMENTS, refine, (jnp.zeros_like(moment), moment))
     # Features and weights are real; f may be complex.
-    explained = jnp.sum(jnp.real(jnp.conj(beta) * (moment + rest)), axis=1)
-    if counts is None:
-        counts = least
-    else:  # a number like those that it is multiplied by, for jax_numpy_dtype_promotion='strict'
-        counts = (counts[::-1] if pair else counts)[:, None].astype(explained.dtype)
-    beta = _shrunk(beta, explained, jnp.real(gram[:, 0, :1]), moments[:, 0], least, counts)
-    return beta[::-1] if pair else beta
+    return beta, jnp.sum(jnp.real(jnp.conj(beta) * (moment + rest)), axis=1)
 
 
 def _others(values: Array) -> Array:
@@ -168,49 +194,70 @@ def _others(values: Array) -> Array:
     return jnp.sum(jnp.where(own, jnp.zeros_like(values)[None], values[None]), axis=1)
 
 
-def _shrunk(
-    beta: Array, explained: Array, weight: Array, totals: Array, least: int, counts: int | Array
-) -> Array:
+class Sums(NamedTuple):
+    """What else is known of the samples of each fit."""
+
+    weight: Array  # sums of w, (groups, 1)
+    totals: Array  # sums of w times w, f and |f|^2, (groups, 1 + 2 M)
+    least: int  # number of samples of each fit at least, if none is missing
+    counts: Array | None  # number of samples of each fit, (groups, 1), if some are missing
+
+
+def _drawn_to_constant(beta: Array, explained: Array, sums: Sums) -> Array:
     """Each polynomial, drawn towards its constant as far as its samples may have made it up.
 
     A function that has nothing of a polynomial would otherwise pay for coefficients that are noise.
-    This is the positive-part estimator of James and Stein: of what is explained, P - 1 times the
-    mean square of what is not may be chance. With no more samples than coefficients nothing can be
-    told, and the constant remains. Of weighted samples fewer count; if they are fewer than the
-    coefficients, a fit is kept that leaves next to nothing unexplained.
 
     Args:
       beta: coefficients (groups, P, M).
       explained: what they explain of the sums of |f|^2, (groups, M).
-      weight: sums of w, (groups, 1).
-      totals: sums of w times w, f and |f|^2, (groups, 1 + 2 M).
-      least: number of samples that each fit has at least, if none is missing.
-      counts: number of samples that each fit has at least, one or (groups, 1).
+      sums: of the samples.
+    """
+    size, outputs = beta.shape[1:]
+    # Sums become means, lest products of several of them overflow.
+    weight, first = sums.weight / sums.least, sums.totals[:, 1 : 1 + outputs] / sums.least
+    gain = explained / sums.least * weight - jnp.abs(first) ** 2
+    lost = _lost(gain, explained, size - 1, size, sums)
+    keep, constant = 1 - lost * weight, lost.astype(beta.dtype) * first
+    place = np.eye(1, size, dtype=beta.dtype)[:, :, None]
+    return keep[:, None].astype(beta.dtype) * beta + place * constant[:, None]
+
+
+def _lost(gain: Array, explained: Array, tried: int, size: int, sums: Sums) -> Array:
+    """Which share of a gain chance may have made, at most 1, over the mean weight: (groups, M).
+
+    This is the positive-part estimator of James and Stein: of what is explained, the number of
+    coefficients tried times the mean square of what is not may be chance. With no more samples than
+    coefficients nothing can be told, and all is lost. Of weighted samples fewer count; if they are
+    fewer than the coefficients, a fit is kept that leaves next to nothing unexplained.
+
+    Args:
+      gain: what is explained more, a mean, times the mean weight, (groups, M).
+      explained: what is explained in all, a sum, (groups, M).
+      tried: how many coefficients explain the gain.
+      size: how many there are in all.
+      sums: of the samples.
 
     References:
       James and Stein, Estimation with Quadratic Loss, 1961
     """
-    size, outputs = beta.shape[1:]
-    # Sums become means, lest products of several of them overflow.
+    least, outputs = sums.least, explained.shape[1]
     per_sample = 1 / least
-    weight, explained = weight * per_sample, explained * per_sample
-    first, totals = totals[:, 1 : 1 + outputs] * per_sample, jnp.real(totals) * per_sample
+    weight, totals = sums.weight * per_sample, jnp.real(sums.totals) * per_sample
     squared_weight, squares = totals[:, :1], totals[:, 1 + outputs :]
-    rounding = 16 * float(jnp.finfo(beta.dtype).eps)
-    unexplained = jnp.maximum((1 - rounding) * squares - explained, 0)
+    rounding = 16 * float(jnp.finfo(totals.dtype).eps)
+    unexplained = jnp.maximum((1 - rounding) * squares - explained * per_sample, 0)
     spare = least * weight**2 - size * squared_weight
+    counts = least if sums.counts is None else sums.counts
     spare = jnp.maximum(spare, _LEAST_SPARE * (counts - size) * squared_weight)
-    # What chance may explain, and what is explained beyond the constant, both times the same.
-    chance = (size - 1) * unexplained * squared_weight * weight
-    gain = (explained * weight - jnp.abs(first) ** 2) * spare
+    # What chance may explain, and what is explained, both times the same.
+    chance, gain = tried * unexplained * squared_weight * weight, gain * spare
     told = (spare > 0) & (gain > chance)
-    # 1 - keep over the weight, in one division, for each is compiled by itself.
+    # The share over the weight in one division, for each is compiled by itself.
     safe = jnp.where(weight > 0, weight, 1)
-    lost = jnp.where(told, chance, 1) / jnp.where(told, gain * weight, safe)
-    lost = jax.lax.stop_gradient(lost)
-    keep, constant = 1 - lost * weight, lost.astype(beta.dtype) * first
-    place = np.eye(1, size, dtype=beta.dtype)[:, :, None]
-    return keep[:, None].astype(beta.dtype) * beta + place * constant[:, None]
+    return jax.lax.stop_gradient(
+        jnp.where(told, chance, 1) / jnp.where(told, gain * weight, safe)
+    )
 
 
 def _inverse(matrix: Array, halve: bool) -> Array:
