@@ -255,9 +255,7 @@ def _lost(gain: Array, explained: Array, tried: int, size: int, sums: Sums) -> A
     told = (spare > 0) & (gain > chance)
     # The share over the weight in one division, for each is compiled by itself.
     safe = jnp.where(weight > 0, weight, 1)
-    return jax.lax.stop_gradient(
-        jnp.where(told, chance, 1) / jnp.where(told, gain * weight, safe)
-    )
+    return jax.lax.stop_gradient(jnp.where(told, chance, 1) / jnp.where(told, gain * weight, safe))
 
 
 def _inverse(matrix: Array, halve: bool) -> Array:
