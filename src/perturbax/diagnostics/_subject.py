@@ -33,8 +33,9 @@ from ._variance_law import Law, Runs
 _CUT = 8
 # A pilot of fewer samples tells too little to go by.
 LEAST_SAMPLES = 16
-# Samples for each coefficient of a fit that is tried for comparison.
-_PER_COEFFICIENT = 20
+# Samples for each coefficient of a fit that is tried for comparison, by degree. With fewer, eight
+# nets of the pilot tell a fit more than two nets of as many samples would.
+_PER_COEFFICIENT = {0: 0, 1: 20, 2: 10}
 # Up to this many numbers, the whole Jacobian is looked at; beyond, that of a random combination.
 WHOLE = 2**16
 
@@ -215,8 +216,7 @@ class Subject:
 
     def is_possible(self, sampler: Any, degree: int) -> bool:
         """Whether the noise allows these two, and the samples tell the fit."""
-        features = num_features(self.dim, degree)
-        if degree and self.num_samples < _PER_COEFFICIENT * features:
+        if self.num_samples < _PER_COEFFICIENT[degree] * num_features(self.dim, degree):
             return False
         try:
             return self.choose(self.num_samples, sampler=sampler, degree=degree).degree == degree
