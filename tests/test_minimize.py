@@ -89,6 +89,26 @@ def test_every_evaluation_is_counted():
         np.testing.assert_array_equal(calls[-1], run.x)
 
 
+@pytest.mark.parametrize(("tilt", "looks"), [(3.0, 4), (0.0, 24)])
+def test_a_first_sigma_is_looked_for_no_longer_than_it_takes(tilt, looks):
+    """The widest that is good is taken at once; what was seen on the way counts."""
+    calls, seen = [], []
+
+    def on_host(x):
+        calls.append(np.float32(np.linalg.norm(x) + tilt * x[0]))
+        return calls[-1]
+
+    def fun(x):
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(on_host, like, x, vmap_method="sequential")
+
+    run = quiet(fun, jnp.zeros(4), jax.random.key(0), callback=seen.append, max_evaluations=40)
+    assert len(calls) == run.num_evaluations
+    assert seen[0].evaluations == 2 + looks + 6
+    assert seen[0].best_value == min(calls[: seen[0].evaluations])
+    assert tilt or (run.x == 0).all()
+
+
 def test_prints_as_a_table(found):
     head, columns, *rows = str(found).splitlines()
     assert head == f"value 0 after {found.num_evaluations} evaluations: max_evaluations reached"

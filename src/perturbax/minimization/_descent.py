@@ -15,7 +15,7 @@ from ..noise._protocol import NoiseDistribution
 from ..sampling._protocol import Sampler
 from ._problem import Objective
 from ._schedules import ADAPTED, Sigma, Sweep, given_sigma
-from ._states import Method, Operands, Step, where
+from ._states import Method, Operands, Start, Step, where
 
 # Steps between two looks at the signal.
 _WINDOW = 20
@@ -104,9 +104,11 @@ def descent(
             return jax.tree.map(lambda s: state.multiple * s, operands.scale)
         return given_sigma(sigma, operands, count)
 
-    def init(operands: Operands, key: Array, u: Any) -> Descent:
-        multiple = choose.choose(operands, key, u) if adapts else jnp.ones(())
-        return Descent(
+    def init(
+        operands: Operands, keys: tuple[Array, Array], u: Any, value: Array
+    ) -> tuple[Descent, Start]:
+        multiple = choose.choose(operands, keys[0], u) if adapts else jnp.ones(())
+        state = Descent(
             point=u,
             optimizer=optimizer.init(u),
             multiple=jnp.asarray(multiple, dtype),
@@ -114,6 +116,8 @@ def descent(
             noise=jnp.zeros((), dtype),
             signal=jnp.zeros((), dtype),
         )
+        made = choose.evaluations if adapts else 0
+        return state, Start(u, value, jnp.asarray(made, jnp.int32))
 
     def step(
         operands: Operands, state: Descent, keys: tuple[Array, Array], count: Array

@@ -77,6 +77,7 @@ def begin(setup: Setup, operands: Operands, key: Array, u: Any) -> Run:
     objective, method = setup.objective, setup.method
     steps_key, init_key, *two = jax.random.split(key, 4)
     first, second = evaluations(objective, operands.function, jnp.stack(two), u)
+    state, told = method.init(operands, (init_key, two[1]), u, second)
     noisy = first != second
     noisy = noisy & jnp.isfinite(first) & jnp.isfinite(second)
     dtype = objective.dtype
@@ -84,12 +85,14 @@ def begin(setup: Setup, operands: Operands, key: Array, u: Any) -> Run:
     zero = jnp.zeros((), jnp.int32)
     return Run(
         key=steps_key,
-        method=method.init(operands, init_key, u),
+        method=state,
         steps=zero,
-        evaluations=zero + 2 + method.init_evaluations,
+        evaluations=2 + told.evaluations,
         noisy=noisy,
-        best=u,
-        best_value=jnp.where(noisy | ~jnp.isfinite(first), infinite, first),
+        best=where(noisy, u, told.candidate),
+        best_value=jnp.where(
+            noisy | ~jnp.isfinite(told.candidate_value), infinite, told.candidate_value
+        ),
         centre=u,
         reference=infinite,
         patience=zero,

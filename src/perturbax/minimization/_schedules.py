@@ -90,16 +90,35 @@ def _mean_of_better_half(values: Array) -> Array:
 _FEW = 4
 
 
+class Look(NamedTuple):
+    """What a choice of the first sigma has seen.
+
+    Attributes:
+      level: index of the next multiple of the problem's scale.
+      found: whether the last one was good.
+      lowest: the lowest value at each multiple, infinite where all were the same.
+      points: where the function was evaluated, with a row for each multiple and sample.
+      values: what it was, NaN where it was not evaluated.
+    """
+
+    level: Array
+    found: Array
+    lowest: Array
+    points: Any
+    values: Array
+
+
 class Widest(NamedTuple):
     """A choice of the first sigma, whose evaluations are kept.
 
     Attributes:
       choose: a multiple of the problem's scale, the points where the function was evaluated, as a
-        pytree of arrays along a first axis, and its values, from (operands, key, u).
-      evaluations: how many it takes.
+        pytree of arrays along a first axis, and its values, NaN for those that are not needed, and
+        how many are, from (operands, keys, u, value at u): keys for the noise and the function.
+      evaluations: how many it takes at most.
     """
 
-    choose: Callable[[Operands, Array, Any], tuple[Array, Any, Array]]
+    choose: Callable[[Operands, tuple[Array, Array], Any, Array], tuple[Array, Any, Array, Array]]
     evaluations: int
 
 
@@ -107,43 +126,57 @@ def widest(objective: Objective, noise: NoiseDistribution, batch_size: int | Non
     """A choice of the largest sigma one of whose samples is no worse than the start.
 
     What is fitted to samples may be wrong about small features, so it begins wide: from there it
-    gets to a small sigma in a few steps, and the other way only if what it sees is clear.
+    gets to a small sigma in a few steps, and the other way only if what it sees is clear. It looks
+    at smaller ones only until one is good: evaluations close to the start tell a search less than
+    its own steps do.
     """
     multiples = jnp.asarray(_MULTIPLES, objective.dtype)
+    levels = len(_MULTIPLES)
 
-    def choose(operands: Operands, key: Array, u: Any) -> tuple[Array, Any, Array]:
-        fun_key, *keys = jax.random.split(key, 1 + len(_MULTIPLES))
+    def choose(
+        operands: Operands, keys: tuple[Array, Array], u: Any, start: Array
+    ) -> tuple[Array, Any, Array, Array]:
+        draw_key, fun_key = keys
+        start = jnp.where(jnp.isfinite(start), start, jnp.inf)
 
-        def look(key_and_multiple: tuple[Array, Array]) -> tuple[Array, tuple[Any, Array]]:
-            key, multiple = key_and_multiple
+        def where_and_what(u: Any) -> tuple[Array, tuple[Any, Array]]:
+            value = objective.value(operands.function, fun_key, u)
+            return value, (u, value)
 
-            def where_and_what(u: Any) -> tuple[Array, tuple[Any, Array]]:
-                value = objective.value(operands.function, fun_key, u)
-                return value, (u, value)
-
+        def look(seen: Look) -> Look:
             drawn = make_perturbed_fun(
                 where_and_what,
                 _FEW,
-                jax.tree.map(lambda scale: multiple * scale, operands.scale),
+                jax.tree.map(lambda scale: multiples[seen.level] * scale, operands.scale),
                 noise,
                 batch_size=batch_size,
                 sampler=Independent(),
                 degree=0,
                 has_aux=True,
             )
-            points, values = drawn(key, u)[1]
+            points, values = drawn(jax.random.fold_in(draw_key, seen.level), u)[1]
             ordered = jnp.sort(jnp.where(jnp.isfinite(values), values, jnp.inf))
             lowest = jnp.where(ordered[-1] > ordered[0], ordered[0], jnp.inf)
-            return lowest, (points, values)
+            return Look(
+                level=seen.level + 1,
+                found=(lowest <= start) & jnp.isfinite(lowest),
+                lowest=seen.lowest.at[seen.level].set(lowest),
+                points=jax.tree.map(lambda a, b: a.at[seen.level].set(b), seen.points, points),
+                values=seen.values.at[seen.level].set(values),
+            )
 
-        lowest, (points, values) = lax.map(look, (jnp.stack(keys), multiples))
-        start = objective.value(operands.function, fun_key, u)
-        good = lowest <= jnp.where(jnp.isfinite(start), start, jnp.inf)
-        good = good & jnp.isfinite(lowest)
+        dtype = objective.dtype
+        nothing = Look(
+            level=jnp.zeros((), jnp.int32),
+            found=jnp.zeros((), bool),
+            lowest=jnp.full(levels, jnp.inf, dtype),
+            points=jax.tree.map(lambda v: jnp.broadcast_to(v, (levels, _FEW, *v.shape)), u),
+            values=jnp.full((levels, _FEW), jnp.nan, dtype),
+        )
+        seen = lax.while_loop(lambda seen: ~seen.found & (seen.level < levels), look, nothing)
         # Where no sigma is good, the best; where none changes anything, the largest.
-        first = jnp.where(good.any(), jnp.argmax(good), jnp.argmin(lowest))
-        flat = jax.tree.map(lambda v: v.reshape(v.shape[0] * v.shape[1], *v.shape[2:]), points)
-        flat = jax.tree.map(lambda v, begin: jnp.concatenate([v, begin[None]]), flat, u)
-        return multiples[first], flat, jnp.append(values.ravel(), start)
+        chosen = jnp.where(seen.found, seen.level - 1, jnp.argmin(seen.lowest))
+        points = jax.tree.map(lambda v: v.reshape(levels * _FEW, *v.shape[2:]), seen.points)
+        return multiples[chosen], points, seen.values.ravel(), _FEW * seen.level
 
-    return Widest(choose, _FEW * len(_MULTIPLES) + 1)
+    return Widest(choose, _FEW * levels)

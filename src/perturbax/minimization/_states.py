@@ -25,6 +25,20 @@ class Operands(NamedTuple):
     tol: Array
 
 
+class Start(NamedTuple):
+    """What the beginning of a run found.
+
+    Attributes:
+      candidate: the point with the lowest value.
+      candidate_value: its value, not finite if there is none to offer.
+      evaluations: how many were made.
+    """
+
+    candidate: Any
+    candidate_value: Array
+    evaluations: Array
+
+
 class Step(NamedTuple):
     """What one step found, all of it in the dtype of values.
 
@@ -57,8 +71,9 @@ class Method(NamedTuple):
     Attributes:
       num_samples: evaluations that a step takes for its estimate.
       most_evaluations: most evaluations of one step.
-      init: its state, from operands, a key and the start.
-      init_evaluations: how many evaluations `init` takes.
+      init: its state and what it found, from operands, two keys, for the noise and for the
+        function, the start and the value there under the second key.
+      init_evaluations: how many evaluations `init` takes at most.
       step: the next state and what the step found, from operands, the state, two keys, for the
         noise and for the function, and the number of steps before this one.
       grown: the same state for steps of twice as many samples; None where their number is fixed.
@@ -66,7 +81,7 @@ class Method(NamedTuple):
 
     num_samples: int
     most_evaluations: int
-    init: Callable[["Operands", Array, Any], Any]
+    init: Callable[["Operands", tuple[Array, Array], Any, Array], tuple[Any, Start]]
     init_evaluations: int
     step: Callable[["Operands", Any, tuple[Array, Array], Array], tuple[Any, Step]]
     grown: Callable[[Any], Any] | None

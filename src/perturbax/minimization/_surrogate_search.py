@@ -15,7 +15,7 @@ from ..noise._protocol import NoiseDistribution
 from ..sampling._protocol import Sampler
 from ._problem import Objective
 from ._schedules import ADAPTED, Sigma, given_sigma, widest
-from ._states import Method, Operands, Step
+from ._states import Method, Operands, Start, Step
 
 # Logarithms, base 10, of what the ridge and the prior variance of the quadratic part are chosen
 # from, relative to the linear part's. Single precision cannot factorise with smaller ridges; under
@@ -271,29 +271,38 @@ def surrogate_search(
         has_aux=True,
     )
 
-    def init(operands: Operands, key: Array, u: Any) -> Search:
+    def init(
+        operands: Operands, keys: tuple[Array, Array], u: Any, value: Array
+    ) -> tuple[Search, Start]:
         relative = flat(scales(operands, jnp.zeros((), jnp.int32), u))
         mean = jnp.exp(jnp.mean(jnp.log(relative)))
         metric = relative / mean
-        points = jnp.broadcast_to(flat(u), (kept, dim))
-        values = jnp.full(kept, jnp.nan, dtype)
+        points, values = flat(u)[None], value[None]
+        made = jnp.zeros((), jnp.int32)
         if adapts:
-            multiple, seen, found = sweep.choose(operands, key, u)
+            multiple, seen, found, made = sweep.choose(operands, keys, u, value)
             mean = multiple * mean
-            points = jnp.concatenate([points, jax.vmap(flat)(seen)])[-kept:]
-            values = jnp.concatenate([values, found])[-kept:]
-        return Search(
+            points = jnp.concatenate([points, jax.vmap(flat)(seen)])
+            values = jnp.concatenate([values, found])
+        finite = jnp.where(jnp.isfinite(values), values, jnp.inf)
+        lowest = points[jnp.argmin(finite)]
+        # What was not evaluated comes last here, and is forgotten first.
+        room = max(0, kept - len(values))
+        points = jnp.pad(points, ((0, room), (0, 0)), "edge")[:kept]
+        values = jnp.pad(values, (0, room), constant_values=jnp.nan)[:kept]
+        begun = Search(
             centre=flat(u),
             value=jnp.asarray(jnp.inf, dtype),
-            proposal=flat(u),
+            proposal=lowest,
             metric=jnp.diag(metric) if learns_metric else metric,
             sigma=jnp.asarray(mean, dtype),
-            points=points,
-            values=values,
+            points=points[::-1],
+            values=values[::-1],
             ridges=jnp.full(2, -4, jnp.int32),
             quadratics=jnp.full(2, -1, jnp.int32),
             reach=jnp.ones((), dtype),
         )
+        return begun, Start(point(lowest), jnp.min(finite), made)
 
     def scales(operands: Operands, count: Array, u: Any) -> Any:
         given = operands.scale if adapts else given_sigma(sigma, operands, count)
