@@ -12,9 +12,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: help demo test test-all check format bench docs clean always
 
 help:
-	@echo "make demo     see it work: half a minute, a figure"
+	@echo "make demo     see it work: 15 seconds once installed, a figure"
 	@echo "make test     run the tests; choose with TESTS='tests/test_patch.py -k runner'"
-	@echo "make test-all run them on whole products of cases, compiled as for users; half an hour"
+	@echo "make test-all run them on whole products of cases, compiled as for users; most of an hour"
 	@echo "make check    lint, formatting, types"
 	@echo "make format   put formatting and imports right"
 	@echo "make bench    run the benchmarks"

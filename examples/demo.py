@@ -1,6 +1,6 @@
-"""All examples in one run, and a figure of what they found: build/demo.png.
+"""Four examples in one run, and a figure of what they found: build/demo.png.
 
-The other examples can be run on their own; this one calls their `main` and draws.
+All others are run on their own; this one calls the `main` of the four and draws.
 
     python examples/demo.py
 """
