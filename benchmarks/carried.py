@@ -8,7 +8,8 @@ least of them, with its standard error. Then the default and the carried gradien
 hundred steps for themselves, at several rates: evaluations until 95 % are done of what the loss
 falls by default at its best rate, each at the rate that does it first, by the mean over seeds.
 
-    python benchmarks/carried.py [--samples N ...] [--problem NAME ...] [--part PART]
+    python benchmarks/carried.py [--samples N ...] [--problem NAME ...] [--noise NOISE ...]
+        [--part PART] [--keys KEYS] [--seeds SEEDS] [--seconds SECONDS]
 
 Without --problem and --part, writes docs/_generated/carried.md and docs/_static/carried.png too.
 """

@@ -6,7 +6,7 @@ optax.perturbations where XLA plans that it fits into memory. Memory is what XLA
 program beside its arguments and results, and the device's peak where it tells one. Rows of variance
 are a few of those of variance.py: 1,000 samples, each library with its defaults.
 
-    python benchmarks/gpu.py [--small]
+    python benchmarks/gpu.py [--small] [--seconds SECONDS]
 
 It runs on a CPU too, with --small in a minute. A machine that has JAX and nothing else needs this
 folder and the package, which `pip install --no-deps --target build/package .` puts into a folder

@@ -357,7 +357,8 @@ def better_rivals(rows):
         if not row.solved():
             best = max(row.rivals(), key=count)
             if count(best) > count(OURS):
-                words = f"{count(best)} runs get there, {count(OURS)} of `px.minimize`'s"
+                runs = "1 run gets" if count(best) == 1 else f"{count(best)} runs get"
+                words = f"{runs} there, {count(OURS)} of `px.minimize`'s"
                 found.setdefault(best, []).append(f"*{row.label}* ({words})")
         elif row.median(best) < row.median(OURS):
             ours = row.median(OURS)

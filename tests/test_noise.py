@@ -31,7 +31,6 @@ LAWS = {
     "Uniform": (px.Uniform(), cf.uniform),
 }
 SYMMETRIC = [name for name in LAWS if name != "Gumbel"]
-SMOOTH = ["Normal", "Gumbel", "Logistic", "Cauchy", "StudentT"]
 WITH_SCORE = [name for name in LAWS if name != "Uniform"]
 KEY = jax.random.key(20)
 
