@@ -22,7 +22,7 @@ BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 OPTIONS = """
     --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
     --disable-background-networking --disable-component-update --allow-file-access-from-files
-    --window-size=1300,1000 --dump-dom
+    --dump-dom
 """.split()
 
 # Added to a copy of a page: what the browser made of it.
@@ -35,6 +35,7 @@ LOOK = """<script>addEventListener("load", () => {
     figures: all(".content img, article img").map((node) => [node.naturalWidth, box(node).width]),
     clipped: all("div.highlight pre").filter((node) => node.scrollWidth > node.clientWidth + 1)
       .map((node) => node.textContent.slice(0, 80)),
+    beyond: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     dollars: document.querySelector("article").innerText.match(/[$]{2}|\\\\\\\\(frac|sum|sigma)/g),
   };
   const told = document.createElement("pre");
@@ -55,12 +56,13 @@ def pages(tmp_path_factory):
     return folder
 
 
-def seen(pages, name):
-    """What the browser shows of a page, by `LOOK`."""
+def seen(pages, name, width=1300):
+    """What the browser shows of a page in a window of this width, by `LOOK`."""
     page = pages / f"{name}.html"
     copy = page.with_name(f"{name}-looked-at.html")
     copy.write_text(page.read_text().replace("</body>", LOOK + "</body>"))
-    command = [BROWSER, *OPTIONS, f"--user-data-dir={pages / 'browser'}", copy.as_uri()]
+    command = [BROWSER, *OPTIONS, f"--user-data-dir={pages / 'browser'}"]
+    command += [f"--window-size={width},1000", copy.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     [found] = re.findall(r'<pre id="found">(.*?)</pre>', shown)
     return json.loads(found.replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))
@@ -85,6 +87,12 @@ def test_the_first_page_shows_a_figure(pages):
 @pytest.mark.parametrize("name", ["index", "samplers", "black-boxes"])
 def test_lines_of_code_are_not_clipped(pages, name):
     assert seen(pages, name)["clipped"] == []
+
+
+@pytest.mark.parametrize("width", [1024, 1400])
+def test_pages_do_not_scroll_sideways(pages, width):
+    """They did in windows of 1,008 to 1,540 pixels: text and the bars beside it were too wide."""
+    assert seen(pages, "theory", width)["beyond"] == 0
 
 
 def test_nothing_is_fetched_from_elsewhere(pages):
