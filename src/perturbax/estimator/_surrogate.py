@@ -135,7 +135,8 @@ def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array
     pair = equations.gram.shape[0] == 2
     gram, moments = equations if pair else jax.tree.map(_others, equations)
     if counts is not None:
-        counts = (counts[::-1] if pair else counts)[:, None]
+        # A number like those that it is multiplied by, for jax_numpy_dtype_promotion='strict'.
+        counts = (counts[::-1] if pair else counts)[:, None].astype(jnp.finfo(gram.dtype).dtype)
     sums = Sums(jnp.real(gram[:, 0, :1]), moments[:, 0], least, counts)
     size, outputs, linear = gram.shape[1], moments.shape[2] // 2, 1 + dim
     moment = moments[:, :, 1 : 1 + outputs]
@@ -149,15 +150,10 @@ def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array
         weight = sums.weight / least
         gain = (explained - before) / least * weight
         keep = 1 - _lost(gain, explained, size - linear, size, sums) * weight
-        more = beta - _padded(slopes, size)
-        beta = _drawn_to_constant(slopes, before, sums)
-        beta = _padded(beta, size) + keep[:, None].astype(beta.dtype) * more
+        rest = [(0, 0), (0, size - linear), (0, 0)]
+        slopes = jnp.pad(_drawn_to_constant(slopes, before, sums), rest)
+        beta = slopes + keep[:, None].astype(beta.dtype) * (beta - slopes)
     return beta[::-1] if pair else beta
-
-
-def _padded(beta: Array, size: int) -> Array:
-    """The same polynomials, with zeros for further coefficients."""
-    return jnp.pad(beta, [(0, 0), (0, size - beta.shape[1]), (0, 0)])
 
 
 def _least_squares(gram: Array, moment: Array, halve: bool) -> tuple[Array, Array]:
