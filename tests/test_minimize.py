@@ -357,6 +357,16 @@ def test_what_does_not_matter_to_the_function_stays_in_sight():
         ({"optimizer": 0.1}, TypeError, "optax"),
         ({"num_samples": 0}, ValueError, "num_samples"),
         ({"sigma": -1.0}, ValueError, "sigma"),
+        ({"sigma": {"a": 1.0}}, ValueError, "sigma has structure"),
+        ({"sigma": jnp.ones(3)}, ValueError, "sigma of shape"),
+        ({"sigma": jnp.eye(2)}, ValueError, "give optimizer, or a scale"),
+        ({"sigma": lambda count: 0.0 * count}, ValueError, "sigma"),
+        ({"sigma": lambda count: jnp.ones(3)}, ValueError, "sigma of shape"),
+        (
+            {"noise": px.Uniform(), "optimizer": optax.sgd(0.1)},
+            ValueError,
+            "good for no derivative",
+        ),
         ({"degree": 1}, ValueError, "degree"),
         ({"tol": -1.0}, ValueError, "tol"),
         ({"max_evaluations": 20}, ValueError, "max_evaluations must be at least"),
@@ -369,6 +379,18 @@ def test_refused(options, error, words):
     options = {"fun": lambda x: jnp.sum(jnp.abs(x)), "x0": jnp.zeros(2), **options}
     with pytest.raises(error, match=words):
         quiet(options.pop("fun"), options.pop("x0"), jax.random.key(0), **options)
+
+
+def test_noise_without_an_inverse_distribution_function():
+    class Noise:
+        def sample(self, key, sample_shape=(), dtype=float):
+            return jax.random.normal(key, sample_shape, dtype)
+
+        def log_prob(self, value):
+            return -(value**2) / 2
+
+    run = quiet(staircase, jnp.zeros(3), jax.random.key(0), noise=Noise(), max_evaluations=600)
+    assert run.value == 0
 
 
 def test_refused_under_a_trace(tmp_path):

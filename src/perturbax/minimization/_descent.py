@@ -219,5 +219,4 @@ def descent(
         init=init,
         init_evaluations=choose.evaluations if adapts else 0,
         step=step,
-        grown=(lambda state: state) if grows else None,
     )

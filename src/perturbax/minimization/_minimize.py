@@ -15,18 +15,21 @@ from jax.core import Tracer
 
 from .. import _checks
 from ..noise._foreign import as_noise
+from ..noise._inverse import is_invertible
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Normal
+from ..sampling._independent import Independent
 from ..sampling._orthogonal import Orthogonal
 from ..sampling._protocol import Sampler
-from ..scale._scales import check_sigma
+from ..scale._matrices import is_matrix
+from ..scale._scales import check_sigma, scale_leaves
 from ._checkpoint import fingerprint, load, save
 from ._descent import Optimizer
 from ._problem import Objective, Problem, make_problem
 from ._progress import Telling
 from ._result import MinimizeHistory, MinimizeResult
 from ._run import Found, Setup, begin, block, empty_history, finish, step
-from ._schedules import ADAPTED, GIVEN
+from ._schedules import ADAPTED, GIVEN, Sigma
 from ._states import CALLED_OFF, EXHAUSTED, RUNNING, Operands, Run
 
 _MAX_EVALUATIONS = 2**31 - 1
@@ -101,10 +104,10 @@ def minimize(
       args: further arguments of fun.
       optimizer: of optax, such as `optax.adam(0.05)`; what evaluates the function itself, such as
         a line search, is not supported. None for the surrogate.
-      sigma: scale of the noise: a number (or pytree, as for `make_perturbed_fun`); a schedule as
-        optax has them, called with the number of steps; or None, for one that is chosen from a
-        sweep at the start and then adapted: by the surrogate; with an optimizer, halved wherever
-        20 gradients add up to no more than chance would let them.
+      sigma: scale of the noise: a number (or pytree, as for `make_perturbed_fun`; matrices only
+        with an optimizer); a schedule as optax has them, called with the number of steps; or None,
+        for one that is chosen from a sweep at the start and then adapted: by the surrogate; with an
+        optimizer, halved wherever 20 gradients add up to no more than chance would let them.
       num_samples: evaluations a step. None begins with a number that depends on the number of
         coordinates, and, with an optimizer, doubles it where less than a tenth of the gradient's
         square is signal.
@@ -171,9 +174,19 @@ def minimize(
         _checks.check_fun(callback, "callback")
     if degree is not None and optimizer is None:
         raise ValueError("degree is for gradients: give an optimizer, or leave degree out")
+    law = as_noise(noise)
+    if optimizer is not None and getattr(law, "derivatives", 1) < 1:
+        raise ValueError(
+            f"noise={noise!r} is good for no derivative, but optimizer needs gradients: take "
+            "another noise, or leave optimizer out"
+        )
     problem = make_problem(fun, x0, key, args, takes_key, lower, upper)
     objective = problem.objective
     kind, numbers = _sigma(sigma)
+    if kind != ADAPTED:
+        _check_fits(kind, numbers, problem, optimizer)
+    if optimizer is None and sampler is None:
+        sampler = Orthogonal() if is_invertible(law) else Independent()
     setup = Setup(
         objective=objective,
         optimizer=optimizer,
@@ -181,8 +194,8 @@ def minimize(
         num_samples=_num_samples(num_samples, objective, optimizer),
         grows=num_samples is None,
         doublings=0,
-        noise=as_noise(noise),
-        sampler=sampler if optimizer is not None or sampler is not None else Orthogonal(),
+        noise=law,
+        sampler=sampler,
         degree=degree,
         batch_size=batch_size,
     )
@@ -389,6 +402,21 @@ def _sigma(sigma: Any) -> tuple[Any, Any]:
     if callable(sigma):
         return sigma, None
     return GIVEN, jax.tree.map(jnp.asarray, check_sigma(sigma))
+
+
+def _check_fits(kind: Sigma, numbers: Any, problem: Problem, optimizer: Optimizer | None) -> None:
+    """Raises unless sigma fits x0; of a schedule, that of the first step."""
+    given = check_sigma(kind(jnp.zeros((), jnp.int32))) if callable(kind) else numbers
+    leaves, names, _ = _checks.perturbed_leaves(problem.start)
+    scales = scale_leaves(given, problem.start, leaves, names)
+    if optimizer is not None or len(scales) != len(leaves):
+        return
+    for scale, leaf, name in zip(scales, leaves, names, strict=True):
+        if is_matrix(scale, leaf):
+            raise ValueError(
+                f"sigma is a matrix for leaf {name!r} of x0, which only steps of an optimizer can "
+                "have: give optimizer, or a scale for each coordinate; directions are learnt"
+            )
 
 
 def _tolerance(tol: Any) -> float:

@@ -62,11 +62,12 @@ class Setup(NamedTuple):
     @property
     def method(self) -> Method:
         """How to step."""
-        common = self.noise, self.sampler, self.degree, self.batch_size
-        objective, sigma, doublings = self.objective, self.sigma, self.doublings
+        objective, sigma, noise, sampler = self.objective, self.sigma, self.noise, self.sampler
         if self.optimizer is None:
-            return surrogate_search(objective, sigma, self.num_samples, doublings, *common)
-        numbers = self.num_samples, doublings, self.grows
+            numbers = self.num_samples, noise, sampler, self.batch_size
+            return surrogate_search(objective, sigma, *numbers)
+        numbers = self.num_samples, self.doublings, self.grows
+        common = noise, sampler, self.degree, self.batch_size
         choose = sweep(self.objective, self.noise, self.batch_size)
         return descent(objective, self.optimizer, sigma, *numbers, *common, choose)
 

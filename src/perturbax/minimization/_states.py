@@ -76,7 +76,6 @@ class Method(NamedTuple):
       init_evaluations: how many evaluations `init` takes at most.
       step: the next state and what the step found, from operands, the state, two keys, for the
         noise and for the function, and the number of steps before this one.
-      grown: the same state for steps of twice as many samples; None where their number is fixed.
     """
 
     num_samples: int
@@ -84,7 +83,6 @@ class Method(NamedTuple):
     init: Callable[["Operands", tuple[Array, Array], Any, Array], tuple[Any, Start]]
     init_evaluations: int
     step: Callable[["Operands", Any, tuple[Array, Array], Array], tuple[Any, Step]]
-    grown: Callable[[Any], Any] | None
 
 
 class Run(NamedTuple):

@@ -88,6 +88,26 @@ class Fit(NamedTuple):
     quadratic: Array
 
 
+class Attempt(NamedTuple):
+    """A fit to values and one to their ranks, and what comes of them.
+
+    Attributes:
+      centre: around which both are made.
+      back: what the noise's scale is multiplied by.
+      again: whether a fit around the last centre is still to be made.
+      worse: whether the proposal turned out worse than that.
+      which: of the two, the one that is followed.
+      found: both.
+    """
+
+    centre: Array
+    back: Array
+    again: Array
+    worse: Array
+    which: Array
+    found: Fit
+
+
 def normal_scores(values: Array) -> Array:
     """Quantiles of the normal distribution in place of values, by their ranks; ties share one."""
     known = jnp.isfinite(values)
@@ -227,10 +247,8 @@ def surrogate_search(
     objective: Objective,
     sigma: Sigma,
     num_samples: int,
-    doublings: int,
     noise: NoiseDistribution,
     sampler: Sampler | None,
-    degree: int | None,
     batch_size: int | None,
 ) -> Method:
     """The method: draw around a proposal, fit, go back if it is worse, propose."""
@@ -357,14 +375,6 @@ def surrogate_search(
 
         # Where the proposal turns out worse, the fit is made again, around the old centre: in a
         # loop, for two calls would be compiled twice.
-        class Attempt(NamedTuple):
-            centre: Array
-            back: Array
-            again: Array
-            worse: Array
-            which: Array
-            found: Fit
-
         before = state.value, jnp.interp(state.value, *falling)
         before = jnp.where(jnp.isfinite(state.value), jnp.stack(before), jnp.inf)
 
@@ -472,4 +482,4 @@ def surrogate_search(
         )
         return state, told
 
-    return Method(num_samples, batch, init, sweep.evaluations if adapts else 0, step, None)
+    return Method(num_samples, batch, init, sweep.evaluations if adapts else 0, step)
