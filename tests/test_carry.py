@@ -160,6 +160,27 @@ def test_what_was_absorbed_is_the_same_sum_around_any_centre():
 # --- Right
 
 
+def test_what_points_said_of_single_coordinates_stays_when_they_leave():
+    """A fit whose points have all made room predicts what it did, but for a constant."""
+    draw, noise = np.random.default_rng(4), px.Gumbel()
+    with enable_x64(True):
+        before = fit_of(jnp.asarray(draw.normal(size=(12, 2))), noise)
+        none = jnp.zeros((6, 2)), jnp.zeros(6), jnp.zeros(6)
+        middle, sigma = before.centre + 0.3, before.scale
+        after = jax.jit(_regression.renew, static_argnums=(4, 7))(
+            before, *none, 6, middle, sigma, noise
+        )
+        assert not np.any(after.coefficients)
+        y = jnp.asarray(draw.normal(size=(50, 2)))
+        first, second = (
+            np.asarray(jax.jit(_regression.predict, static_argnums=2)(fit, y, noise))
+            for fit in (before, after)
+        )
+    assert np.std(first, axis=1).min() > 0.1
+    gone = first - second
+    assert_trees_close(gone, np.broadcast_to(gone[:, :1], gone.shape), atol=1e-9)
+
+
 def test_without_a_past_it_is_the_perturbed_function():
     g = smoothed(num_samples=40)
     carried = px.carry(g)
