@@ -289,6 +289,25 @@ def test_values_that_are_not_numbers():
     np.testing.assert_array_equal(never.x, 0)
 
 
+@pytest.mark.parametrize("optimizer", [None, ADAM], ids=["surrogate", "adam"])
+def test_strict_settings_of_jax_change_nothing(optimizer):
+    """fun is traced by the user's rules; what is missing is NaN, by which a run is not ended."""
+    options = {"optimizer": optimizer, "max_evaluations": 600}
+    start, key = jnp.zeros(4), jax.random.key(0)
+    expected = quiet(staircase, start, key, **options)
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_nans(True),
+        jax.debug_infs(True),
+    ):
+        run = quiet(staircase, start, key, **options)
+        with pytest.raises(ValueError, match="promotion"):
+            quiet(lambda x: jnp.sum(x * jnp.arange(4)), start, key, **options)
+    np.testing.assert_array_equal(run.x, expected.x)
+    assert run.num_evaluations == expected.num_evaluations
+
+
 def test_tol_ends_a_run():
     run = quiet(staircase, jnp.zeros(4), jax.random.key(0), tol=1.0, max_evaluations=5000)
     assert run.reason == "no improvement by more than tol"

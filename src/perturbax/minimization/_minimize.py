@@ -1,9 +1,10 @@
 """minimize: the public face, and the loop around the compiled blocks."""
 
+import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,6 +235,22 @@ def minimize(
         telling.close()
 
 
+@contextlib.contextmanager
+def _own_settings() -> Iterator[None]:
+    """JAX's settings for what is not the user's: fun was traced before, under those that were set.
+
+    Optax's operations do not keep to strict rules; NaN and infinity stand for what is missing.
+    """
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+    ):
+        yield
+
+
+@_own_settings()
 def _in_one_program(
     setup: Setup, operands: Operands, problem: Problem, key: Array, max_evaluations: int
 ) -> MinimizeResult:
@@ -248,6 +265,7 @@ def _in_one_program(
     )
 
 
+@_own_settings()
 def _in_blocks(
     setup: Setup,
     operands: Operands,
@@ -345,6 +363,7 @@ def _result(problem: Problem, run: Run, history: MinimizeHistory, found: Found) 
 class Keeping:
     """A checkpoint of one run."""
 
+    @_own_settings()
     def __init__(self, path: Path, setup: Setup, operands: Operands, problem: Problem, key: Array):
         """Takes the run's fingerprint."""
         if not path.parent.is_dir():

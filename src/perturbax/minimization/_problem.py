@@ -134,9 +134,10 @@ def make_problem(
         return jnp.asarray(number).astype(dtype)
 
     def width(leaf: Array, low: np.ndarray, high: np.ndarray) -> Array:
-        span = jnp.asarray(high - low, dtype)
+        bounded = np.isfinite(high - low)
+        half = jnp.asarray(np.where(bounded, high - low, 0) / 2, dtype)
         typical = jnp.maximum(1, jnp.sqrt(jnp.mean(leaf.astype(dtype) ** 2)))
-        return jnp.broadcast_to(jnp.where(jnp.isfinite(span), span / 2, typical), leaf.shape)
+        return jnp.broadcast_to(jnp.where(bounded, half, typical), leaf.shape)
 
     def most(leaf: Array, low: np.ndarray, high: np.ndarray) -> Array:
         # Noise much wider than the bounds says nothing about what is between them.
