@@ -23,7 +23,7 @@ import pytest
 
 import perturbax as px
 from helpers import assert_trees_close
-from perturbax.execution import _worker
+from perturbax.host_functions import _worker
 from test_trace import compilations
 
 KEY = jax.random.key(0, impl="threefry2x32")
@@ -427,11 +427,11 @@ def test_the_bar(monkeypatch):
             raise ValueError
         return x.sum()
 
-    monkeypatch.setattr("perturbax.execution._progress._tqdm", lambda: Bar)
+    monkeypatch.setattr("perturbax.host_functions._progress._tqdm", lambda: Bar)
     h = px.host_function(fun, like=ONE, executor=2, on_failure=0.0, retries=1, progress=True)
     jax.vmap(h)(jnp.ones((5, 3)))
     assert not bars
-    monkeypatch.setattr("perturbax.execution._progress._PATIENCE", 0.0)
+    monkeypatch.setattr("perturbax.host_functions._progress._PATIENCE", 0.0)
     jax.vmap(h)(jnp.array([[1.0], [-1.0], [2.0]]))
     [bar] = bars
     assert (bar.desc, bar.total, bar.told[-1]) == ("fun", "3 of 3", (1, 1))

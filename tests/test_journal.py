@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import perturbax as px
-from perturbax.execution._journal import name_of
+from perturbax.host_functions._function_names import name_of
 
 KEY = jax.random.key(0, impl="threefry2x32")
 POINTS = jax.random.normal(KEY, (12, 3))

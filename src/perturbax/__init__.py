@@ -26,10 +26,10 @@ from .diagnostics._standard_errors import (
 )
 from .diagnostics._sweep import SigmaSweep as SigmaSweep, sweep_sigma as sweep_sigma
 from .estimator._default_rule import Choice as Choice, choose_sampler as choose_sampler
-from .execution._executors import ProcessWorkers as ProcessWorkers
-from .execution._host_function import host_function as host_function
-from .execution._journal import Journal as Journal
-from .execution._scheduling import HostCounts as HostCounts
+from .host_functions._host_function import host_function as host_function
+from .host_functions._journal import Journal as Journal
+from .host_functions._processes import ProcessWorkers as ProcessWorkers
+from .host_functions._scheduling import HostCounts as HostCounts
 from .minimization._minimize import MinimizeProgress as MinimizeProgress, minimize as minimize
 from .minimization._result import (
     MinimizeHistory as MinimizeHistory,

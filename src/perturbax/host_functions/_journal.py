@@ -7,26 +7,23 @@ shape and bytes. A key is a hash of the exact bytes of a point and arguments, an
 
 import contextlib
 import dataclasses
-import enum
-import functools
 import hashlib
 import json
 import os
 import socket
 import sqlite3
-import struct
-import sys
 import threading
 import time
-import types
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+
+from ._encoding import decode, encode, skeleton_of
+from ._function_names import name_of
 
 # "pxJ1": says whose database it is.
 _APPLICATION = 0x70784A31
@@ -79,244 +76,6 @@ class Journal:
 def check_journal(journal: Any) -> Journal | None:
     """The argument `journal` of `host_function`."""
     return journal if journal is None or isinstance(journal, Journal) else Journal(journal)
-
-
-# --- Names of functions
-
-
-class _Unnamed(Exception):
-    """What a function refers to cannot be told from other objects of its kind."""
-
-
-def name_of(fun: Callable[..., Any]) -> str:
-    """A name that changes with the function's code, and with the data that it refers to."""
-    try:
-        digest = hashlib.sha256(_content(fun, {})).hexdigest()
-    except _Unnamed as error:
-        raise ValueError(
-            f"journal cannot tell fun from others, for it refers to {error}: give it a name, "
-            "journal=perturbax.Journal(path, name='...'), another one whenever fun changes"
-        ) from None
-    module = getattr(fun, "__module__", "")
-    return f"{module}.{getattr(fun, '__qualname__', type(fun).__name__)}:{digest[:32]}"
-
-
-def _content(value: Any, seen: dict[int, tuple[int, Any]]) -> bytes:
-    """Bytes that are equal only for what acts alike.
-
-    Args:
-      value: a function, or what one refers to.
-      seen: what was met on the way here, by id, each with a number: functions and objects may refer
-        to themselves and, in many ways, to each other. It is kept alive, lest ids be used again.
-    """
-    kind = type(value).__name__.encode()
-    inner = functools.partial(_content, seen=seen)
-    if value is None or value is Ellipsis or isinstance(value, bool | int | float | complex):
-        return kind + repr(value).encode()
-    if isinstance(value, str | bytes | range | PurePath | enum.Enum | np.dtype):
-        return kind + repr(value).encode()
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        array = np.asarray(value)
-        if array.dtype.hasobject:
-            raise _Unnamed("an array of objects")
-        return kind + leaf_digest(array)
-    if isinstance(value, types.ModuleType):
-        return kind + value.__name__.encode()
-    if isinstance(value, types.CodeType):
-        parts = (value.co_code, value.co_names, value.co_varnames, value.co_freevars)
-        return _joined(kind, map(inner, (*parts, *value.co_consts)))
-    if isinstance(value, set | frozenset):  # in no order
-        return _joined(kind, sorted(_content(v, dict(seen)) for v in value))
-    if isinstance(value, tuple):  # constants of code among them, which Python shares at will
-        return _joined(kind, map(inner, value))
-    if id(value) in seen:
-        return kind + str(seen[id(value)][0]).encode()
-    seen[id(value)] = len(seen), value
-    if isinstance(value, type):
-        name = kind + f"{value.__module__}.{value.__qualname__}".encode()
-        if not _is_class_of_user(value):
-            return name
-        own = {k: v for k, v in vars(value).items() if not _is_bookkeeping(k, v)}
-        return _joined(name, [*map(inner, value.__bases__), *_tellable(own, seen)])
-    if isinstance(value, types.FunctionType):
-        if not _is_of_user(value):
-            return kind + f"{value.__module__}.{value.__qualname__}".encode()
-        parts = [value.__code__, value.__defaults__, value.__kwdefaults__]
-        parts += _closed_over(value)
-        return _joined(kind, [*map(inner, parts), *_globals_of(value, seen)])
-    if isinstance(value, types.MethodType):
-        return _joined(kind, map(inner, (value.__func__, value.__self__)))
-    if isinstance(value, staticmethod | classmethod):
-        return _joined(kind, [inner(value.__func__)])
-    if isinstance(value, property):
-        return _joined(kind, map(inner, (value.fget, value.fset, value.fdel)))
-    if isinstance(value, functools.cached_property):
-        return _joined(kind, [inner(value.func)])
-    if isinstance(value, np.ufunc):
-        return kind + value.__name__.encode()
-    if isinstance(value, functools.partial):
-        return _joined(kind, map(inner, (value.func, value.args, value.keywords)))
-    if isinstance(value, dict):
-        return _joined(kind, (inner(k) + b"=" + inner(v) for k, v in value.items()))
-    if isinstance(value, list):
-        return _joined(kind, map(inner, value))
-    if dataclasses.is_dataclass(value):
-        parts = (getattr(value, field.name) for field in dataclasses.fields(value))
-        return _joined(kind, map(inner, (type(value), *parts)))
-    if callable(value) and hasattr(value, "__qualname__"):  # compiled, or wrapped by a package
-        name = f"{getattr(value, '__module__', '')}.{value.__qualname__}".encode()
-        parts = (getattr(value, name, None) for name in ("__self__", "__wrapped__"))
-        return _joined(kind + name, map(inner, parts))
-    plain = isinstance(value, types.SimpleNamespace) or _is_class_of_user(type(value))
-    if plain and hasattr(value, "__dict__"):
-        return _joined(kind, map(inner, (type(value), vars(value))))
-    raise _Unnamed(f"an object of the class {type(value).__name__}")
-
-
-def _joined(kind: bytes, parts: Iterable[bytes]) -> bytes:
-    hashed = hashlib.sha256(kind)
-    for part in parts:
-        hashed.update(hashlib.sha256(part).digest())
-    return kind + hashed.digest()
-
-
-def _closed_over(function: types.FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # a cell that is still empty
-            yield cell.cell_contents
-
-
-def _is_of_user(value: Any) -> bool:
-    """Whether a function or a module is in a file of the user's, not in an installed package."""
-    code = getattr(value, "__code__", None)
-    file = code.co_filename if code is not None else getattr(value, "__file__", None)
-    inside = os.path.dirname(os.__file__)
-    return file is not None and "site-packages" not in file and not file.startswith(inside)
-
-
-def _is_class_of_user(value: type) -> bool:
-    """Whether a class is defined in a file of the user's, or in a notebook."""
-    module = sys.modules.get(value.__module__)
-    if getattr(module, "__file__", None) is None:
-        return value.__module__ not in sys.builtin_module_names
-    return _is_of_user(module)
-
-
-def _is_bookkeeping(name: str, value: Any) -> bool:
-    """Whether Python itself keeps this in a class, such as the number of its first line."""
-    return name[:2] == name[-2:] == "__" and not isinstance(value, types.FunctionType)
-
-
-def _tellable(values: dict[str, Any], seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
-    """Of named values, those that can be told from others of their kind."""
-    for name in sorted(values):
-        before = len(seen)
-        try:
-            yield name.encode() + b"=" + _content(values[name], seen)
-        except _Unnamed:
-            while len(seen) > before:  # what was met in vain is not part of the result
-                seen.popitem()
-
-
-def _globals_of(function: types.FunctionType, seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
-    """Of what a function uses of its module, and of the user's modules there, if it can be told."""
-    names = sorted(_names(function.__code__))
-    spaces = [function.__globals__]
-    found = [function.__globals__.get(name) for name in names]
-    spaces += [vars(v) for v in found if isinstance(v, types.ModuleType) and _is_of_user(v)]
-    for space in spaces:
-        yield from _tellable({name: space[name] for name in names if name in space}, seen)
-
-
-def _names(code: types.CodeType) -> set[str]:
-    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return {*code.co_names}.union(*map(_names, inner))
-
-
-# --- Arrays and structures as bytes
-
-
-def _encode_array(array: np.ndarray) -> bytes:
-    dtype = array.dtype.name.encode()
-    shape = struct.pack(f"<{array.ndim}q", *array.shape)
-    return struct.pack("<BB", len(dtype), array.ndim) + dtype + shape + array.tobytes()
-
-
-def _decode_array(data: memoryview) -> tuple[np.ndarray, memoryview]:
-    """The first array, and what follows it."""
-    length, ndim = struct.unpack_from("<BB", data)
-    start = 2 + length
-    dtype = np.dtype(jax.numpy.dtype(bytes(data[2:start]).decode()))
-    shape = struct.unpack_from(f"<{ndim}q", data, start)
-    start += 8 * ndim
-    count = int(np.prod(shape, dtype=np.int64))
-    end = start + count * dtype.itemsize
-    array = np.frombuffer(data[start:end], dtype, count).reshape(shape)
-    return array.copy(), data[end:]
-
-
-def leaf_digest(array: np.ndarray) -> bytes:
-    """A hash of the dtype, the shape and the bytes."""
-    head = f"{array.dtype.name}{array.shape}".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).digest()
-
-
-def _skeleton(tree: Any) -> Any:
-    """A structure as JSON knows it; None for one with nodes of other kinds than Python's own."""
-
-    def described(node: Any) -> Any:
-        if isinstance(node, int):
-            return node
-        if node is None:
-            return {"none": 0}
-        if type(node) in (list, tuple):
-            return {type(node).__name__: [described(v) for v in node]}
-        if type(node) is dict and all(type(k) is str for k in node):
-            return {"dict": {k: described(v) for k, v in node.items()}}
-        raise TypeError
-
-    try:
-        return described(jax.tree.unflatten(tree, range(tree.num_leaves)))
-    except TypeError:
-        return None
-
-
-def _tree(skeleton: Any) -> Any:
-    def made(node: Any) -> Any:
-        if isinstance(node, int):
-            return node
-        [(kind, inner)] = node.items()
-        if kind == "none":
-            return None
-        if kind == "dict":
-            return {k: made(v) for k, v in inner.items()}
-        return {"list": list, "tuple": tuple}[kind](map(made, inner))
-
-    return jax.tree.structure(made(skeleton))
-
-
-def _encode(leaves: Sequence[np.ndarray], tree: Any) -> bytes:
-    """A result, with a checksum in front."""
-    structure = json.dumps(_skeleton(tree)).encode()
-    body = struct.pack("<II", len(structure), len(leaves)) + structure
-    body += b"".join(map(_encode_array, leaves))
-    return hashlib.sha256(body).digest()[:8] + body
-
-
-def _decode(data: bytes) -> tuple[list[np.ndarray], Any]:
-    """The leaves, and the structure if it is known."""
-    body = memoryview(data)[8:]
-    if hashlib.sha256(body).digest()[:8] != data[:8]:
-        raise sqlite3.DatabaseError("a result does not fit its checksum")
-    length, count = struct.unpack_from("<II", body)
-    skeleton, rest, leaves = json.loads(bytes(body[8 : 8 + length])), body[8 + length :], []
-    for _ in range(count):
-        leaf, rest = _decode_array(rest)
-        leaves.append(leaf)
-    return leaves, None if skeleton is None else _tree(skeleton)
-
-
-# --- The file
 
 
 class JournalFile:
@@ -440,7 +199,7 @@ class JournalFile:
 
     def key_prefix(self, tree: Any, fixed: Any) -> bytes:
         """What keys of all points of a call have in common."""
-        skeleton = _skeleton(tree)
+        skeleton = skeleton_of(tree)
         structure = str(tree) if skeleton is None else json.dumps(skeleton)
         return hashlib.sha256(repr((self.name, structure, fixed)).encode()).digest()
 
@@ -452,7 +211,7 @@ class JournalFile:
             for key in keys:
                 row = database.execute("SELECT value FROM results WHERE key = ?", (key,)).fetchone()
                 if row is not None:
-                    found[key] = _decode(row[0])
+                    found[key] = decode(row[0])
         return found
 
     def claim(self, keys: Sequence[bytes], owner: str) -> list[bytes]:
@@ -485,7 +244,7 @@ class JournalFile:
 
     def record(self, results: dict[bytes, tuple[list[np.ndarray], Any]]) -> None:
         """Writes results, to disk; those that are there already stay."""
-        rows = [(key, self.name, _encode(*result)) for key, result in results.items()]
+        rows = [(key, self.name, encode(*result)) for key, result in results.items()]
         with self._transaction(durable=True) as database:
             database.executemany("INSERT OR IGNORE INTO results VALUES (?, ?, ?)", rows)
             database.executemany("DELETE FROM claims WHERE key = ?", [(key,) for key in results])

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from ._executors import Attempt, Workers
+from ._attempts import Attempt, Workers
 from ._journal import Session
 from ._progress import Bar
 

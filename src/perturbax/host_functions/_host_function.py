@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,12 @@ from jax import Array
 
 from .._checks import check_bool, check_count, check_fun
 from ..tracing._host_call import NoResultError, host_call, is_asking
+from ._encoding import leaf_digest
 from ._executors import check_executor, workers_for
-from ._journal import Journal, JournalFile, Session, check_journal, leaf_digest
+from ._journal import Journal, JournalFile, Session, check_journal
 from ._progress import Bar, check_progress
+from ._results import Like, canonical, cast, described, instead_of, like_of, narrowed, recalled
 from ._scheduling import HostCounts, Schedule, Tally
-
-_KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
-
-
-class Like(NamedTuple):
-    """What a function returns for one point: structure, shapes and dtypes."""
-
-    tree: Any
-    leaves: tuple[jax.ShapeDtypeStruct, ...]
 
 
 def host_function(
@@ -113,7 +106,7 @@ def host_function(
     return HostFunction(
         fun,
         executor=executor,
-        like=None if like is None else _described(like, on_failure),
+        like=None if like is None else described(like, on_failure),
         batched=batched,
         timeout=timeout,
         retries=retries,
@@ -158,7 +151,7 @@ class HostFunction:
         arrays = [_array(v) for v in leaves if _is_array(v)]
         call.check_fixed()
         like = self.like_at(call, arrays)
-        results = None if like is None else tuple(map(_canonical, like.leaves))
+        results = None if like is None else tuple(map(canonical, like.leaves))
         found = host_call(arrays, call, results)
         like = like or self.like_at(call, arrays)
         assert like is not None
@@ -238,7 +231,7 @@ class HostFunction:
         def accept(rows: list[int], value: Any) -> None:
             nonlocal like
             if like is None:
-                like = _like_of(value, self._batched, self._on_failure)
+                like = like_of(value, self._batched, self._on_failure)
                 self._found[kind] = like
             for row, leaves in zip(rows, self._leaves(like, value, len(rows)), strict=True):
                 keep(row, leaves)
@@ -249,7 +242,7 @@ class HostFunction:
             nonlocal like
             for row, (leaves, tree) in known.items():
                 if like is None:
-                    like = _recalled(leaves, tree, self._on_failure)
+                    like = recalled(leaves, tree, self._on_failure)
                     self._found[kind] = like
                 specs = tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in leaves)
                 if specs != like.leaves or (tree is not None and tree != like.tree):
@@ -311,16 +304,16 @@ class HostFunction:
                 "learnt what it returns. Say so: host_function(..., like=...)"
             ) from error
         if schedule.failures:
-            instead = _instead(like, self._on_failure)
+            instead = instead_of(like, self._on_failure)
             for row in schedule.failures:
                 keep(row, instead)
         columns = zip(*(leaves for leaves in found if leaves is not None), strict=True)
         stacked = [np.stack(column) for column in columns]
         if not count:
             stacked = [np.zeros((0, *v.shape), v.dtype) for v in like.leaves]
-        wanted = results or tuple(map(_canonical, like.leaves))
+        wanted = results or tuple(map(canonical, like.leaves))
         stacked = [
-            _narrowed(v, w.dtype, self.__name__) for v, w in zip(stacked, wanted, strict=True)
+            narrowed(v, w.dtype, self.__name__) for v, w in zip(stacked, wanted, strict=True)
         ]
         if size is None:
             return [v[0] for v in stacked]
@@ -348,13 +341,13 @@ class HostFunction:
                 f"earlier call, has {like.tree}"
             )
         front = (count,) if self._batched else ()
-        cast = [
-            _cast(leaf, spec, front, self.__name__)
+        found = [
+            cast(leaf, spec, front, self.__name__)
             for leaf, spec in zip(leaves, like.leaves, strict=True)
         ]
         if not self._batched:
-            return [cast]
-        return [[v[row] for v in cast] for row in range(count)]
+            return [found]
+        return [[v[row] for v in found] for row in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,136 +433,3 @@ def _array(leaf: Any) -> Any:
     # An array of JAX's own. Of another number JAX makes a part of the program, one for each.
     with jax.ensure_compile_time_eval():
         return jnp.asarray(leaf)
-
-
-def _canonical(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(spec.shape, jax.dtypes.canonicalize_dtype(spec.dtype))
-
-
-def _described(like: Any, on_failure: Any) -> Like:
-    """The argument `like` as shapes and dtypes."""
-    leaves, tree = jax.tree.flatten(like)
-    specs = []
-    for leaf in leaves:
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            if not isinstance(leaf, bool | int | float | complex):
-                raise TypeError(
-                    "like must be a pytree of jax.ShapeDtypeStruct, arrays or numbers, got "
-                    f"{leaf!r} ({type(leaf).__name__})"
-                )
-            leaf = np.asarray(leaf)
-        specs.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return _checked(Like(tree, tuple(specs)), on_failure)
-
-
-def _like_of(value: Any, batched: bool, on_failure: Any) -> Like:
-    """What a function returned for its first points, as shapes and dtypes."""
-    leaves, tree = jax.tree.flatten(value)
-    arrays = [_numbers(leaf, "fun") for leaf in leaves]
-    if batched and not all(v.ndim for v in arrays):
-        raise ValueError("with batched=True all that fun returns must have a leading axis")
-    shapes = [v.shape[1:] if batched else v.shape for v in arrays]
-    specs = [jax.ShapeDtypeStruct(s, v.dtype) for s, v in zip(shapes, arrays, strict=True)]
-    return _checked(Like(tree, tuple(specs)), on_failure)
-
-
-def _recalled(leaves: Sequence[np.ndarray], tree: Any, on_failure: Any) -> Like:
-    """What a function returned, by what the journal has."""
-    if tree is None:
-        raise ValueError(
-            "the journal does not tell the structure of this result, which has other nodes than "
-            "dicts, lists and tuples; give like="
-        )
-    specs = tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in leaves)
-    return _checked(Like(tree, specs), on_failure)
-
-
-def _checked(like: Like, on_failure: Any) -> Like:
-    """`like`, if what stands for a failure has a place in it."""
-    if not isinstance(on_failure, str) or on_failure != "raise":
-        _instead(like, on_failure)
-    return like
-
-
-def _instead(like: Like, on_failure: Any) -> list[np.ndarray]:
-    """The leaves that stand for the result where it fails."""
-    if isinstance(on_failure, str):  # "missing"
-        for spec in like.leaves:
-            if not jnp.issubdtype(spec.dtype, jnp.inexact):
-                raise TypeError(
-                    "on_failure='missing' marks failures by NaN, which an output of dtype "
-                    f"{spec.dtype} cannot hold; return floating-point numbers, or give a value as "
-                    "on_failure"
-                )
-        return [np.full(v.shape, np.nan, v.dtype) for v in like.leaves]
-    leaves, tree = jax.tree.flatten(on_failure)
-    if len(leaves) == 1 and tree != like.tree:
-        leaves, tree = leaves * len(like.leaves), like.tree
-    if tree != like.tree:
-        raise ValueError(
-            "on_failure must be a number or a pytree like the result, of the structure "
-            f"{like.tree}, got {tree}"
-        )
-    values = []
-    for leaf, spec in zip(leaves, like.leaves, strict=True):
-        try:
-            wide = np.broadcast_to(_numbers(leaf, "on_failure"), spec.shape)
-        except ValueError as error:
-            raise ValueError(
-                f"on_failure has shape {np.shape(leaf)}, expected {spec.shape}"
-            ) from error
-        values.append(_cast(wide, spec, (), "on_failure"))
-    return values
-
-
-def _numbers(leaf: Any, name: str) -> np.ndarray:
-    """A leaf of what a function returned, as an array of numbers."""
-    if isinstance(leaf, Array):
-        raise TypeError(
-            f"{name} returned a jax.Array; a host function computes with numpy, for waiting for "
-            "JAX inside a callback can wait forever (jax#24255)"
-        )
-    if np.ma.is_masked(leaf):
-        raise TypeError(
-            f"{name} returned a numpy array with masked entries, which have no value; return "
-            "leaf.filled(...) with what they are to count for"
-        )
-    array = np.asarray(leaf)
-    if array.dtype in (np.longdouble, np.clongdouble):  # which JAX does not have
-        array = array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in _KINDS):
-        raise TypeError(
-            f"{name} must return numbers or arrays of numbers, got {leaf!r} "
-            f"({type(leaf).__name__}, dtype {array.dtype})"
-        )
-    return array
-
-
-def _cast(leaf: Any, spec: jax.ShapeDtypeStruct, front: tuple[int, ...], name: str) -> np.ndarray:
-    array = _numbers(leaf, name)
-    if array.shape != (*front, *spec.shape):
-        raise ValueError(
-            f"{name} returned shape {array.shape}, expected {(*front, *spec.shape)}, by like or an "
-            "earlier call" + (", with the leading axis of the points" if front else "")
-        )
-    kind = _kind(spec.dtype)
-    if _kind(array.dtype) > kind:
-        raise TypeError(
-            f"{name} returned dtype {array.dtype}, which does not fit into {spec.dtype}, by like "
-            "or an earlier call; say what it returns: host_function(..., like=...)"
-        )
-    return _narrowed(array, spec.dtype, name)
-
-
-def _narrowed(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # an infinity, as everywhere in JAX
-        cast = array.astype(dtype)
-    if jnp.issubdtype(dtype, jnp.integer) and not np.array_equal(cast, array):
-        raise OverflowError(
-            f"{name} returned {array!r}, which does not fit into {dtype}; return a floating number"
-        )
-    return cast
-
-
-def _kind(dtype: Any) -> int:
-    return next(i for i, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind))

@@ -1,0 +1,1 @@
+"""Functions outside JAX: where they run, what they return, and what is kept of it."""

@@ -1,0 +1,128 @@
+"""Attempts at calling a function, and what takes them: this thread, for one."""
+
+import dataclasses
+import queue
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ..tracing._host_call import without_jax
+
+# How many threads with hung evaluations may be left behind: none of them can be ended.
+MOST_LEFT_BEHIND = 500
+# What a worker may need to start, in seconds, on top of what an evaluation may take.
+START = 60.0
+
+
+@dataclasses.dataclass(eq=False)
+class Attempt:
+    """One call of the function: what it is called with, and what became of it.
+
+    Attributes:
+      args: positional arguments.
+      kwargs: arguments by name.
+      events: where the attempt is put when it has ended, unless it was given up before.
+      value: what the function returned.
+      error: the exception that it ended with instead.
+      died: whether `error` is about the worker, not about the function.
+      fatal: whether there is no use in another attempt at anything.
+      given_up: whether nobody waits for it any more.
+      left_behind: whether its thread is to end with it.
+      submitted: when it was handed over, by time.monotonic().
+      taken: when a worker took it.
+      started: when the function was called.
+      ended: whether it has ended.
+      place: what the workers know it by.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    events: "queue.SimpleQueue[Attempt]"
+    value: Any = None
+    error: BaseException | None = None
+    died: bool = False
+    fatal: bool = False
+    given_up: bool = False
+    left_behind: bool = False
+    submitted: float = dataclasses.field(default_factory=time.monotonic)
+    taken: float | None = None
+    started: float | None = None
+    ended: bool = False
+    place: Any = None
+
+
+class Workers(Protocol):
+    """Where attempts run."""
+
+    def window(self) -> int | None:
+        """How many attempts under way keep all workers busy; None for unknown."""
+        ...
+
+    def ahead(self) -> int:
+        """How many windows to hand over at a time, for where results take a while to come back."""
+        ...
+
+    def submit(self, attempt: Attempt) -> None:
+        """Has the attempt made as soon as a worker is free."""
+        ...
+
+    def deadline(self, attempt: Attempt, timeout: float) -> float | None:
+        """When the attempt will have taken too long, as far as that is known by now."""
+        ...
+
+    def withdraw(self, attempt: Attempt) -> bool:
+        """Whether no worker had taken the attempt, and none will."""
+        ...
+
+    def give_up(self, attempt: Attempt) -> None:
+        """Frees the worker of the attempt, of which no event will come any more."""
+        ...
+
+    def close(self) -> None:
+        """Ends what was started here."""
+        ...
+
+
+def run(fun: Callable[..., Any], attempt: Attempt) -> None:
+    """Calls the function, and keeps what becomes of it."""
+    attempt.started = time.monotonic()
+    try:
+        attempt.value = fun(*attempt.args, **attempt.kwargs)
+    except Exception as error:
+        attempt.error = error
+
+
+class ThisThread:
+    """Attempts are made while they are handed over."""
+
+    def __init__(self, fun: Callable[..., Any]):
+        """For calls of `fun`."""
+        self._fun = without_jax(fun)
+
+    def window(self) -> int | None:
+        """One."""
+        return 1
+
+    def ahead(self) -> int:
+        """One."""
+        return 1
+
+    def submit(self, attempt: Attempt) -> None:
+        """Makes the attempt."""
+        run(self._fun, attempt)
+        attempt.events.put(attempt)
+
+    def deadline(self, attempt: Attempt, timeout: float) -> float | None:
+        """None: when it is asked, the attempt has ended."""
+        del attempt, timeout
+
+    def withdraw(self, attempt: Attempt) -> bool:
+        """False: the attempt has ended."""
+        del attempt
+        return False
+
+    def give_up(self, attempt: Attempt) -> None:
+        """Nothing: the attempt has ended."""
+
+    def close(self) -> None:
+        """Nothing: there is nothing to end."""

@@ -1,0 +1,48 @@
+"""Functions on their way to other processes."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+from . import _worker
+
+
+def cloudpickle() -> Any:
+    """The module, which sends local functions too; an error with the remedy if it is missing."""
+    try:
+        import cloudpickle
+    except ImportError as error:
+        raise ImportError(
+            "to send functions to processes takes cloudpickle: pip install 'perturbax[processes]'"
+        ) from error
+    return cloudpickle
+
+
+def pickled(value: Any, name: str) -> bytes:
+    """A pickle of the argument `name`."""
+    try:
+        return cloudpickle().dumps(value)
+    except Exception as error:
+        error.add_note(f"{name} is sent to worker processes, so cloudpickle must be able to")
+        raise
+
+
+def by_value(call: Callable[..., Any]) -> bytes:
+    """A pickle that brings along what it needs of `_worker`."""
+    cloudpickle().register_pickle_by_value(_worker)
+    try:
+        return pickled(call, "fun")
+    finally:
+        cloudpickle().unregister_pickle_by_value(_worker)
+
+
+class Shipped:
+    """A function that unpickles without perturbax, hence without JAX, in the process it goes to."""
+
+    def __init__(self, function: bytes):
+        """Of the function's pickle."""
+        self._function = function
+
+    def __reduce__(self) -> Any:
+        """Unpickles as the function itself."""
+        return pickle.loads, (self._function,)
