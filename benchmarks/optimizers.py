@@ -3,10 +3,12 @@
 Each method minimises each problem of optimizer_problems.py ten times, from ten starts, with its
 defaults, and every evaluation counts. A run ends at the problem's hard target or after
 `--budget` x sqrt(coordinates) evaluations (half of it in control). Rivals are told a sensible scale
-(a first standard deviation; differential evolution a box); `px.minimize` is told nothing, and what
-it finds counts at the end of its step. Runs are appended to build/benchmarks/optimizers.jsonl, and
-those that are there, or in docs/_generated/optimizers.json, are not made again, so the script may
-be interrupted, and run for a few problems or methods at a time.
+(a first standard deviation; differential evolution a box); `px.minimize` is told nothing. A target
+counts as reached at the very evaluation that reached it, for rivals in the order of a generation,
+for `px.minimize` in the order of a step: its proposal, then its samples. Runs are appended to
+build/benchmarks/optimizers.jsonl, and those that are there, or in docs/_generated/optimizers.json,
+are not made again, so the script may be interrupted, and run for a few problems or methods at a
+time.
 
     python benchmarks/optimizers.py [--problems REGEX] [--methods REGEX] [--seeds N] [--budget B]
     python benchmarks/optimizers.py --report
@@ -85,19 +87,45 @@ class Counter:
 # ----------------------------------------------------------------------------------- methods
 
 
+# Values of the function since the last step, an array for each call of the host.
+SEEN = []
+
+
+def take_down(values):
+    SEEN.append(np.ravel(values))
+    return values
+
+
 def minimize(problem, seed, counter, optimizer=None):
+    def seen(x, *args):
+        value = problem.fun(x, *args)
+        return jax.pure_callback(take_down, value, value, vmap_method="expand_dims")
+
     def follow(progress):
+        *before, one, other = SEEN
+        SEEN.clear()
+        # A step's proposal and samples are evaluated in either order; the proposal stands first.
+        values = np.concatenate([*before, *sorted((one, other), key=len)])
+        if counter.made + len(values) != progress.evaluations:
+            raise AssertionError(f"{counter.made} + {len(values)} is not {progress.evaluations}")
+        for value in values:
+            counter.note(counter.made + 1, float(value))
+        return counter.reached[1] is not None
+
+    def follow_centres(progress):
+        """An optimiser's samples are not what it finds, as with optax."""
         counter.note(progress.evaluations, progress.best_value)
         return counter.reached[1] is not None
 
+    SEEN.clear()
     px.minimize(
-        problem.fun,
+        seen if optimizer is None else problem.fun,
         jnp.asarray(problem.start(seed), jnp.float32),
         jax.random.key(seed),
         args=problem.args,
         optimizer=optimizer,
         max_evaluations=counter.most,
-        callback=follow,
+        callback=follow if optimizer is None else follow_centres,
         progress=False,
     )
 
