@@ -35,8 +35,10 @@ _REACH_DOWN, _REACH_UP, _LEAST_REACH = 0.7, 1.3, 0.05
 # By how much a step may lengthen or shorten the noise along one direction.
 _STRETCH = 1.5
 # Share of the variance between samples that the surrogate explains: below it, sigma follows the
-# surrogate with caution. At half, a function of plateaus is followed down between its steps.
-_EXPLAINED = 0.7
+# surrogate with caution. At half, a function of plateaus is followed down between its steps. The
+# more is taken for noise, the more must be explained, up to the other number: sigma would stay at
+# the size of the steps, while a wider one sees over them.
+_EXPLAINED, _EXPLAINED_OF_NOISE = 0.7, 0.85
 _SHRINK, _GROW = 0.2, 2.0
 # Below that share: the length of a step that leaves sigma as it is, and by how much, times the
 # share, another changes it.
@@ -370,6 +372,11 @@ def surrogate_search(
             each = jax.vmap(fit, (None, 0, 0, 0, 0, None))
             return each(z, targets, ranked, state.ridges, state.quadratics, count)
 
+        def clear(found: Fit) -> Array:
+            """How much must be explained for sigma to follow the surrogate without caution."""
+            noise = 10.0 ** (found.ridge.astype(dtype) / 2)
+            return _EXPLAINED + (_EXPLAINED_OF_NOISE - _EXPLAINED) * noise
+
         def followed(found: Fit) -> Array:
             return (found.explained[1] > found.explained[0]).astype(jnp.int32)
 
@@ -384,7 +391,7 @@ def surrogate_search(
             which = jnp.where(first, followed(both), last.which)
             found = jax.tree.map(lambda v: v[which], both)
             worse = ~(found.value <= before[which] + found.value_error)
-            back = jnp.where(found.explained > _EXPLAINED, 0.5, 0.9) if adapts else 1.0
+            back = jnp.where(found.explained > clear(found), 0.5, 0.9) if adapts else 1.0
             return Attempt(
                 centre=jnp.where(first & worse, state.centre, last.centre),
                 back=jnp.where(first & worse, back, last.back).astype(dtype),
@@ -431,8 +438,8 @@ def surrogate_search(
         length = jnp.linalg.norm(move) / math.sqrt(dim)
         sound = jnp.isfinite(length)
         proposal = jnp.where(sound, proposal, centre)
-        explained = jnp.clip(found.explained, 0, 1)
-        floor = jnp.maximum(_SHRINK, 1 - (explained - _EXPLAINED) / (1 - _EXPLAINED))
+        explained, least = jnp.clip(found.explained, 0, 1), clear(found)
+        floor = jnp.maximum(_SHRINK, 1 - (explained - least) / (1 - least))
         wanted = jnp.where(limited & (reach >= 1), jnp.maximum(length, 1.5), length)
         factor = jnp.where(worse, 1, jnp.clip(wanted, jnp.minimum(floor, 1), _GROW))
         most = 1 / (1 - _CAUTION * explained)
@@ -440,7 +447,7 @@ def surrogate_search(
         pull = (home / state.sigma) ** (_PULL * (1 - explained))
         unclear = jnp.clip(length / _MODERATE, 1 / most, most)
         unclear = unclear * jnp.clip(pull, 1 / _MOST_PULL, _MOST_PULL) / jnp.where(worse, back, 1)
-        factor = jnp.where(explained < _EXPLAINED, unclear, factor)
+        factor = jnp.where(explained < least, unclear, factor)
         flat_here = 2 * jnp.sum(new_values == jnp.median(new_values)) > batch
         factor = jnp.where(flat_here, _FLAT, factor)
         new_sigma = state.sigma * (back * factor).astype(dtype) if adapts else state.sigma
