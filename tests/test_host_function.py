@@ -463,6 +463,19 @@ def test_failures_in_place():
                 assert counts(h) == 2
 
 
+def test_a_batch_with_a_failure_is_halved_until_the_point_is_found():
+    def batch(x):
+        if np.any(x == 3):
+            raise ValueError("three")
+        return x
+
+    h = px.host_function(batch, like=ONE, batched=True)
+    with pytest.raises(ValueError, match="three") as caught:
+        jax.vmap(h)(jnp.arange(4.0))
+    assert any("(3 of 4 points had been evaluated)" in note for note in caught.value.__notes__)
+    assert h.counts == (3, 0, 1, 0, 0)
+
+
 def test_flaky_points_are_retried():
     """So that estimates are those without faults, bit by bit; each point counts once."""
     rng, lock, attempts = np.random.default_rng(0), threading.Lock(), []
@@ -712,6 +725,19 @@ def test_processes_of_our_own(tmp_path):
     [child] = (tmp_path / "died.children").read_text().split()
     wait_for(lambda: not os.path.exists(f"/proc/{child}") or is_zombie(child))
     wait_for(lambda: threading.active_count() <= threads and descriptors() <= files)
+
+
+def test_a_point_at_which_workers_always_die_is_given_up():
+    def dies(x):
+        import os
+
+        os._exit(3)
+
+    with px.ProcessWorkers(1) as workers:
+        h = px.host_function(dies, like=ONE, executor=workers, retries=1)
+        with pytest.raises(RuntimeError, match="died, with exit status 3"):
+            h(X)
+        assert h.counts == (0, 0, 1, 6, 0)
 
 
 def is_zombie(process):

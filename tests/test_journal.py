@@ -100,6 +100,30 @@ def test_failures_are_not_finished(journal):
         assert counted(h) == (12, 12 - count)
 
 
+def test_a_failure_keeps_what_was_under_way_and_begins_nothing_more(journal):
+    begun, fails = [], [True]
+
+    def fun(x):
+        begun.append(x[0])
+        if fails and x[0] == 0:
+            raise OSError("not yet")
+        time.sleep(0.3)
+        return x.sum()
+
+    points = jnp.arange(8.0)[:, None]
+    named = px.Journal(journal, "fun")
+    with px.host_function(fun, journal=named, like=np.float32(0), executor=2) as h:
+        with pytest.raises(OSError, match="not yet"):
+            jax.vmap(h)(points)
+        # The thread that failed may have begun one more, but not two.
+        assert set(begun) in ({0, 1}, {0, 1, 2})
+        done = len(begun) - 1
+        assert counted(h) == (done, 0)
+        fails.clear()
+        assert_same(jax.vmap(h)(points), points[:, 0])
+        assert counted(h) == (8, done)
+
+
 def test_another_like_is_an_error(journal):
     with px.host_function(measured, journal=px.Journal(journal, "a")) as h:
         h(POINTS[0])
