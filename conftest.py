@@ -15,7 +15,9 @@ reads them, make that cheaper; neither changes a number beyond rounding:
 Linear algebra outside JAX has one thread, for there are as many workers as cores: two threads of
 each took turns, and a regression of scikit-learn 4 s in place of 0.1.
 
-Python looks for garbage more rarely: it has little to find among all that tracing makes.
+Python looks for garbage more rarely: it has little to find among all that tracing makes. After a
+file of tests, compiled programs are forgotten if a worker holds more than `MOST_MEMORY`: they would
+grow to five gigabytes in each.
 
 A test of a product of cases that is marked ``covering`` runs, by default, at so many of them that
 each pair of values occurs, and one that is marked ``full`` does not run; ``--all`` runs all. The
@@ -40,6 +42,7 @@ QUICK = {
 collect_ignore_glob = ["docs/*.py", "docs/_extensions/*.py"]
 CACHE = Path(__file__).parent / "build" / "jax-cache"
 LARGEST_CACHE = 2**30  # bytes
+MOST_MEMORY = 1.5 * 2**30  # bytes
 
 
 def is_known(flag: str) -> bool:
@@ -71,6 +74,19 @@ prepare()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds ``--all``."""
     parser.addoption("--all", action="store_true", help="run whole products of cases")
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forgets compiled programs after a file of tests, if they take too much memory."""
+    statistics = Path("/proc/self/statm")  # not on every system
+    if nextitem is None or nextitem.path == item.path or not statistics.exists():
+        return
+    resident = int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > MOST_MEMORY:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.hookimpl(trylast=True)
