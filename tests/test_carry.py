@@ -328,6 +328,23 @@ def test_what_cannot_be_predicted_costs_next_to_nothing():
     assert np.var(found, axis=0).sum() < 1.1 * np.var(alone, axis=0).sum()
 
 
+def test_a_point_that_travels_far_loses_nothing():
+    """What old evaluations left once grew from step to step, up to gradients of 1e13."""
+    x, heading = jnp.zeros(10), jax.random.normal(jax.random.key(30), (10,))
+    g = smoothed(lambda x: jnp.sum(jnp.sign(x)) + jnp.median(x), num_samples=16)
+    carried = px.carry(g)
+
+    def step(state, key):
+        place = x + 0.3 * SIGMA * state[1] * heading
+        (_, found), after = carried.value_and_grad(state[0], key, place)
+        return (after, state[1] + 1), (found, jax.grad(g, argnums=1)(key, place))
+
+    keys = jax.random.split(jax.random.key(31), 100)
+    start = carried.init(x), 0
+    _, (found, alone) = jax.jit(lambda s: jax.lax.scan(step, s, keys))(start)
+    assert np.abs(found).max() < 1.5 * np.abs(alone).max()
+
+
 # --- Usable
 
 

@@ -6,10 +6,10 @@ ridge regression (the mean of a Gaussian process) adds that is made of the last 
     q(u) = b . phi(u) + sum_i alpha_i k(u_i, u),    (K + rho D) alpha = f - b . phi - mean,
     k(u, v) = phi(u) . phi(v) + D exp(-|u - v|^2 / (2 D)) / 2,
 
-in units of the noise around the point of the last step: u = (y - centre) / scale. An evaluation
-that is among the M no longer leaves alpha_i phi(u_i) to b: what it said of single coordinates is
-kept in O(D) numbers. The mean of q is that of the features and of the kernel's second term, which
-is there under Normal noise only.
+in units of the noise around the point of the last step: u = (y - centre) / scale. At each step, b
+takes over n / M of the sum of alpha_i phi(u_i), where n of the M evaluations are new: what was said
+of single coordinates is kept in O(D) numbers. The mean of q is that of the features and of the
+kernel's second term, which is there under Normal noise only.
 
 Reference: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2
 """
@@ -28,6 +28,9 @@ from ._features import FAR, basis, expected_features, features, moved
 NOISE_LEVELS = (0.1, 1.0, 10.0)
 # Steps of conjugate gradients from the coefficients of the step before.
 _ITERATIONS = 20
+# b is forgotten where it leaves so many times the square of the last evaluations themselves. It may
+# leave more than they are, for the coefficients make up for it.
+_WILD = 9.0
 
 
 class Fit(NamedTuple):
@@ -38,7 +41,7 @@ class Fit(NamedTuple):
       scale: (D,), the unit of each coordinate.
       points: (M, D) in these units.
       coefficients: alpha, (R, M); zero for points that do not count.
-      absorbed: b, (R, P), what earlier points left.
+      absorbed: b, (R, P), taken over from the fits of earlier steps.
       weights: of the features, (R, P): b and what the points add to it.
     """
 
@@ -118,8 +121,9 @@ def renew(
       sigma: the scale of the noise, (D,).
       noise: its law.
     """
-    kept = points.shape[0] - new
-    left = matmul(fit.coefficients[:, kept:], features(fit.points[kept:], noise))
+    # Every evaluation leaves a part of what it says at each step that it stays. Were it left as it
+    # goes, all at once, others near it could take it back, which go in their turn: that grows.
+    left = new / points.shape[0] * (fit.weights - fit.absorbed)
     # The units follow sigma in jumps, for what is periodic in one unit is not so in another.
     ratio = sigma / fit.scale
     ratio = jnp.where((ratio > 0.5) & (ratio < 2), 1, ratio)
@@ -132,6 +136,11 @@ def renew(
     # Points that are not counted may be anything; of no influence, and finite.
     u = jnp.where(counted[:, None] > 0, u, 0)
     phi = features(u, noise) * counted[:, None]
+    # Where the point moves fast, slopes told from ever further away may still grow without bound.
+    told = _centred(values[None], counted)
+    off = _centred(values[None] - matmul(absorbed, phi.T), counted)
+    wild = jnp.sum(off**2, axis=1) > _WILD * jnp.sum(told**2, axis=1)
+    absorbed = jnp.where(wild[:, None], 0, absorbed)
     coefficients = _solve(u, phi, values, counted, absorbed, before[:, : points.shape[0]], noise)
     weights = absorbed + matmul(coefficients, phi)
     return Fit(middle, scale, u, coefficients, absorbed, weights)
@@ -141,17 +150,13 @@ def _solve(
     u: Array, phi: Array, values: Array, counted: Array, absorbed: Array, before: Array, noise: Any
 ) -> Array:
     """alpha, (R, M), by conjugate gradients from `before`."""
-    total = jnp.maximum(jnp.sum(counted), 1)
-
-    def centred(v: Array) -> Array:
-        return (v - jnp.sum(v * counted[None], axis=1, keepdims=True) / total) * counted[None]
-
     gram = matmul(phi, phi.T)
     if _smooth(noise):
         gram = gram + smooth_kernel(u, u) * counted[:, None] * counted[None]
     ridge = np.array(NOISE_LEVELS, gram.dtype)[:, None] * max(u.shape[1], 1)
-    rest = centred(values[None] - matmul(absorbed, phi.T))
-    unit = jnp.sqrt(jnp.sum(centred(values[None]) ** 2) / total)
+    rest = _centred(values[None] - matmul(absorbed, phi.T), counted)
+    total = jnp.maximum(jnp.sum(counted), 1)
+    unit = jnp.sqrt(jnp.sum(_centred(values[None], counted) ** 2) / total)
     unit = jnp.where(unit > 0, unit, 1)
 
     def apply(alpha: Array) -> Array:
@@ -176,6 +181,12 @@ def _solve(
     residual = jnp.where(better[:, None], residual, target)
     alpha, *_ = lax.fori_loop(0, _ITERATIONS, advance, (start, residual, residual))
     return alpha * unit
+
+
+def _centred(v: Array, counted: Array) -> Array:
+    """Rows (R, M), less the means of what counts of them."""
+    total = jnp.maximum(jnp.sum(counted), 1)
+    return (v - jnp.sum(v * counted[None], axis=1, keepdims=True) / total) * counted[None]
 
 
 def _smooth(noise: Any) -> bool:
