@@ -5,13 +5,17 @@ step, the variance of the carried gradient at that point and state, over many ke
 that of the default and with that of independent samples less the mean of the others
 (leave-one-out), at the same number of samples. Geometric means over these steps; "least" is the
 least of them, with its standard error. Then the default and the carried gradients each drive a
-hundred steps for themselves, at several rates: evaluations until 95 % are done of what the loss
-falls by default at its best rate, each at the rate that does it first, by the mean over seeds.
+hundred steps for themselves, of Adam and of gradient descent, at rates a factor of two apart: steps
+until 95 % are done of what the loss falls by default at its best rate, each at the rate that does
+it first, by the mean over seeds. "Exact" are gradients of hundreds of samples, counted as if they
+were as many as the others': what is to be gained at most. A star is where they are first at the
+largest rate, because the loss falls as far as x may move.
 
     python benchmarks/carried.py [--samples N ...] [--problem NAME ...] [--noise NOISE ...]
         [--part PART] [--keys KEYS] [--seeds SEEDS] [--seconds SECONDS]
 
-Without --problem and --part, writes docs/_generated/carried.md and docs/_static/carried.png too.
+Without --problem and --part, or with --part report of all that was measured before, writes the
+pages docs/_generated/carried.md and carried_evaluations.md and docs/_static/carried.png too.
 """
 
 import argparse
@@ -36,9 +40,15 @@ import matplotlib.pyplot as plt
 
 STEPS, BETWEEN = 100, 25
 # Adam's, in units of sigma.
-RATE, RATES, SLOW = 0.03, (0.03, 0.1, 0.3, 1.0), 0.1
+RATE = 0.03
+# In units of sigma: what Adam moves each coordinate by; the length of the first step of gradient
+# descent, were its gradient exact.
+RATES = {"Adam": 2.0 ** np.arange(-5, 3), "gradient descent": 2.0 ** np.arange(-4, 8)}
+SIDES = ("default", "carried", "exact")
+# Samples of a step that is counted as exact: at least, and for each coordinate.
+EXACT, EXACT_PER = 512, 8
 # Steps between two looks at the loss, and samples for one.
-JUDGED, JUDGES = 4, 256
+JUDGED, JUDGES = 2, 256
 CAP, WAY = 10.0, 0.95
 SHOWN = ("quantised quadratic (20)", "sum of steps (20)", "ReLU sum (300)", "0/1 error (640)")
 
@@ -161,37 +171,50 @@ def along(problem: Problem, num_samples: int, num_keys: int, noise: Any) -> list
     return ratios
 
 
-def curves(problem: Problem, num_samples: int, seeds: int) -> dict[str, np.ndarray]:
-    """Loss after 0, 4, 8, ... steps, (rates, looks), of default and carried; means over seeds."""
-    g, x0 = smooth(problem, num_samples, noise=px.Normal()), jnp.asarray(problem.x)
+def curves(problem: Problem, num_samples: int, seeds: int) -> dict[str, dict[str, Any]]:
+    """Loss after 0, 2, 4, ... steps, (rates, looks), by optimizer and side; means over seeds."""
+    x0, adam = jnp.asarray(problem.x), optax.scale_by_adam()
+    g = smooth(problem, num_samples, noise=px.Normal())
     carried = px.carry(g)
+    many = smooth(problem, max(EXACT, EXACT_PER * x0.size), noise=px.Normal())
     judge = smooth(problem, JUDGES, noise=px.Normal())
+    slope = jax.grad(many, argnums=1)(jax.random.key(2), x0, jax.random.key(3))
+    # What each rate multiplies of Adam's change and of the gradient itself.
+    rates = problem.sigma * np.concatenate(
+        [
+            np.outer(RATES["Adam"], [1.0, 0.0]),
+            np.outer(RATES["gradient descent"], [0.0, 1 / np.linalg.norm(slope)]),
+        ]
+    )
 
-    def run(rate: Any, key: Any, learn: bool) -> Any:
+    def run(rate: Any, key: Any, side: str) -> Any:
         def step(now: Any, key: Any) -> Any:
             x, state, moments = now
             used, data = jax.random.split(key)
-            if learn:
+            if side == "carried":
                 (_, slope), state = carried.value_and_grad(state, used, x, data)
             else:
-                slope = jax.grad(g, argnums=1)(used, x, data)
-            change, moments = optax.scale_by_adam().update(slope, moments)
-            return (x - rate * problem.sigma * change, state, moments), None
+                slope = jax.grad(g if side == "default" else many, argnums=1)(used, x, data)
+            change, moments = adam.update(slope, moments)
+            return (x - rate[0] * change - rate[1] * slope, state, moments), None
 
         def some(now: Any, keys: Any) -> Any:
             loss = judge(jax.random.key(0), now[0], jax.random.key(1))
             return jax.lax.scan(step, now, keys)[0], loss
 
-        start = (x0, carried.init(x0), optax.scale_by_adam().init(x0))
+        start = (x0, carried.init(x0), adam.init(x0))
         keys = jax.random.split(key, (STEPS // JUDGED + 1, JUDGED))
         return jax.lax.scan(some, start, keys)[1]
 
-    keys = jax.random.split(jax.random.key(1), seeds)
-    found = {}
-    for name, learn in (("default", False), ("carried", True)):
-        one = jax.vmap(functools.partial(run, learn=learn), (None, 0))
-        every = jax.jit(jax.vmap(one, (0, None)))(jnp.array(RATES), keys)
-        found[name] = np.asarray(every, np.float64).mean(axis=1)
+    found: dict[str, dict[str, Any]] = {name: {} for name in RATES}
+    for side in SIDES:
+        keys = jax.random.split(jax.random.key(1), 1 if side == "exact" else seeds)
+        seeded = jax.vmap(functools.partial(run, side=side), (None, 0))
+        every = jax.jit(lambda rs, ks, f=seeded: jax.lax.map(lambda r: f(r, ks), rs))
+        losses = np.asarray(every(jnp.asarray(rates, jnp.float32), keys), np.float64).mean(axis=1)
+        parts = np.split(losses, [len(RATES["Adam"])])
+        for name, part in zip(RATES, parts, strict=True):
+            found[name][side] = part
     return found
 
 
@@ -206,17 +229,17 @@ def steps_to(curve: np.ndarray, target: float) -> float:
     return JUDGED * (k - 1 + (curve[k - 1] - target) / (curve[k - 1] - curve[k]))
 
 
-def target_of(found: dict[str, np.ndarray]) -> float:
+def target_of(found: dict[str, Any]) -> float:
     """Most of the way to where the default is at last, at its best rate."""
     start = found["default"][0, 0]
     return start + WAY * (found["default"][:, -3:].mean(axis=1).min() - start)
 
 
-def speedup(found: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Steps of default and carried to the target."""
+def first(found: dict[str, Any]) -> dict[str, tuple[float, int]]:
+    """Steps of each side to the target, at the rate that gets there first, and which it is."""
     target = target_of(found)
-    default, carried = (min(steps_to(c, target) for c in found[k]) for k in ("default", "carried"))
-    return default, carried
+    steps = {side: [steps_to(c, target) for c in found[side]] for side in SIDES}
+    return {side: (min(v), int(np.argmin(v))) for side, v in steps.items()}
 
 
 def update_times(seconds: float) -> list[list[float]]:
@@ -252,46 +275,32 @@ def mean_of(values: list[float]) -> float:
     return float(np.exp(np.mean(np.log(values)))) if values else math.nan
 
 
-def report(cells: dict[str, Any], updates: list[list[float]]) -> str:
-    """The tables."""
-    rows, totals = [], []
-    for about in sorted({(cell["samples"], cell["noise"]) for cell in cells.values()}):
-        gains, plain, fewer, least = [], [], [], math.inf
+def variances(cells: dict[str, Any], updates: list[list[float]]) -> str:
+    """The tables of variances and of times."""
+    rows: dict[str, dict[str, str]] = {}
+    totals = []
+    for noise, samples in sorted({(cell["noise"], cell["samples"]) for cell in cells.values()}):
+        gains, plain, least = [], [], (math.inf, 0.0)
         for cell in cells.values():
-            if (cell["samples"], cell["noise"]) != about:
-                continue
-            row = [cell["problem"], *map(str, about), *[""] * 5]
             ratios = np.array(cell["ratios"]).reshape(-1, 3)
-            if len(ratios):
+            if (cell["noise"], cell["samples"]) == (noise, samples) and len(ratios):
                 gains.append(mean_of(list(ratios[:, 0])))
                 plain.append(mean_of(list(ratios[:, 1])))
-                at = int(np.argmin(ratios[:, 0]))
-                least = min(least, ratios[at, 0])
-                row[3:6] = number(gains[-1]), number(plain[-1]), number(ratios[at, 0])
-                row[5] += f" ± {ratios[at, 2]:.2f}"
-            if cell["curves"]:
-                default, ours = speedup({k: np.array(v) for k, v in cell["curves"].items()})
-                row[6:] = [f"{default * about[0]:,.0f}", f"{ours * about[0]:,.0f}"]
-                if math.isinf(ours):  # counted as twice as many as were made
-                    row[7], ours = "never", 2 * STEPS
-                fewer.append(default / max(ours, 1))
-            rows.append(row)
+                worst = ratios[ratios[:, 0].argmin()]
+                least = min(least, (worst[0], worst[2]))
+                row = rows.setdefault(cell["problem"], {})
+                row[f"{samples} samples, {noise}"] = number(gains[-1])
         capped = mean_of([min(v, CAP) for v in gains])
-        totals.append(
-            [
-                f"{about[0]} samples, {about[1]} noise",
-                str(len(gains)),
-                f"{mean_of(gains):.2f} ({capped:.2f})",
-                f"{mean_of(plain):.2f}",
-                f"{least:.2f}",
-                f"{mean_of(fewer):.2f}" if fewer else "",
-            ]
-        )
-    ratio, over_plain = "default / carried", "leave-one-out / carried"
-    means = ["geometric means", "problems", f"{ratio} (at most {CAP:g} each)", over_plain, "least"]
-    text = table([*means, "times fewer evaluations"], totals)
-    head = ["problem", "samples", "noise", ratio, over_plain, "least"]
-    text += "\n\n" + table([*head, "evaluations, default", "carried"], rows)
+        about = [f"{samples} samples, {noise}", str(len(gains)), f"{mean_of(plain):.2f}"]
+        gained = f"{mean_of(gains):.2f} ({capped:.2f})"
+        totals.append([*about, gained, f"{least[0]:.2f} ± {least[1]:.2f}"])
+    if not rows:
+        return ""
+    head = ["variance over that of carried", "problems", "leave-one-out"]
+    text = table([*head, f"default (at most {CAP:g} each)", "least of default"], totals)
+    columns = [total[0] for total in totals]
+    found = [[name, *(row.get(c, "") for c in columns)] for name, row in rows.items()]
+    text += "\n\n" + table(["default / carried", *columns], found)
     if updates:
         times = [
             [f"{d:,.0f}", f"{n:.0f}", f"{mid:.2f} ({low:.2f} to {high:.2f})"]
@@ -301,26 +310,58 @@ def report(cells: dict[str, Any], updates: list[list[float]]) -> str:
     return text + "\n"
 
 
+def evaluations(cells: dict[str, Any]) -> str:
+    """The tables of evaluations to the same loss."""
+    driven = [cell for cell in cells.values() if cell["curves"]]
+    rows, totals = {cell["problem"]: [cell["problem"]] for cell in driven}, []
+    for name, rates in RATES.items():
+        all_of, bounded = [], []
+        for cell in driven:
+            found = first({k: np.array(v) for k, v in cell["curves"][name].items()})
+            steps = [found[side][0] for side in SIDES]
+            # At the largest rate of all, a step is as long as one likes.
+            endless = found["exact"][1] == len(rates) - 1
+            told = ["never" if math.isinf(v) else f"{v:.1f}" for v in steps]
+            rows[cell["problem"]].append(", ".join(told) + " *" * endless)
+            ratios = [steps[0] / min(v, 2 * STEPS) for v in steps[1:]]  # never: twice as many
+            all_of.append(ratios)
+            if not endless:
+                bounded.append(ratios)
+        for kind, ratios in ("all", all_of), ("without star", bounded):
+            logs = np.log(np.array(ratios).reshape(-1, 2))
+            errors = logs.std(axis=0, ddof=1) / math.sqrt(max(len(logs), 1))
+            pairs = zip(np.exp(logs.mean(axis=0)), np.exp(errors), strict=True)
+            means = [f"{mean:.2f} (*/ {error:.2f})" for mean, error in pairs]
+            totals.append([f"{name}, {kind}", str(len(logs)), *means])
+    if not rows:
+        return ""
+    text = table(["times fewer evaluations than by default", "problems", *SIDES[1:]], totals)
+    head = [f"steps, {name}: {', '.join(SIDES)}" for name in RATES]
+    return text + "\n\n" + table(["problem", *head], list(rows.values())) + "\n"
+
+
 def draw(cells: dict[str, Any], num_samples: int) -> None:
-    """Loss against evaluations of some problems: each side at its first rate and at a slow one."""
-    shown = [f"{name}, {num_samples}, Normal" for name in SHOWN]
-    figure, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 2.8), squeeze=False)
-    for panel, name in zip(axes[0], shown, strict=True):
-        found = {k: np.array(v) for k, v in cells[name]["curves"].items()}
-        target = target_of(found)
-        for side, colour in (("default", "0.55"), ("carried", "#1f4e8c")):
-            first = min(found[side], key=lambda c: steps_to(c, target))
-            at = JUDGED * num_samples * np.arange(len(first))
-            panel.plot(at, first, color=colour, label=side, linewidth=1.6)
-            slow = found[side][RATES.index(SLOW)]
-            panel.plot(at, slow, color=colour, linewidth=1.2, linestyle="--")
-        panel.axhline(target, color="0.85", linewidth=0.8, zorder=0)
-        panel.set_title(cells[name]["problem"], fontsize=9)
+    """Loss against evaluations of some problems: each side at the rate with which it is first."""
+    looks = {"default": ("0.55", "-"), "carried": ("#1f4e8c", "-"), "exact": ("black", ":")}
+    shape = len(RATES), len(SHOWN)
+    figure, axes = plt.subplots(*shape, figsize=(3 * shape[1], 2.4 * shape[0]), squeeze=False)
+    for row, name in zip(axes, RATES, strict=True):
+        for panel, problem in zip(row, SHOWN, strict=True):
+            cell = cells[f"{problem}, {num_samples}, Normal"]
+            found = {k: np.array(v) for k, v in cell["curves"][name].items()}
+            rates = first(found)
+            for side, (colour, style) in looks.items():
+                curve = found[side][rates[side][1]]
+                at = JUDGED * num_samples * np.arange(len(curve))
+                panel.plot(at, curve, color=colour, linestyle=style, label=side, linewidth=1.5)
+            panel.axhline(target_of(found), color="0.85", linewidth=0.8, zorder=0)
+            panel.set_title(f"{problem}, {name}", fontsize=9)
+            panel.tick_params(labelsize=7)
+            for side in ("top", "right"):
+                panel.spines[side].set_visible(False)
+        row[0].set_ylabel("smoothed loss", fontsize=8)
+    for panel in axes[-1]:
         panel.set_xlabel("evaluations", fontsize=8)
-        panel.tick_params(labelsize=7)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
-    axes[0][0].set_ylabel("smoothed loss", fontsize=8)
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "_static" / "carried.png", dpi=150)
@@ -334,7 +375,7 @@ def main() -> None:
     parser.add_argument("--noise", nargs="*", default=["Normal", "Gumbel"])
     parser.add_argument("--part", choices=["variance", "evaluations", "updates", "report"])
     parser.add_argument("--keys", type=int, default=256)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0)
     arguments = parser.parse_args()
     part, path = arguments.part, OUTPUT / "carried_cells.json"
@@ -354,18 +395,21 @@ def main() -> None:
             print(problem.name, num_samples, np.round(cell["ratios"], 2).tolist(), flush=True)
         if part in (None, "evaluations") and noise == "Normal" and problem.x.size < 1000:
             found = curves(problem, num_samples, arguments.seeds)
-            cell["curves"] = {k: v.tolist() for k, v in found.items()}
-            print(problem.name, num_samples, *speedup(found), flush=True)
+            cell["curves"] = jax.tree.map(np.ndarray.tolist, found)
+            for name in RATES:
+                print(problem.name, num_samples, name, first(found[name]), flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**known, "cells": cells}))
     updates = known.get("updates", [])
     if part in (None, "updates"):
         updates = update_times(arguments.seconds)
         path.write_text(json.dumps({"cells": cells, "updates": updates}))
-    text = report(cells, updates)
-    print(text)
-    if part in (None, "report") and not arguments.problem:
-        (ROOT / "docs" / "_generated" / "carried.md").write_text(text)
+    pages = {"carried": variances(cells, updates), "carried_evaluations": evaluations(cells)}
+    for name, text in pages.items():
+        print(text)
+        if text and part in (None, "report") and not arguments.problem:
+            (ROOT / "docs" / "_generated" / f"{name}.md").write_text(text)
+    if pages["carried_evaluations"] and part in (None, "report") and not arguments.problem:
         draw(cells, 16)
     seeds = "keys num_samples, 1,000 to 1,003, 1; problems as in problems.py and here"
     write("carried", seeds, {"cells": cells, "updates": updates})
