@@ -50,7 +50,7 @@ EXACT, EXACT_PER = 512, 8
 # Steps between two looks at the loss, and samples for one.
 JUDGED, JUDGES = 2, 256
 CAP, WAY = 10.0, 0.95
-SHOWN = ("quantised quadratic (20)", "sum of steps (20)", "ReLU sum (300)", "0/1 error (640)")
+SHOWN = ("quantised quadratic (20)", "grid path (64)", "0/1 error (42)", "threshold network (48)")
 
 
 def others() -> list[Problem]:
@@ -313,6 +313,8 @@ def variances(cells: dict[str, Any], updates: list[list[float]]) -> str:
 def evaluations(cells: dict[str, Any]) -> str:
     """The tables of evaluations to the same loss."""
     driven = [cell for cell in cells.values() if cell["curves"]]
+    if not driven:
+        return ""
     rows, totals = {cell["problem"]: [cell["problem"]] for cell in driven}, []
     for name, rates in RATES.items():
         all_of, bounded = [], []
@@ -333,8 +335,6 @@ def evaluations(cells: dict[str, Any]) -> str:
             pairs = zip(np.exp(logs.mean(axis=0)), np.exp(errors), strict=True)
             means = [f"{mean:.2f} (*/ {error:.2f})" for mean, error in pairs]
             totals.append([f"{name}, {kind}", str(len(logs)), *means])
-    if not rows:
-        return ""
     text = table(["times fewer evaluations than by default", "problems", *SIDES[1:]], totals)
     head = [f"steps, {name}: {', '.join(SIDES)}" for name in RATES]
     return text + "\n\n" + table(["problem", *head], list(rows.values())) + "\n"
