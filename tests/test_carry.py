@@ -229,7 +229,7 @@ def test_unbiased_after_thirty_steps(noise, sampler):
         exact,
         args=(state,),
         seed=4,
-        num_keys=2048,
+        num_keys=3 * 2**11,
         promise={"value": 0.01, "gradient": 0.05},
     )
 
