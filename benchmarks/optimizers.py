@@ -88,6 +88,7 @@ class Counter:
 
 
 # Values of the function since the last step, an array for each call of the host.
+# One list for all runs: with a callback of its own each would be compiled anew.
 SEEN = []
 
 

@@ -280,14 +280,8 @@ def _learn(
     counted = finite.astype(values.dtype)
     values = jnp.where(finite, values, 0)
     # What the predictions, made before, were worth at these points.
-    total = jnp.maximum(jnp.sum(counted), 1)
-
-    def centred(v: Array) -> Array:
-        """Rows (..., N), less their means."""
-        return (v - jnp.sum(v * counted[None], axis=1, keepdims=True) / total) * counted[None]
-
-    [f] = centred(values[None])
-    q = centred(_regression.predict(state.fit, points, noise))
+    [f] = _regression.centred(values[None], counted)
+    q = _regression.centred(_regression.predict(state.fit, points, noise), counted)
     moved = jnp.sum(q**2, axis=1)
     # Where no value differs from another, a prediction that says otherwise must lose its share.
     unit = jnp.sum(f**2) + jnp.min(moved)

@@ -137,26 +137,24 @@ def renew(
     u = jnp.where(counted[:, None] > 0, u, 0)
     phi = features(u, noise) * counted[:, None]
     # Where the point moves fast, slopes told from ever further away may still grow without bound.
-    told = _centred(values[None], counted)
-    off = _centred(values[None] - matmul(absorbed, phi.T), counted)
-    wild = jnp.sum(off**2, axis=1) > _WILD * jnp.sum(told**2, axis=1)
-    absorbed = jnp.where(wild[:, None], 0, absorbed)
-    coefficients = _solve(u, phi, values, counted, absorbed, before[:, : points.shape[0]], noise)
+    told = centred(values[None], counted)
+    rest = centred(values[None] - matmul(absorbed, phi.T), counted)
+    wild = jnp.sum(rest**2, axis=1, keepdims=True) > _WILD * jnp.sum(told**2)
+    absorbed, rest = jnp.where(wild, 0, absorbed), jnp.where(wild, told, rest)
+    coefficients = _solve(u, phi, told, rest, counted, before[:, : points.shape[0]], noise)
     weights = absorbed + matmul(coefficients, phi)
     return Fit(middle, scale, u, coefficients, absorbed, weights)
 
 
 def _solve(
-    u: Array, phi: Array, values: Array, counted: Array, absorbed: Array, before: Array, noise: Any
+    u: Array, phi: Array, told: Array, rest: Array, counted: Array, before: Array, noise: Any
 ) -> Array:
-    """alpha, (R, M), by conjugate gradients from `before`."""
+    """alpha, (R, M), by conjugate gradients from `before`, for `rest`, in the unit of `told`."""
     gram = matmul(phi, phi.T)
     if _smooth(noise):
         gram = gram + smooth_kernel(u, u) * counted[:, None] * counted[None]
     ridge = np.array(NOISE_LEVELS, gram.dtype)[:, None] * max(u.shape[1], 1)
-    rest = _centred(values[None] - matmul(absorbed, phi.T), counted)
-    total = jnp.maximum(jnp.sum(counted), 1)
-    unit = jnp.sqrt(jnp.sum(_centred(values[None], counted) ** 2) / total)
+    unit = jnp.sqrt(jnp.sum(told**2) / jnp.maximum(jnp.sum(counted), 1))
     unit = jnp.where(unit > 0, unit, 1)
 
     def apply(alpha: Array) -> Array:
@@ -183,7 +181,7 @@ def _solve(
     return alpha * unit
 
 
-def _centred(v: Array, counted: Array) -> Array:
+def centred(v: Array, counted: Array) -> Array:
     """Rows (R, M), less the means of what counts of them."""
     total = jnp.maximum(jnp.sum(counted), 1)
     return (v - jnp.sum(v * counted[None], axis=1, keepdims=True) / total) * counted[None]

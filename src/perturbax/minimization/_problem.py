@@ -133,16 +133,14 @@ def make_problem(
             raise TypeError("fun must return a real number, to be minimised, got a complex one")
         return jnp.asarray(number).astype(dtype)
 
-    def width(leaf: Array, low: np.ndarray, high: np.ndarray) -> Array:
+    def widths(leaf: Array, low: np.ndarray, high: np.ndarray) -> tuple[Array, Array]:
+        """How wide each coordinate may be expected to range, and most noise that it is to have."""
         bounded = np.isfinite(high - low)
         half = jnp.asarray(np.where(bounded, high - low, 0) / 2, dtype)
         typical = jnp.maximum(1, jnp.sqrt(jnp.mean(leaf.astype(dtype) ** 2)))
-        return jnp.broadcast_to(jnp.where(bounded, half, typical), leaf.shape)
-
-    def most(leaf: Array, low: np.ndarray, high: np.ndarray) -> Array:
+        width = jnp.broadcast_to(jnp.where(bounded, half, typical), leaf.shape)
         # Noise much wider than the bounds says nothing about what is between them.
-        bounded = np.isfinite(high - low)
-        return width(leaf, low, high) * np.where(bounded, 1, _FAR).astype(dtype)
+        return width, width * np.where(bounded, 1, _FAR).astype(dtype)
 
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     traced, operands, *_ = trace_fun(value, [key, *leaves], False)
@@ -153,9 +151,8 @@ def make_problem(
         dtypes=tuple(leaf.dtype for leaf in leaves),
         dtype=dtype,
     )
-    parts = list(zip(leaves, low, high, strict=True))
-    scale = merge([width(*part) for part in parts])
-    widest = merge([most(*part) for part in parts])
+    parts = zip(*map(widths, leaves, low, high), strict=True)
+    scale, widest = (merge(list(part)) for part in parts)
     return Problem(objective, operands, inside, merge(leaves), scale, widest)
 
 
