@@ -15,6 +15,7 @@ LAYERS = [
     "_types",
     "_describe",
     "_checks",
+    "tracing/_broadcasting",
     "sampling/_random_bits",
     "tracing/_derivative_rules",
     "tracing/_linear_algebra",

@@ -50,6 +50,7 @@ from ..execution._plan import (
     noise_in,
 )
 from ..scale._matrices import Blocks
+from ..tracing._broadcasting import where
 from ..tracing._derivative_rules import live_jvp, with_jvp
 from . import _surrogate
 
@@ -125,7 +126,7 @@ def unit_weight(log_density: Array) -> Array:
       arXiv:1802.05098
     """
     change = log_density - lax.stop_gradient(log_density)
-    return jnp.exp(jnp.where(jnp.isinf(log_density), jnp.zeros_like(change), change))
+    return jnp.exp(where(jnp.isinf(log_density), 0, change))
 
 
 def log_prob_of(noise: Any, z: Array) -> Array:
@@ -179,7 +180,7 @@ def kept(rows: Array, present: Array | None) -> Array:
     """Rows (C, ...), zero where a sample is missing."""
     if present is None:
         return rows
-    return jnp.where(present.reshape(-1, *[1] * (rows.ndim - 1)), rows, jnp.zeros_like(rows))
+    return where(present.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
 
 def fitted(
@@ -301,7 +302,7 @@ def at_x(plan: Plan, operands: Operands, point: Point) -> tuple[Array, Array]:
 def centre_of(one: Array) -> tuple[Array, int]:
     """What to subtract from values before summing them, for digits; it does not count as one."""
     one = lax.stop_gradient(one)
-    return jnp.where(jnp.isfinite(one), one, jnp.zeros_like(one)), 0
+    return where(jnp.isfinite(one), one, 0), 0
 
 
 def share_of_one(count: Any) -> Array:
@@ -314,7 +315,7 @@ def unit_of(f: Array) -> Array:
     # An odd number apart, for rows of a net that are a power of two apart lie together.
     some = lax.stop_gradient(f[:: -(-f.shape[0] // _SOME) | 1])
     largest = jnp.max(jnp.abs(some), axis=0)
-    return jnp.where(largest > 0, largest, 1)
+    return where(largest > 0, largest, 1)
 
 
 def _with_value_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:

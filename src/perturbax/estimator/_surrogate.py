@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from ..scale._matrices import Blocks
+from ..tracing._broadcasting import where
 from ..tracing._linear_algebra import invert_positive, matmul
 
 RIDGE = 1e-3
@@ -85,12 +86,12 @@ def expected_slopes(beta: Array, dim: int, degree: int, noise: Any) -> tuple[Arr
     Returns:
       Two arrays (..., M, D), the second for an r of shape (D,).
     """
-    linear = jnp.swapaxes(beta[..., 1 : 1 + dim, :], -1, -2)
+    linear = beta[..., 1 : 1 + dim, :].mT
     in_r = -noise.mean * linear
     if degree == 2:
         j, k = _pairs(dim)
         squares = beta[..., 1 + dim + np.flatnonzero(j == k), :]
-        in_r -= 2 * noise.variance * jnp.swapaxes(squares, -1, -2)
+        in_r -= 2 * noise.variance * squares.mT
     return -linear, in_r
 
 
@@ -116,7 +117,7 @@ def normal_equations(phi: Array, f: Array, weight: Array) -> Equations:
       weight: (groups, n).
     """
     weight = weight[..., None]
-    weighted = jnp.swapaxes(phi * weight, 1, 2)
+    weighted = (phi * weight).mT
     columns = [weight.astype(phi.dtype), f, (jnp.abs(f) ** 2).astype(f.dtype)]
     return Equations(matmul(weighted, phi), matmul(weighted, jnp.concatenate(columns, axis=2)))
 
@@ -187,7 +188,7 @@ def _others(values: Array) -> Array:
     Summed, not taken from the total: a group of large weight would leave nothing but rounding.
     """
     own = np.eye(values.shape[0], dtype=bool).reshape(-1, values.shape[0], *[1] * (values.ndim - 1))
-    return jnp.sum(jnp.where(own, jnp.zeros_like(values)[None], values[None]), axis=1)
+    return jnp.sum(where(own, 0, values[None]), axis=1)
 
 
 class Sums(NamedTuple):
@@ -250,8 +251,8 @@ def _lost(gain: Array, explained: Array, tried: int, size: int, sums: Sums) -> A
     chance, gain = tried * unexplained * squared_weight * weight, gain * spare
     told = (spare > 0) & (gain > chance)
     # The share over the weight in one division, for each is compiled by itself.
-    safe = jnp.where(weight > 0, weight, 1)
-    return jax.lax.stop_gradient(jnp.where(told, chance, 1) / jnp.where(told, gain * weight, safe))
+    safe = where(weight > 0, weight, 1)
+    return jax.lax.stop_gradient(where(told, chance, 1) / where(told, gain * weight, safe))
 
 
 def _inverse(matrix: Array, halve: bool) -> Array:
@@ -265,10 +266,10 @@ def _inverse(matrix: Array, halve: bool) -> Array:
     head, off, tail = matrix[:, :half, :half], matrix[:, :half, half:], matrix[:, half:, half:]
     head = _inverse(head, halve)
     ratio = matmul(head, off)
-    tail = _inverse(tail - matmul(jnp.swapaxes(off, 1, 2), ratio), halve)
+    tail = _inverse(tail - matmul(off.mT, ratio), halve)
     off = -matmul(ratio, tail)
-    head = head - matmul(off, jnp.swapaxes(ratio, 1, 2))
-    rows = [jnp.concatenate([head, off], 2), jnp.concatenate([jnp.swapaxes(off, 1, 2), tail], 2)]
+    head = head - matmul(off, ratio.mT)
+    rows = [jnp.concatenate([head, off], 2), jnp.concatenate([off.mT, tail], 2)]
     return jnp.concatenate(rows, 1)
 
 
@@ -280,5 +281,5 @@ def predict(phi: Array, beta: Array) -> Array:
 def _apply(matrix: Array, beta: Array) -> Array:
     """matrix @ beta, (groups, P, M); if small, in a form that compiles faster."""
     if beta.shape[2] == 1 and matrix.shape[1] <= _MAX_ELIMINATION // 2:
-        return jnp.sum(matrix * jnp.swapaxes(beta, 1, 2), axis=2, keepdims=True)
+        return jnp.sum(matrix * beta.mT, axis=2, keepdims=True)
     return matmul(matrix, beta)

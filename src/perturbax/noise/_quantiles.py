@@ -15,6 +15,8 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from ..tracing._broadcasting import where
+
 _SINGLE = np.dtype("float32")
 
 
@@ -24,7 +26,7 @@ def from_bits(bits: Array) -> tuple[Array, Array]:
     The tail is a multiple of 2**-33 (2**-55), never 0; the complement `~bits` has the same tail.
     """
     upper = lax.bitcast_convert_type(bits, jnp.int64 if bits.dtype == jnp.uint64 else jnp.int32) < 0
-    folded = jnp.where(upper, ~bits, bits)
+    folded = where(upper, ~bits, bits)
     if bits.dtype == jnp.uint64:
         return ((folded >> np.uint64(10)).astype(jnp.float64) + 0.5) * 2.0**-54, upper
     # A signed conversion is one instruction where an unsigned one is many.
@@ -64,7 +66,7 @@ def at_least_single(value: ArrayLike) -> Array:
 
 def mirror(magnitude: Array, upper: Array) -> Array:
     """The magnitude with the sign of its half of a symmetric law."""
-    return jnp.where(upper, magnitude, -magnitude)
+    return where(upper, magnitude, -magnitude)
 
 
 def two_sided(lower_tail: Callable[[Array], Array], z: ArrayLike) -> Array:
@@ -107,10 +109,10 @@ def normal(tail: Array) -> Array:
 
 def gumbel(tail: Array, upper: Array) -> Array:
     """-log(-log u), whose lower tail the score amplifies and whose upper tail is long."""
-    u = jnp.where(upper, 1 - tail, tail)
+    u = where(upper, 1 - tail, tail)
     # Near 1, u is rounded and its logarithm off; both by the same factor, tail / (1 - u).
-    away = jnp.where(upper & (u < 1), 1 - u, tail)
-    return -jnp.log(jnp.where(u < 1, -jnp.log(u) * (tail / away), tail))
+    away = where(upper & (u < 1), 1 - u, tail)
+    return -jnp.log(where(u < 1, -jnp.log(u) * (tail / away), tail))
 
 
 # -log(-log Phi(s)) and -log(-log Phi(-s)) for s >= 0, as quotients of two polynomials in s: errors

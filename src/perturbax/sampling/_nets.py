@@ -12,6 +12,7 @@ from jax import Array, lax
 from .. import _checks
 from ..noise._inverse import from_words
 from ..noise._protocol import NoiseDistribution
+from ..tracing._broadcasting import where
 from . import _generators
 from ._protocol import MAX_GROUP
 from ._random_bits import (
@@ -144,7 +145,7 @@ def _dealt_columns(keys: Array, random: Array, levels: int, leading: int) -> Arr
         number = number - np.uint32(size)
     columns = found[-1][1]
     for belongs, rows in found[-2::-1]:
-        columns = jnp.where(belongs[:, None], rows, columns)
+        columns = where(belongs[:, None], rows, columns)
     return columns
 
 
@@ -207,7 +208,7 @@ def _sums(terms: Array | np.ndarray, chosen: Array | np.ndarray) -> Array:
     """Sums, bit by bit, of those terms that are chosen, over the third axis of both, of four."""
     # By a reduction, which XLA keeps apart from what is made of the net: fused with it,
     # concatenations would keep it from being vectorised, and the random words be drawn anew.
-    return lax.reduce(jnp.where(chosen, terms, np.uint32(0)), np.uint32(0), lax.bitwise_xor, (2,))
+    return lax.reduce(where(chosen, terms, np.uint32(0)), np.uint32(0), lax.bitwise_xor, (2,))
 
 
 def _sums_over_bits(rows: np.ndarray, words: Array) -> Array:

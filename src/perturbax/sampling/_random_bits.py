@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..tracing._broadcasting import broadcast
+
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 # Two words, or two arrays of them that broadcast with what is asked for.
 Key = Array | tuple[Array, Array]
@@ -37,20 +39,21 @@ def threefry(key: Key, row: Array, column: Array) -> tuple[Array, Array]:
       Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, 2011,
       doi:10.1145/2063384.2063405
     """
-    schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
-    a, b = jnp.broadcast_arrays(row, column)
-    a, b = a + schedule[0], b + schedule[1]
-    # By lax and of few constants, not by operators: these operations are half of what it takes to
-    # trace a call.
-    shifts = {n: lax.full_like(a, n) for r in _ROTATIONS for m in r for n in (m, 32 - m)}
+    # By lax and of few constants: these operations are half of what it takes to trace a call.
+    first, second = key[0], key[1]
+    schedule = first, second, lax.bitwise_xor(lax.bitwise_xor(first, second), _PARITY)
+    _, a, b = broadcast(first, row, column)
+    a, b = lax.add(*broadcast(a, first)), lax.add(*broadcast(b, second))
+    places = {n for rotations in _ROTATIONS for left in rotations for n in (left, 32 - left)}
+    shifts = {n: lax.broadcast(np.uint32(n), b.shape) for n in sorted(places)}
     for block in range(5):
         for left in _ROTATIONS[block % 2]:
             a = lax.add(a, b)
             high = lax.shift_left(b, shifts[left])
             low = lax.shift_right_logical(b, shifts[32 - left])
             b = lax.bitwise_xor(lax.bitwise_or(high, low), a)
-        a = a + schedule[(block + 1) % 3]
-        b = b + (schedule[(block + 2) % 3] + np.uint32(block + 1))
+        more = schedule[(block + 1) % 3], lax.add(schedule[(block + 2) % 3], np.uint32(block + 1))
+        a, b = (lax.add(*broadcast(v, m)) for v, m in zip((a, b), more, strict=True))
     return a, b
 
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from ._broadcasting import where
+
 
 def with_jvp(
     fun: Callable[..., Any],
@@ -96,7 +98,7 @@ def live_jvp(fun: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any,
 
 def _departure_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (x_dot,) = primals, tangents
-    return departure(x), jnp.where(jnp.isfinite(x), x_dot, jnp.zeros_like(x_dot))
+    return departure(x), where(jnp.isfinite(x), x_dot, 0)
 
 
 # x - stop_gradient(x): zero, also where x is infinite or NaN; such x have no derivative.

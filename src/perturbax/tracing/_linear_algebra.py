@@ -1,12 +1,12 @@
 """Products in full precision, and the one way to invert a matrix."""
 
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+from ._broadcasting import where
 
 
 def matmul(left: Array, right: Array) -> Array:
@@ -25,30 +25,32 @@ def invert(matrix: Array) -> Array:
 
 def invert_positive(matrices: Array) -> Array:
     """The inverses of positive definite matrices (count, n, n), which need no pivoting."""
-    return jax.vmap(partial(_eliminate, pivoting=False))(matrices)
+    return _eliminate(matrices, pivoting=False)
 
 
 def _eliminate(matrix: Array, pivoting: bool) -> Array:
     """The inverse by Gauss-Jordan elimination in place, each step a change of rank one.
 
-    In plain operations: batches of LAPACK's factorisations and triangular solves, which vmap makes,
-    can bring XLA's thread pool to a standstill on machines with two cores.
+    Without pivoting of several at once, (..., n, n), for what vmap makes of one takes longer to
+    trace. In plain operations: batches of LAPACK's factorisations and triangular solves can bring
+    XLA's thread pool to a standstill on machines with two cores.
     """
-    size = matrix.shape[0]
+    size = matrix.shape[-1]
     index = np.arange(size, dtype=np.int32)  # a constant, which need not be compiled
 
     def eliminate(k: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         table, *order = state
         if pivoting:
             column = jnp.abs(lax.dynamic_index_in_dim(table, k, 1, keepdims=False))
-            best = jnp.argmax(jnp.where(index >= k, column, -1.0)).astype(index.dtype)
-            swap = jnp.where(index == k, best, jnp.where(index == best, k, index))
+            best = jnp.argmax(where(index >= k, column, -1.0)).astype(index.dtype)
+            other = where(index == best, k.astype(index.dtype), index)
+            swap = where(index == k, best, other)
             table, order = table[swap], [order[0][swap]]
         at_row, at_column = (index == k)[:, None], (index == k)[None]
-        column = lax.dynamic_index_in_dim(table, k, 1)
-        row = lax.dynamic_index_in_dim(table, k, 0)
-        row = jnp.where(at_column, 1, row) / lax.dynamic_index_in_dim(row, k, 1)
-        table = jnp.where(at_row, row, jnp.where(at_column, 0, table) - column * row)
+        column = lax.dynamic_slice_in_dim(table, k, 1, -1)
+        row = lax.dynamic_slice_in_dim(table, k, 1, -2)
+        row = where(at_column, 1, row) / lax.dynamic_slice_in_dim(row, k, 1, -1)
+        table = where(at_row, row, where(at_column, 0, table) - column * row)
         return table, *order
 
     start = (matrix, jnp.asarray(index)) if pivoting else (matrix,)
