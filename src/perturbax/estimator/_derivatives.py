@@ -296,11 +296,11 @@ def sums_of_slopes(
         return sums
     beta = part.sizes.astype(left.dtype)[:, None, None] * part.beta
     beta = beta if by_group else jnp.sum(beta, axis=0)
-    expected = _surrogate.expected_slopes(beta, plan.dim, plan.degree or 0, noise)
-    slopes = [v for v, asked in zip(expected, wanted, strict=True) if asked]
-    if wanted[1] and not r.ndim:
-        slopes[-1] = jnp.sum(slopes[-1], axis=-1, keepdims=True)
-    return [v + e for v, e in zip(sums, slopes, strict=True)]
+    expected = [_surrogate.expected_slope_in_a(beta, plan.dim)] if wanted[0] else []
+    if wanted[1]:
+        in_r = _surrogate.expected_slope_in_r(beta, plan.dim, plan.degree or 0, noise)
+        expected.append(in_r if r.ndim else jnp.sum(in_r, axis=-1, keepdims=True))
+    return [v + e for v, e in zip(sums, expected, strict=True)]
 
 
 def slopes_of(wanted: Wanted, noise: Any, z: Array, r: Any) -> list[Array]:

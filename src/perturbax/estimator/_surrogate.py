@@ -80,19 +80,18 @@ def expected_features(a: Array, r: Any, degree: int, noise: Any) -> Array:
     return jnp.concatenate(columns)
 
 
-def expected_slopes(beta: Array, dim: int, degree: int, noise: Any) -> tuple[Array, Array]:
-    """Derivatives of `expected_features` times beta (..., P, M) in a and in r, at a = 0 and r = 1.
+def expected_slope_in_a(beta: Array, dim: int) -> Array:
+    """What `expected_features` times beta (..., P, M) grows by with a, at a = 0: (..., M, D)."""
+    return -beta[..., 1 : 1 + dim, :].mT
 
-    Returns:
-      Two arrays (..., M, D), the second for an r of shape (D,).
-    """
-    linear = beta[..., 1 : 1 + dim, :].mT
-    in_r = -noise.mean * linear
+
+def expected_slope_in_r(beta: Array, dim: int, degree: int, noise: Any) -> Array:
+    """The same for an r of shape (D,), at r = 1."""
+    in_r = noise.mean * expected_slope_in_a(beta, dim)
     if degree == 2:
         j, k = _pairs(dim)
-        squares = beta[..., 1 + dim + np.flatnonzero(j == k), :]
-        in_r -= 2 * noise.variance * squares.mT
-    return -linear, in_r
+        in_r -= 2 * noise.variance * beta[..., 1 + dim + np.flatnonzero(j == k), :].mT
+    return in_r
 
 
 def _pairs(dim: int) -> tuple[np.ndarray, np.ndarray]:
