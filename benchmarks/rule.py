@@ -12,7 +12,7 @@ geometric means and the least. Keys are common to all; 200 leave an error of abo
 - "squares": what the default draws, with degree 2, in 7 to 20 coordinates.
 
 Problems: those that the rule was set on (`middling` and some of `suite`), or with --unseen those
-that were measured only once it was fixed.
+that were measured only once it was fixed; --only takes those of any of `suite`, too.
 
     python benchmarks/rule.py [--unseen] [--default] [--ratios RATIO ...] [--only NAME ...]
         [--noises NOISE ...] [--keys KEYS]
@@ -76,8 +76,8 @@ def geometric_mean(ratios):
 
 
 def main(unseen_ones=False, default=False, ratios=(2.0, 4.0), only=(), noises=(), num_keys=200):
-    problems = [p for p in suite() if p.name.startswith(SET_ON)] + middling()
-    problems = unseen() if unseen_ones else problems
+    first = [p for p in suite() if only or p.name.startswith(SET_ON)]
+    problems = unseen() if unseen_ones else first + middling()
     problems = [p for p in problems if not only or any(part in p.name for part in only)]
     chosen = [v for v in (px.Normal(), px.Gumbel()) if not noises or type(v).__name__ in noises]
     keys = jax.random.split(jax.random.key(3), num_keys)

@@ -14,8 +14,8 @@ from .. import _checks
 from .._call import run
 from .._perturb import PerturbedFun, kind_of_fun
 from ..estimator._default_rule import RULE, choose
-from ..estimator._derivatives import sums_of_slopes
-from ..estimator._formula import Part, fitted, kept, unit_of
+from ..estimator._derivatives import slopes_of_expected, sums_of_slopes
+from ..estimator._formula import Part, coefficients, fitted, kept, unit_of
 from ..execution._chunks import Chunk, drawer, evaluate_at, kept_noise, stacked, summed
 from ..execution._plan import (
     Operands,
@@ -362,6 +362,10 @@ def _combined(
     def jacobians(chunk: Chunk, part: Part) -> Array:
         z, wanted = noise_of(chunk), (True, False)
         [in_a] = sums_of_slopes(plan, wanted, noise, None, z, part, by_group=True)
+        beta = coefficients(surrogates, part)
+        if beta is not None:
+            [expected] = slopes_of_expected(plan, wanted, noise, None, beta)
+            in_a += part.sizes.astype(expected.dtype)[:, None, None] * expected
         return in_x(in_a / number)
 
     jacobian = summed(plan, lambda *args: jnp.sum(jacobians(*args), axis=0), parts)

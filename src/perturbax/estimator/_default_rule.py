@@ -41,6 +41,9 @@ class Rule:
       sobol_points: points that a Sobol net must have in 1, 2, ... coordinates to be chosen. With
         fewer, derivatives of products of some signs may have more variance than with independent
         samples; in more coordinates, even with thousands of points, many times as much.
+      left_out: independent samples for each coordinate, and how many at least, from which a linear
+        surrogate of each that is fitted on all others pays; and up to how many, for it takes their
+        cube, and how many numbers in all, for they are kept.
       nets: how many are taken, each of which is fitted on the other.
       nets_for_errors: how many `estimate` takes. Two tell almost nothing about their spread; eight
         leave seven degrees of freedom, for intervals hardly wider than with many, and each is still
@@ -59,6 +62,7 @@ class Rule:
     per_coordinate: int = 4
     most_coordinates: int = 1000
     sobol_points: tuple[int, ...] = (1, 1, 24, 96, 96, 96, 250, 250, 250, 250)
+    left_out: tuple[float, int, int, int] = (0.25, 6, 256, 2**22)
     nets: int = 2
     nets_for_errors: int = 8
     free_groups: int = 8
@@ -108,7 +112,8 @@ def choose_sampler(
     From one evaluation for each coordinate orthogonal directions pay, from two with opposites, from
     a dozen nets, and polynomials while there are several for each coefficient (the guide to
     samplers has the table). With fewer evaluations than coordinates nothing beats independent
-    samples, each against the mean of the others.
+    samples, each against what a linear function of the others predicts, or with very few against
+    their mean.
 
     Args:
       num_samples: as in `make_perturbed_fun`.
@@ -167,13 +172,13 @@ def choose(
     if polynomial is None and leave_alone:
         polynomial = 0
     elif polynomial is None:
-        polynomial, why_degree = _degree(num_samples, dim, noise, isinstance(sampler, Orthogonal))
+        polynomial, why_degree = _degree(num_samples, dim, noise, sampler)
     if polynomial:
         if sampler.group_size(num_samples, dim) >= num_samples:
             polynomial, why_degree = 0, "Degree 0, because a single group leaves nothing to fit on."
         else:
             few = given["sampler"] is None and num_nets <= RULE.nets
-            sampler = _for_fits(sampler, num_samples, dim, few)
+            sampler = _for_fits(sampler, num_samples, dim, polynomial, few)
     asked = " and ".join(name for name, value in given.items() if value is not None)
     sentences = why_sampler, why_degree, f"Asked for: {asked}." if asked else ""
     reason = " ".join(filter(None, sentences))
@@ -267,15 +272,18 @@ def _nets(num_samples: int, dim: int, num_nets: int) -> tuple[Sampler, str]:
 
 
 def _degree(
-    num_samples: int, dim: int, noise: NoiseDistribution, orthogonal: bool
+    num_samples: int, dim: int, noise: NoiseDistribution, sampler: Sampler
 ) -> tuple[int, str]:
-    """The degree whose coefficients half of the samples determine well, at little cost; and why."""
+    """The degree whose coefficients half of the samples determine well, at little cost; and why.
+
+    Or degree 1 where each of few samples is cheaply predicted from all others.
+    """
     most = _most_degree(noise)
     if not most:
         return 0, "Degree 0, because the noise has too few moments for a polynomial."
     if not isinstance(dim, int) or dim == 0:
         return 0, ""
-    why = ""
+    why, orthogonal = "", isinstance(sampler, Orthogonal)
     for degree, most_dim, per_coefficient in RULE.degrees:
         least = 2 * per_coefficient * num_features(dim, degree)
         if orthogonal and degree == 1:
@@ -288,6 +296,15 @@ def _degree(
         else:
             degree = min(degree, most)
             return degree, f"Degree {degree}, because {least} samples are enough for its fit."
+    if sampler.group_size(num_samples, dim) == 1 and _fits_each(num_samples, dim):
+        per_coordinate, fewest, most, most_numbers = RULE.left_out
+        least = max(math.ceil(per_coordinate * dim), fewest)
+        if least <= num_samples <= min(most, most_numbers // dim):
+            return 1, "Degree 1, because each of so few samples is cheaply predicted from the rest."
+        if num_samples < least:
+            why = f"predicting each sample from the rest pays from {least} samples"
+        else:
+            why = f"predicting each of {num_samples} samples from the rest costs too much"
     return 0, f"Degree 0, because {why}."
 
 
@@ -301,8 +318,16 @@ def _most_degree(noise: NoiseDistribution) -> int:
     return 2 if math.isfinite(moment(4)) else int(math.isfinite(moment(3)))
 
 
-def _for_fits(sampler: Sampler, num_samples: int, dim: int, few: bool) -> Sampler:
+def _fits_each(num_samples: int, dim: int) -> bool:
+    """Whether fitting each sample on all others takes less than fits of a few groups."""
+    return num_samples <= 2 * dim
+
+
+def _for_fits(sampler: Sampler, num_samples: int, dim: int, degree: int, few: bool) -> Sampler:
     """The sampler, in so few groups that one fit for each is not too much."""
+    alone = sampler.group_size(num_samples, dim) == 1
+    if degree == 1 and alone and _fits_each(num_samples, dim):
+        return sampler
     most = RULE.block_groups if few and isinstance(sampler, Orthogonal) else RULE.most_groups
 
     def num_groups(sampler: Sampler) -> int:

@@ -269,8 +269,11 @@ def _jacobian_of_groups(
     def weigh(chunk: Chunk, part: Part) -> list[Array]:
         return sums_of_slopes(plan, wanted, noise, r, noise_of(chunk), part)
 
-    sums = summed(plan, weigh, surrogates.parts)
-    return [surrogates.value, *(v / surrogates.number for v in sums)]
+    jacobians = [v / surrogates.number for v in summed(plan, weigh, surrogates.parts)]
+    if plan.degree:
+        expected = slopes_of_expected(plan, wanted, noise, r, surrogates.mean)
+        jacobians = [v + e for v, e in zip(jacobians, expected, strict=True)]
+    return [surrogates.value, *jacobians]
 
 
 def sums_of_slopes(
@@ -282,25 +285,24 @@ def sums_of_slopes(
     part: Part,
     by_group: bool = False,
 ) -> list[Array]:
-    """What a chunk adds to N times the Jacobian of V in a and in r, each (M, D).
+    """What the residuals of a chunk add to N times the Jacobian of V in a and in r, each (M, D).
 
-    That is the sum over its groups of sum_i (f_i - q_i) dl_i + n_g dE q_g, over the n_g samples i
-    of group g; or what is summed, (groups, M, D).
+    That is the sum of (f_i - q_i) dl_i over its samples i; or over each group's, (groups, M, D).
     """
     left, slopes = residual(plan, noise, z, part), slopes_of(wanted, noise, z, r)
     if by_group:
         left, *slopes = (in_groups(plan, v) for v in (left, *slopes))
     left = jnp.swapaxes(left, -1, -2)
-    sums = [matmul(left, v.astype(left.dtype)) for v in slopes]
-    if part.beta is None:
-        return sums
-    beta = part.sizes.astype(left.dtype)[:, None, None] * part.beta
-    beta = beta if by_group else jnp.sum(beta, axis=0)
-    expected = [_surrogate.expected_slope_in_a(beta, plan.dim)] if wanted[0] else []
+    return [matmul(left, v.astype(left.dtype)) for v in slopes]
+
+
+def slopes_of_expected(plan: Plan, wanted: Wanted, noise: Any, r: Any, beta: Array) -> list[Array]:
+    """dE q, (..., M, D), in a and in r, of polynomials with coefficients beta, (..., P, M)."""
+    slopes = [_surrogate.expected_slope_in_a(beta, plan.dim)] if wanted[0] else []
     if wanted[1]:
         in_r = _surrogate.expected_slope_in_r(beta, plan.dim, plan.degree or 0, noise)
-        expected.append(in_r if r.ndim else jnp.sum(in_r, axis=-1, keepdims=True))
-    return [v + e for v, e in zip(sums, expected, strict=True)]
+        slopes.append(in_r if r.ndim else jnp.sum(in_r, axis=-1, keepdims=True))
+    return slopes
 
 
 def slopes_of(wanted: Wanted, noise: Any, z: Array, r: Any) -> list[Array]:

@@ -12,7 +12,8 @@ Notation, used throughout (`docs/theory.md` derives it):
     w           exp(l - stop_gradient(l)): 1, but with the derivatives of the score function
     q           what a group's surrogate, made of the other groups' samples, predicts of f: for
                 degree 0 the baseline b, the mean of their f and, where these are few, of f0; for
-                higher degrees a polynomial in z with coefficients beta, see `_surrogate`
+                higher degrees a polynomial in z with coefficients beta, see `_surrogate`, or for
+                groups of one sample `_left_out`
     E q         its mean at x + sigma eps, in closed form; with derivatives in a and r
 
     V = mean_i [ w_i (f_i - q_i) + E q_i ]
@@ -52,7 +53,7 @@ from ..execution._plan import (
 from ..scale._matrices import Blocks
 from ..tracing._broadcasting import where
 from ..tracing._derivative_rules import live_jvp, with_jvp
-from . import _surrogate
+from . import _left_out, _surrogate
 
 # Values that tell the unit of all. XLA compiles a larger maximum in three parts.
 _SOME = 31
@@ -156,10 +157,11 @@ def slope_of(noise: Any, z: Array) -> Array:
 class Part(NamedTuple):
     """What is known of samples, a row each, and of groups, a row each, after they are evaluated."""
 
-    rest: Array  # f less a constant, (N, M): the baseline of the group for degree 0
+    rest: Array  # f less a constant, (N, M), or less q where there is no beta
     beta: Array | None  # coefficients (groups, P, M) of the polynomials that predict the rest
     sizes: Array  # how many samples of each group are not missing, (groups,)
     present: Array | None  # which samples these are, (N,); None for all
+    left_out: _left_out.Rows | None = None  # of each sample's surrogate, instead of beta
 
 
 class Surrogates(NamedTuple):
@@ -169,6 +171,7 @@ class Surrogates(NamedTuple):
     number: Any  # of samples that are not missing
     value: Array  # mean of f, (M,)
     mean: Array  # of the baselines, (M,), or of beta, (P, M)
+    common: Array | None = None  # to the surrogates of all samples, see `_left_out`, (D, M)
 
 
 def present_in(plan: Plan, f: Array) -> Array | None:
@@ -216,12 +219,22 @@ def fitted(
     # but by rounding.
     f = kept(f - lax.stop_gradient(f[:1]), present)
     unit = unit_of(f).astype(f.dtype)  # lest squares overflow or vanish
+
+    def weight_of(z: Array, present: Array | None) -> Array:
+        return kept(jnp.mean(slope_of(noise, z) ** 2, axis=1), present)
+
+    if plan.fits_each_sample:
+        z = stacked(plan, lambda chunk, _: noise_of(chunk))
+        fit = _left_out.fit(z - noise.mean, f / unit[None], weight_of(z, present))
+        rows = fit.rows._replace(lost=fit.rows.lost * unit[None])
+        part = Part(fit.rest * unit[None], None, sizes, present, rows)
+        return Surrogates(part, number, value, fit.mean * unit[None], fit.common * unit[None])
     enough = _surrogate.enough(plan.dim, plan.degree, plan.num_groups, plan.group_size)
     seen = np.minimum(group_sizes(plan), enough)
 
     def equations_of(chunk: Chunk, rows: Any) -> _surrogate.Equations:
         z, (values, counts) = noise_of(chunk), rows
-        weight = kept(jnp.mean(slope_of(noise, z) ** 2, axis=1), counts)
+        weight = weight_of(z, counts)
         # Rows that the last group lacks have no weight.
         z, values, weight = (in_groups(plan, v)[:, : seen[0]] for v in (z, values, weight))
         phi = _surrogate.features(z, plan.degree or 0, noise.mean).astype(f.dtype)
@@ -244,6 +257,13 @@ def residual(plan: Plan, noise: Any, z: Array, part: Part) -> Array:
         q = _surrogate.predict(phi.astype(rest.dtype), part.beta)
         rest = rest - q.reshape(q.shape[0] * q.shape[1], q.shape[2])[: rest.shape[0]]
     return kept(rest, part.present)
+
+
+def coefficients(surrogates: Surrogates, part: Part) -> Array | None:
+    """Those of each group's polynomial, of the groups of a part, (groups, P, M); None for none."""
+    if part.left_out is None or surrogates.common is None:
+        return part.beta
+    return _left_out.coefficients(part.left_out, surrogates.common)
 
 
 def expected_surrogate(

@@ -33,8 +33,8 @@ _MAX_FULL = 20
 # A surrogate with more coefficients than so many times those of a linear function is doubted in two
 # parts. Of fewer, a second fit gains less than it takes to compile.
 _MANY = 4
-# Larger matrices are inverted by halves, in products; each half takes time to compile.
-_MAX_ELIMINATION = 64
+# Up to so many coefficients of one output a product of matrices takes longer to compile than to do.
+_FEW = 32
 
 
 def num_features(dim: int, degree: int) -> int:
@@ -140,13 +140,13 @@ def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array
     sums = Sums(jnp.real(gram[:, 0, :1]), moments[:, 0], least, counts)
     size, outputs, linear = gram.shape[1], moments.shape[2] // 2, 1 + dim
     moment = moments[:, :, 1 : 1 + outputs]
-    beta, explained = _least_squares(gram, moment, counts is None and least >= 2 * size)
+    beta, explained = _least_squares(gram, moment)
     if size <= _MANY * linear:
         beta = _drawn_to_constant(beta, explained, sums)
     else:
         # What squares and products explain beyond a linear function is doubted by itself, lest its
         # coefficients, which are many, cost a function that is nearly linear what that explains.
-        slopes, before = _least_squares(gram[:, :linear, :linear], moment[:, :linear], halve=False)
+        slopes, before = _least_squares(gram[:, :linear, :linear], moment[:, :linear])
         weight = sums.weight / least
         gain = (explained - before) / least * weight
         keep = 1 - _lost(gain, explained, size - linear, size, sums) * weight
@@ -156,7 +156,7 @@ def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array
     return beta[::-1] if pair else beta
 
 
-def _least_squares(gram: Array, moment: Array, halve: bool) -> tuple[Array, Array]:
+def _least_squares(gram: Array, moment: Array) -> tuple[Array, Array]:
     """Coefficients (groups, P, M), and what they explain of the sums of |f|^2, (groups, M)."""
     size = gram.shape[1]
     # The ridge is relative to each feature's own size, and leaves the constant alone, lest a
@@ -167,7 +167,7 @@ def _least_squares(gram: Array, moment: Array, halve: bool) -> tuple[Array, Arra
     stable = jax.lax.stop_gradient(
         gram * ridge[None].astype(gram.dtype) + floor[None].astype(gram.dtype)
     )
-    inverse = _inverse(stable, halve)
+    inverse = invert_positive(stable)
 
     # What the ridge took from well determined coefficients is given back: each step leaves a
     # thousandth of it. Those that the samples do not determine stay small.
@@ -254,24 +254,6 @@ def _lost(gain: Array, explained: Array, tried: int, size: int, sums: Sums) -> A
     return jax.lax.stop_gradient(where(told, chance, 1) / where(told, gain * weight, safe))
 
 
-def _inverse(matrix: Array, halve: bool) -> Array:
-    """Inverses of positive definite matrices (groups, P, P), by halves if large, or by elimination.
-
-    Halves are faster, and wrong where the matrix is nearly singular.
-    """
-    if not halve or matrix.shape[1] <= _MAX_ELIMINATION:
-        return invert_positive(matrix)
-    half = matrix.shape[1] // 2
-    head, off, tail = matrix[:, :half, :half], matrix[:, :half, half:], matrix[:, half:, half:]
-    head = _inverse(head, halve)
-    ratio = matmul(head, off)
-    tail = _inverse(tail - matmul(off.mT, ratio), halve)
-    off = -matmul(ratio, tail)
-    head = head - matmul(off, ratio.mT)
-    rows = [jnp.concatenate([head, off], 2), jnp.concatenate([off.mT, tail], 2)]
-    return jnp.concatenate(rows, 1)
-
-
 def predict(phi: Array, beta: Array) -> Array:
     """q at each sample, (groups, n, M), of phi (groups, n, P) and beta (groups, P, M)."""
     return matmul(phi, beta)
@@ -279,6 +261,6 @@ def predict(phi: Array, beta: Array) -> Array:
 
 def _apply(matrix: Array, beta: Array) -> Array:
     """matrix @ beta, (groups, P, M); if small, in a form that compiles faster."""
-    if beta.shape[2] == 1 and matrix.shape[1] <= _MAX_ELIMINATION // 2:
+    if beta.shape[2] == 1 and matrix.shape[1] <= _FEW:
         return jnp.sum(matrix * beta.mT, axis=2, keepdims=True)
     return matmul(matrix, beta)

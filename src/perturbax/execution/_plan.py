@@ -120,6 +120,11 @@ class Plan:
         return symbolic[0] if symbolic else max(widths, default=1) or 1
 
     @property
+    def fits_each_sample(self) -> bool:
+        """Whether a linear surrogate of each sample is fitted on all others at once."""
+        return self.degree == 1 and self.group_size == 1
+
+    @property
     def shares_groups(self) -> bool:
         """Whether devices share the groups; where these are few, they share each group's samples.
 

@@ -8,6 +8,9 @@ from jax import Array, lax
 
 from ._broadcasting import where
 
+# Eliminated at a time in large matrices: 32 rows take half the time of 16 or 64.
+_ROWS = 32
+
 
 def matmul(left: Array, right: Array) -> Array:
     """A matrix product in full precision, whatever the accelerator's default."""
@@ -24,8 +27,31 @@ def invert(matrix: Array) -> Array:
 
 
 def invert_positive(matrices: Array) -> Array:
-    """The inverses of positive definite matrices (count, n, n), which need no pivoting."""
-    return _eliminate(matrices, pivoting=False)
+    """The inverses of positive definite matrices (count, n, n), which need no pivoting.
+
+    Large ones by elimination of several rows at a time, in products.
+    """
+    if matrices.shape[1] <= 2 * _ROWS:
+        return _eliminate(matrices, pivoting=False)
+    size = matrices.shape[1]
+    more = -size % _ROWS
+    if more:
+        rest = jnp.diag((np.arange(size + more) >= size).astype(matrices.dtype))
+        matrices = jnp.pad(matrices, [(0, 0), (0, more), (0, more)]) + rest[None]
+    index = np.arange(size + more, dtype=np.int32)
+
+    def eliminate(step: Array, tables: Array) -> Array:
+        start = step * np.int32(_ROWS)
+        rows = lax.dynamic_slice_in_dim(tables, start, _ROWS, 1)
+        columns = lax.dynamic_slice_in_dim(tables, start, _ROWS, 2)
+        pivots = _eliminate(lax.dynamic_slice_in_dim(rows, start, _ROWS, 2), pivoting=False)
+        ones = jnp.broadcast_to(jnp.eye(_ROWS, dtype=rows.dtype), pivots.shape)
+        rows = matmul(pivots, lax.dynamic_update_slice_in_dim(rows, ones, start, 2))
+        at_columns = ((index >= start) & (index < start + _ROWS))[None, None]
+        tables = where(at_columns, 0, tables) - matmul(columns, rows)
+        return lax.dynamic_update_slice_in_dim(tables, rows, start, 1)
+
+    return lax.fori_loop(0, len(index) // _ROWS, eliminate, matrices)[:, :size, :size]
 
 
 def _eliminate(matrix: Array, pivoting: bool) -> Array:
