@@ -47,6 +47,7 @@ LAYERS = [
     "execution/_devices",
     "execution/_plan",
     "execution/_chunks",
+    "estimator/_left_out",
     "estimator/_surrogate",
     "estimator/_default_rule",
     "estimator/_formula",

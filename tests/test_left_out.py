@@ -170,12 +170,10 @@ def test_chunks_and_missing_values_change_nothing_else(options):
         hole = jnp.where(y[0] > 0.9, jnp.nan, 0.0) if "missing" in options else 0.0
         return jnp.sum(jnp.abs(y)) + hole
 
-    settings = {"sampler": px.Independent(), "degree": 1}
-    g = px.make_perturbed_fun(fun, 30, 0.5, px.Normal(), **settings, **options)
-    exact = lambda y: (fun(y), y)  # noqa: E731
-    formula = px.make_perturbed_fun(
-        exact, 30, 0.5, px.Normal(), has_aux=True, **settings, **options
-    )
+    settings = {"noise": px.Normal(), "sampler": px.Independent(), "degree": 1}
+    g = px.make_perturbed_fun(fun, 30, 0.5, **settings, **options)
+    with_aux = lambda y: (fun(y), y)  # noqa: E731
+    formula = px.make_perturbed_fun(with_aux, 30, 0.5, has_aux=True, **settings, **options)
     key, x = jax.random.key(3), jnp.linspace(-0.5, 0.5, dim)
     gradient = jax.grad(g, argnums=1)(key, x)
     expected = jax.grad(lambda x: formula(key, x)[0])(x)

@@ -6,8 +6,8 @@ minimiser of sum_i w_i (f_i - c - slope . z_i)^2 + rho |slope|^2 has the slope Z
 
     B = M - M s s^T M / (s^T M s),    M = (S Z Z^T S + rho)^-1.
 
-Fitted on all samples but i, it has the slope Z^T S (B g - e_i B_i) with e_i = (B g)_i / B_ii, and e_i
-is what it leaves of g_i, so that one inverse serves all N fits.
+Fitted on all samples but i, it has the slope Z^T S (B g - e_i B_i) with e_i = (B g)_i / B_ii, and
+e_i is what it leaves of g_i, so that one inverse serves all N fits.
 
 Each is drawn towards a constant, to (1 - keep_i) constant + keep_i regression, with the keep_i from
 0 to 1 that would predict its own samples best had they been left out, as generalised
