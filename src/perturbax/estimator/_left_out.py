@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..tracing._broadcasting import where
 from ..tracing._linear_algebra import invert_positive, matmul
 
 # Relative to D, for w |z|^2 has a mean of D times the variance of the noise times the information
@@ -69,7 +70,7 @@ def fit(z: Array, f: Array, weight: Array) -> LeftOut:
     share = total / _safe(jnp.sum(root * total))
     b = inverse - total[:, None] * share[None]
     own, squares, number = jnp.diag(b), jnp.sum(b**2, axis=1), jnp.sum(present, dtype=real)
-    trace = jnp.sum(jnp.where(present, own, 0))
+    trace = jnp.sum(where(present, own, 0))
     # n / (n - k) for each fit of the samples other than i: of a constant, and of the regression.
     others = number - 1
     of_constant = others / _safe(others - 1)
@@ -95,8 +96,8 @@ def fit(z: Array, f: Array, weight: Array) -> LeftOut:
     of_two = of_slope[:, None] ** 2 * ridge**2 * of_two
     gained, most = of_one - of_both, of_one - 2 * of_both + of_two
     # Of two others what both leave is one number, which tells nothing.
-    keep = jnp.where(number > 3, jnp.clip(gained / jnp.where(most > 0, most, 1), 0, 1), 0)
-    keep = lax.stop_gradient(jnp.where(present[:, None], keep, 0)).astype(f.dtype)
+    keep = where(number > 3, jnp.clip(gained / where(most > 0, most, 1), 0, 1), 0)
+    keep = lax.stop_gradient(where(present[:, None], keep, 0)).astype(f.dtype)
 
     lost, error, number = keep * error, error / _safe(root), number.astype(f.dtype)
     without = f - mean
@@ -104,7 +105,7 @@ def fit(z: Array, f: Array, weight: Array) -> LeftOut:
     weights = (dual * jnp.sum(keep, axis=0)[None] - matmul(b, lost)) / number
     # What surrogates predict of their own samples, less their constants.
     slopes = keep * (f - jnp.sum(share * f * root, axis=0)[None] - error * (1 - root * share))
-    constants = jnp.where(present[:, None], f - rest - slopes, 0)
+    constants = where(present[:, None], f - rest - slopes, 0)
     rows = [jnp.sum(constants, axis=0, keepdims=True) / number, matmul(scaled.T, weights)]
     return LeftOut(
         rest,
@@ -126,4 +127,4 @@ def _abs2(values: Array) -> Array:
 
 def _safe(divisor: Any) -> Array:
     """The divisor, 1 where it is 0: of samples that are missing, or of none."""
-    return jnp.where(divisor == 0, jnp.ones_like(divisor), divisor)
+    return where(divisor == 0, 1, divisor)
