@@ -7,6 +7,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import statistics
 import subprocess
@@ -24,6 +25,8 @@ import pytest
 import perturbax as px
 from helpers import assert_trees_close
 from perturbax.host_functions import _worker
+from perturbax.host_functions._attempts import Attempt
+from perturbax.host_functions._foreign_executors import Foreign, _Place
 from test_trace import compilations
 
 KEY = jax.random.key(0, impl="threefry2x32")
@@ -140,6 +143,24 @@ def test_batched_functions_have_one_leading_axis(executor):
     assert all(
         a == (m, 3) and n == s == (m,) for (a, n, s), m in zip(shapes[1:], sizes, strict=True)
     )
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_the_function_sees_is_its_own_to_keep(batched):
+    """Memory of JAX's ends with the call back."""
+    kept = []
+
+    def fun(x, y):
+        kept.extend([x, y])
+        return x.sum(axis=-1)
+
+    h = px.host_function(fun, like=ONE, batched=batched)
+    jax.vmap(h, (0, None))(jnp.ones((3, 2)), jnp.ones(2))
+    assert len(kept) == (2 if batched else 6)
+    for array in kept:
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        assert array.flags.owndata
 
 
 @pytest.mark.parametrize("batch_size", [None, 5])
@@ -517,6 +538,22 @@ def test_hung_threads_are_left_behind_and_replaced():
     wait_for(lambda: threading.active_count() <= before)
 
 
+def test_too_many_hung_threads_are_an_error(monkeypatch):
+    """It was hidden by a StopIteration, ten seconds later."""
+    monkeypatch.setattr("perturbax.host_functions._crew.MOST_LEFT_BEHIND", 1)
+    monkeypatch.setattr("perturbax.host_functions._scheduling._GRACE", 0.0)
+    release = threading.Event()
+
+    def hangs(x):
+        release.wait(20.0)
+        return x.sum()
+
+    with px.host_function(hangs, like=ONE, executor=1, timeout=0.05, on_failure=-1.0) as h:
+        with pytest.raises(RuntimeError, match=r"^\d evaluations hang in threads.*ProcessWorkers"):
+            jax.vmap(h)(jnp.ones((4, 3)))
+    release.set()
+
+
 def wait_for(condition):
     end = time.monotonic() + 20
     while not condition():
@@ -605,6 +642,22 @@ def test_pools_of_others(make, tmp_path):
         mean = px.host_function(statistics.fmean, executor=own)
         assert float(mean(X)) == pytest.approx(1.25 / 3)
         h.close()
+
+
+def test_a_pool_that_is_busy_or_starting_is_given_nothing_while_another_is_free():
+    release, events = threading.Event(), queue.SimpleQueue()
+    pools = [concurrent.futures.ThreadPoolExecutor(1) for _ in range(3)]
+    workers = Foreign(pools[0], lambda long: long and release.wait(20.0), None)
+    workers._places = [_Place(pool, ready=i > 0) for i, pool in enumerate(pools)]
+    workers.submit(Attempt((True,), {}, events))
+    for _ in range(3):
+        attempt = Attempt((False,), {}, events)
+        workers.submit(attempt)
+        assert events.get(timeout=10.0) is attempt
+    assert workers._places[0].load == 0
+    release.set()
+    for pool in pools:
+        pool.shutdown()
 
 
 def test_workers_of_others_end_with_their_program():
@@ -725,6 +778,71 @@ def test_processes_of_our_own(tmp_path):
     [child] = (tmp_path / "died.children").read_text().split()
     wait_for(lambda: not os.path.exists(f"/proc/{child}") or is_zombie(child))
     wait_for(lambda: threading.active_count() <= threads and descriptors() <= files)
+
+
+def test_closing_ends_what_is_under_way(tmp_path):
+    def sleeps(x):
+        import os
+        import time
+
+        (tmp_path / "process").write_text(str(os.getpid()))
+        time.sleep(1000)
+
+    workers = px.ProcessWorkers(1)
+    h = px.host_function(sleeps, like=ONE, executor=workers)
+    found = []
+
+    def call():
+        with pytest.raises(RuntimeError) as caught:
+            h(X)
+        found.append(str(caught.value))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    wait_for(lambda: (tmp_path / "process").exists() and (tmp_path / "process").read_text())
+    workers.close()
+    process = (tmp_path / "process").read_text()
+    wait_for(lambda: not os.path.exists(f"/proc/{process}") or is_zombie(process))
+    thread.join(20.0)
+    assert "closed" in found[0]
+
+
+def test_an_initializer_comes_first_and_its_failure_is_that_of_no_point():
+    def begins():
+        import os
+
+        os.environ["BEGUN"] = "2"
+
+    def fails():
+        raise OSError("no licence")
+
+    def fun(x):
+        import os
+
+        return x.sum() * float(os.environ["BEGUN"])
+
+    for initializer in (begins, fails):
+        with px.ProcessWorkers(1, initializer=initializer) as workers:
+            h = px.host_function(fun, like=ONE, executor=workers, on_failure="missing", retries=2)
+            if initializer is begins:
+                assert float(h(X)) == 2.5
+            else:
+                with pytest.raises(OSError, match="no licence"):
+                    h(X)
+                assert h.counts == (0, 0, 0, 0, 0)
+
+
+def test_the_ctrl_c_of_a_terminal_ends_no_worker():
+    """It is sent to the program's group of processes, which workers and their parent are not in."""
+
+    def groups(x):
+        import os
+
+        return x[:2] * 0 + np.array([os.getpgid(0), os.getpgid(os.getppid())])
+
+    with px.ProcessWorkers(1) as workers:
+        found = px.host_function(groups, executor=workers)(np.zeros(3, np.int32))
+    assert os.getpgid(0) not in np.asarray(found)
 
 
 def test_a_point_at_which_workers_always_die_is_given_up():

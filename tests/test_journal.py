@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 
 import perturbax as px
 from perturbax.host_functions._function_names import name_of
+from perturbax.host_functions._journal import JournalFile
 
 KEY = jax.random.key(0, impl="threefry2x32")
 POINTS = jax.random.normal(KEY, (12, 3))
@@ -28,6 +30,13 @@ OFFSET = 1.0
 def measured(x, scale=1.0):
     """Results that tell one evaluation from another."""
     return {"sum": float(x.sum()) * float(scale), "parts": [x * 2, np.float16(scale)], "none": None}
+
+
+def rows_of(journal, table):
+    database = sqlite3.connect(journal)
+    [rows] = database.execute(f"SELECT COUNT(*) FROM {table}").fetchone()
+    database.close()
+    return rows
 
 
 def counted(h):
@@ -81,6 +90,12 @@ def test_equal_points_are_evaluated_once(journal):
         assert counted(h) == (9, 0)
         h(jnp.zeros(3), jnp.float32(2.0))
         assert counted(h) == (9, 1)
+        h(jnp.zeros((3, 1)))
+        assert counted(h) == (10, 1)
+    # So do strings.
+    with px.host_function(lambda x, unit: x * len(unit), journal=journal) as h:
+        assert [float(h(1.0, unit)) for unit in ("m", "mm", "m")] == [1.0, 2.0, 1.0]
+        assert counted(h) == (2, 1)
 
 
 def test_failures_are_not_finished(journal):
@@ -100,7 +115,8 @@ def test_failures_are_not_finished(journal):
         assert counted(h) == (12, 12 - count)
 
 
-def test_a_failure_keeps_what_was_under_way_and_begins_nothing_more(journal):
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_failure_keeps_what_was_under_way_and_begins_nothing_more(journal, pool):
     begun, fails = [], [True]
 
     def fun(x):
@@ -112,9 +128,11 @@ def test_a_failure_keeps_what_was_under_way_and_begins_nothing_more(journal):
 
     points = jnp.arange(8.0)[:, None]
     named = px.Journal(journal, "fun")
-    with px.host_function(fun, journal=named, like=np.float32(0), executor=2) as h:
+    executor = ThreadPoolExecutor(2) if pool else 2
+    with px.host_function(fun, journal=named, like=np.float32(0), executor=executor) as h:
         with pytest.raises(OSError, match="not yet"):
             jax.vmap(h)(points)
+        assert rows_of(journal, "claims") == 0
         # The thread that failed may have begun one more, but not two.
         assert set(begun) in ({0, 1}, {0, 1, 2})
         done = len(begun) - 1
@@ -127,9 +145,12 @@ def test_a_failure_keeps_what_was_under_way_and_begins_nothing_more(journal):
 def test_another_like_is_an_error(journal):
     with px.host_function(measured, journal=px.Journal(journal, "a")) as h:
         h(POINTS[0])
-    with px.host_function(lambda x: 1.0, journal=px.Journal(journal, "a"), like=0.0) as other:
-        with pytest.raises(ValueError, match="the journal has a result"):
-            other(POINTS[0])
+    with px.host_function(lambda x: {"a": 1.0}, journal=px.Journal(journal, "b")) as h:
+        h(POINTS[0])
+    for name, like in (("a", 0.0), ("b", {"b": 0.0})):
+        with px.host_function(lambda x: 1.0, journal=px.Journal(journal, name), like=like) as other:
+            with pytest.raises(ValueError, match="the journal has a result"):
+                other(POINTS[0])
 
 
 # --- Names
@@ -422,6 +443,56 @@ def test_threads_that_share_a_journal_share_the_work(journal):
     assert sum(h.counts.recalled for h in both) == 12
     for h in both:
         h.close()
+
+
+def test_a_long_evaluation_keeps_its_claim(journal, monkeypatch):
+    monkeypatch.setattr("perturbax.host_functions._journal._CLAIM", 1.0)
+
+    def fun(x):
+        begun.set()
+        time.sleep(1.5)
+        return x.sum()
+
+    begun, named = threading.Event(), px.Journal(journal, "fun")
+    both = [px.host_function(fun, journal=named, like=np.float32(0)) for _ in range(2)]
+    thread = threading.Thread(target=lambda: both[0](POINTS[0]))
+    thread.start()
+    assert begun.wait(10.0)
+    both[1](POINTS[0])
+    thread.join()
+    assert [counted(h) for h in both] == [(1, 0), (0, 1)]
+    for h in both:
+        h.close()
+
+
+def test_of_two_results_of_a_point_the_first_stays(journal):
+    """It may have been used; and what has a result needs no claim any more."""
+    file = JournalFile(px.Journal(journal, "fun"), measured)
+    tree = jax.tree.structure(0)
+    assert file.claim([b"a", b"b"], "here 1 x") == [b"a", b"b"]
+    for value in (1.0, 2.0):
+        file.record({b"a": ([np.array(value)], tree)})
+    [[leaf], _] = file.lookup([b"a"])[b"a"]
+    assert leaf == 1.0
+    assert rows_of(journal, "claims") == 1
+    file.close()
+
+
+def test_nothing_renews_claims_after_a_call(journal, monkeypatch):
+    """It would open a journal again that was closed."""
+    renewing = threading.Event()
+
+    def renew(file, owner):
+        renewing.set()
+        time.sleep(0.2)
+
+    monkeypatch.setattr("perturbax.host_functions._journal._CLAIM", 0.05)
+    monkeypatch.setattr(JournalFile, "renew", renew)
+    before = threading.active_count()
+    named = px.Journal(journal, "fun")
+    with px.host_function(lambda x: renewing.wait(10.0), journal=named) as h:
+        h(1.0)
+        assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("owner", ["not here 1 x", f"{os.uname().nodename} 999999999 x"])

@@ -27,7 +27,7 @@ def _decode_array(data: memoryview) -> tuple[np.ndarray, memoryview]:
     count = int(np.prod(shape, dtype=np.int64))
     end = start + count * dtype.itemsize
     array = np.frombuffer(data[start:end], dtype, count).reshape(shape)
-    return array.copy(), data[end:]
+    return array, data[end:]
 
 
 def leaf_digest(array: np.ndarray) -> bytes:

@@ -230,7 +230,8 @@ class Schedule:
     def _wind_up(self) -> None:
         """Takes in what can still be had without beginning anything more."""
         for attempt in list(self._running):
-            if self.workers.withdraw(attempt):
+            # One that was given up is here if that raised.
+            if attempt.given_up or self.workers.withdraw(attempt):
                 del self._running[attempt]
         end = time.monotonic() + _GRACE
         while self._running:
