@@ -61,51 +61,23 @@ def fit(z: Array, f: Array, weight: Array) -> LeftOut:
     real = jnp.finfo(f.dtype).dtype
     # They depend on the noise alone, which has no derivative.
     z, weight = lax.stop_gradient((z.astype(real), weight.astype(real)))
-    present, root = weight > 0, jnp.sqrt(weight)
-    ridge = np.asarray(_RIDGE * z.shape[1], real)
-    scaled = root[:, None] * z
-    gram = matmul(scaled, scaled.T) + ridge * np.eye(len(z), dtype=real)
-    inverse = invert_positive(gram[None])[0]
-    total = matmul(inverse, root)
-    share = total / _safe(jnp.sum(root * total))
-    b = inverse - total[:, None] * share[None]
-    own, squares, number = jnp.diag(b), jnp.sum(b**2, axis=1), jnp.sum(present, dtype=real)
-    trace = jnp.sum(where(present, own, 0))
-    # n / (n - k) for each fit of the samples other than i: of a constant, and of the regression.
-    others = number - 1
-    of_constant = others / _safe(others - 1)
-    of_slope = others / _safe(ridge * (trace - squares / own))
+    root, ridge = jnp.sqrt(weight)[:, None], np.asarray(_RIDGE * z.shape[1], real)
+    present, scaled = root > 0, root * z
+    b, own, share = _swept(scaled, root, ridge)
+    g = root.astype(f.dtype) * f
+    dual = matmul(b.astype(f.dtype), g)
+    error = dual / own.astype(f.dtype)
+    keep = lax.stop_gradient(_keep(b, own, root, g, dual, error))
 
-    # From here on, columns and rows of the values.
-    b, scaled, own, root, share, weight = (
-        v.astype(f.dtype).reshape(len(z), -1) for v in (b, scaled, own, root, share, weight)
-    )
-    g = root * f
-    dual = matmul(b, g)
-    error = dual / own
-    sums = jnp.sum(root * g, axis=0)[None] - root * g
-    mean = sums / _safe(jnp.sum(weight) - weight)
-    # Sums over the samples other than i of squares of what the constant leaves, of products of that
-    # and what the regression leaves, and of squares of the latter.
-    of_one = jnp.sum(_abs2(g), axis=0)[None] - _abs2(g) - jnp.real(jnp.conj(mean) * sums)
-    of_both = jnp.sum(jnp.real(jnp.conj(g) * dual), axis=0)[None] - jnp.real(jnp.conj(error) * dual)
-    twice = jnp.real(jnp.conj(error) * matmul(b, dual))
-    of_two = jnp.sum(_abs2(dual), axis=0)[None] - 2 * twice + _abs2(error) * squares[:, None]
-    of_one = of_constant**2 * of_one
-    of_both = (of_constant * of_slope)[:, None] * ridge * of_both
-    of_two = of_slope[:, None] ** 2 * ridge**2 * of_two
-    gained, most = of_one - of_both, of_one - 2 * of_both + of_two
-    # Of two others what both leave is one number, which tells nothing.
-    keep = where(number > 3, jnp.clip(gained / where(most > 0, most, 1), 0, 1), 0)
-    keep = lax.stop_gradient(where(present[:, None], keep, 0)).astype(f.dtype)
-
-    lost, error, number = keep * error, error / _safe(root), number.astype(f.dtype)
-    without = f - mean
+    b, scaled, root, share, keep = (v.astype(f.dtype) for v in (b, scaled, root, share, keep))
+    number = jnp.sum(present, dtype=f.dtype)
+    lost, error = keep * error, error / _safe(root)
+    without = f - _others(root * g) / _safe(_others(root**2))
     rest = without + keep * (error - without)
     weights = (dual * jnp.sum(keep, axis=0)[None] - matmul(b, lost)) / number
     # What surrogates predict of their own samples, less their constants.
-    slopes = keep * (f - jnp.sum(share * f * root, axis=0)[None] - error * (1 - root * share))
-    constants = where(present[:, None], f - rest - slopes, 0)
+    slopes = keep * (f - jnp.sum(share * g, axis=0)[None] - error * (1 - root * share))
+    constants = where(present, f - rest - slopes, 0)
     rows = [jnp.sum(constants, axis=0, keepdims=True) / number, matmul(scaled.T, weights)]
     return LeftOut(
         rest,
@@ -115,14 +87,52 @@ def fit(z: Array, f: Array, weight: Array) -> LeftOut:
     )
 
 
+def _swept(scaled: Array, root: Array, ridge: np.ndarray) -> tuple[Array, Array, Array]:
+    """B (N, N), its diagonal (N, 1), and M s / (s^T M s), (N, 1), of S Z and s."""
+    eye = np.eye(len(scaled), dtype=scaled.dtype)
+    inverse = invert_positive((matmul(scaled, scaled.T) + ridge * eye)[None])[0]
+    total = matmul(inverse, root)
+    share = total / _safe(jnp.sum(root * total))
+    b = inverse - total * share.T
+    return b, jnp.sum(b * eye, axis=1, keepdims=True), share
+
+
+def _keep(b: Array, own: Array, root: Array, g: Array, dual: Array, error: Array) -> Array:
+    """How much of each regression to keep beside a constant, (N, M), told by the other samples."""
+    present = root > 0
+    others = jnp.sum(present, dtype=root.dtype) - 1
+    squares = jnp.sum(b**2, axis=1, keepdims=True)
+    # n / (n - k) for the constant, and for the regression, which leaves rho times the dual.
+    of_constant = others / _safe(others - 1)
+    of_slope = others / _safe(jnp.sum(where(present, own, 0)) - squares / own)
+    # Sums over the samples other than i: of the square of what the constant leaves, c, of its
+    # product with what the regression leaves, e, and of the square of the latter.
+    sums = _others(root.astype(g.dtype) * g)
+    cc = _others(_dot(g, g)) - _dot(sums, sums) / _safe(_others(root**2))
+    ce = jnp.sum(_dot(g, dual), axis=0)[None] - _dot(error, dual)
+    ee = jnp.sum(_dot(dual, dual), axis=0)[None] + squares * _dot(error, error)
+    ee -= 2 * _dot(error, matmul(b.astype(g.dtype), dual))
+    cc, ce, ee = of_constant**2 * cc, of_constant * of_slope * ce, of_slope**2 * ee
+    most = cc - 2 * ce + ee
+    keep = jnp.clip((cc - ce) / where(most > 0, most, 1), 0, 1)
+    # Of two others what both leave is one number, which tells nothing.
+    return where(present & (others > 2), keep, 0)
+
+
 def coefficients(rows: Rows, common: Array) -> Array:
     """Those of the surrogates of some samples, (n, 1 + D, M), 0 in place of their constants."""
     slopes = common[None] * rows.keep[:, None] - rows.own[:, :, None] * rows.lost[:, None]
     return jnp.concatenate([jnp.zeros_like(slopes[:, :1]), slopes], axis=1)
 
 
-def _abs2(values: Array) -> Array:
-    return jnp.real(values) ** 2 + jnp.imag(values) ** 2
+def _others(rows: Array) -> Array:
+    """The sum over all rows but each."""
+    return jnp.sum(rows, axis=0)[None] - rows
+
+
+def _dot(left: Array, right: Array) -> Array:
+    """The products of real numbers, or of complex ones as of vectors."""
+    return jnp.real(jnp.conj(left) * right)
 
 
 def _safe(divisor: Any) -> Array:
