@@ -404,6 +404,8 @@ def test_bad_calls():
     h = px.host_function(steps)
     with pytest.raises(TypeError, match=r"PRNG key.*key_data"):
         h(KEY)
+    with pytest.raises(ValueError, match="all that fun returns must have a leading axis"):
+        px.host_function(np.sum, batched=True)(X)
     with pytest.raises(TypeError, match="takes pytrees of arrays, numbers and strings"):
         h(X, object())
     with pytest.raises(NotImplementedError, match=r"steps is a host function.*make_perturbed_fun"):
