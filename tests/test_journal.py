@@ -117,12 +117,14 @@ def test_failures_are_not_finished(journal):
 
 @pytest.mark.parametrize("pool", [False, True])
 def test_a_failure_keeps_what_was_under_way_and_begins_nothing_more(journal, pool):
-    begun, fails = [], [True]
+    begun, fails, under_way = [], [True], threading.Event()
 
     def fun(x):
         begun.append(x[0])
         if fails and x[0] == 0:
+            assert under_way.wait(20.0)
             raise OSError("not yet")
+        under_way.set()
         time.sleep(0.3)
         return x.sum()
 
