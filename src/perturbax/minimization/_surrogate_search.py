@@ -79,11 +79,23 @@ class Search(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A quadratic surrogate in units of the noise, around a centre."""
+    """A quadratic surrogate in units of the noise, around a centre.
+
+    Attributes:
+      value: at the centre.
+      gradient: there.
+      curvature: a symmetric matrix.
+      unsure: standard deviation of what the prior says of the curvature along one direction.
+      value_error: standard error of the value.
+      explained: share of the variance between values that is predicted where they are left out.
+      ridge: index of the ridge that predicts best.
+      quadratic: index of the prior variance that does.
+    """
 
     value: Array
     gradient: Array
     curvature: Array
+    unsure: Array
     value_error: Array
     explained: Array
     ridge: Array
@@ -210,6 +222,7 @@ def fit(
         value=jnp.where(known.any(), middle + unit * (at_centre @ weights), jnp.nan),
         gradient=unit * (z.T @ weights) / dim,
         curvature=unit * (curvature + curvature.T) / 2,
+        unsure=unit * jnp.sqrt(2 * prior * variance) / dim,
         value_error=unit * error,
         explained=explained,
         ridge=jnp.where(failed, jnp.minimum(ridge + 2, bounds[1]), ridges[best]),
@@ -415,17 +428,18 @@ def surrogate_search(
         reach = jnp.clip(reach, _LEAST_REACH, 1).astype(dtype)
         radius = reach * longest
 
+        explained, least = jnp.clip(found.explained, 0, 1), clear(found)
         if learns_metric:
             curvatures, axes = jnp.linalg.eigh(found.curvature)
             along, limited = trust_region_step(axes.T @ found.gradient, curvatures, radius)
             move = axes @ along
             proposal = centre + scale @ move
             typical = jnp.mean(jnp.abs(curvatures))
-            stretch = jnp.where(
-                curvatures > 0,
-                jnp.sqrt(typical / jnp.where(curvatures > 0, curvatures, 1)),
-                jnp.inf,
-            )
+            # Samples are fewer than curvatures: ratios are drawn towards one by how unsure each is,
+            # and by the correlation of what is predicted with what is seen.
+            curved = jnp.maximum(curvatures, 0)
+            stretch = jnp.sqrt((typical + found.unsure) / (curved + found.unsure))
+            stretch = stretch ** jnp.sqrt(explained)
             stretch = jnp.clip(stretch, 1 / _STRETCH, _STRETCH)
             stretch = stretch / jnp.exp(jnp.mean(jnp.log(stretch)))
             metric = state.metric @ (axes * stretch) @ axes.T
@@ -438,7 +452,6 @@ def surrogate_search(
         length = jnp.linalg.norm(move) / math.sqrt(dim)
         sound = jnp.isfinite(length)
         proposal = jnp.where(sound, proposal, centre)
-        explained, least = jnp.clip(found.explained, 0, 1), clear(found)
         floor = jnp.maximum(_SHRINK, 1 - (explained - least) / (1 - least))
         wanted = jnp.where(limited & (reach >= 1), jnp.maximum(length, 1.5), length)
         factor = jnp.where(worse, 1, jnp.clip(wanted, jnp.minimum(floor, 1), _GROW))
