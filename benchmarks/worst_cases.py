@@ -10,7 +10,11 @@ signs, with the mean variance over 30 choices of coordinates, and the ratio of t
 out worst, measured anew with 20 times as many other keys. (Where 400 keys have no large error, the
 next may have one: see docs/theory.md.)
 
-    python benchmarks/worst_cases.py [--keys KEYS]
+Then fewer samples than coordinates, of which a linear surrogate of each is fitted on all others.
+
+    python benchmarks/worst_cases.py [--keys KEYS] [--few]
+
+With --few this last part alone.
 """
 
 import argparse
@@ -100,6 +104,17 @@ SAMPLERS = {
 }
 
 
+# Functions of which few samples tell no slope, or one by a single value.
+FEW_FUNCTIONS = {
+    "2 signs": lambda y: jnp.sign(y[0]) * jnp.sign(y[1]),
+    "all signs": parity,
+    "wave": wave,
+    "tail of 1/100": lambda y: (y[0] > 2.33).astype(jnp.float32),
+}
+# Samples and coordinates.
+FEW = [(8, 12), (8, 16), (12, 18), (12, 24), (30, 40), (60, 80)]
+
+
 def variances(fun, dim, num_samples, noise, keys, **options):
     """Of the gradient, the derivative in sigma and, in few dimensions, the Hessian."""
 
@@ -153,10 +168,41 @@ def ratios_of_signs(dim, num_samples, keys, more, options):
     return means, float(again[0][0] / again[1][0])
 
 
-def main(num_keys=400):
+def of_few_samples(keys):
+    """Rows of ratios for FEW_FUNCTIONS."""
+    rows = []
+    for noise in (NORMAL, GUMBEL):
+        for num_samples, dim in FEW:
+
+            def outputs(y, noise=noise):
+                return jnp.stack([fun(y - noise.mean) for fun in FEW_FUNCTIONS.values()])
+
+            def spread(options, dim=dim, num_samples=num_samples, noise=noise, fun=outputs):
+                fun = px.make_perturbed_fun(fun, num_samples, 1.0, noise, **options)
+                of = jax.jit(
+                    lambda keys: jax.lax.map(
+                        lambda key: jax.jacrev(fun, argnums=1)(key, jnp.zeros(dim)),
+                        keys,
+                        batch_size=50,
+                    )
+                )
+                return np.var(np.asarray(of(keys), np.float64), axis=0, ddof=1).sum(axis=-1)
+
+            ratios = spread(ALONE) / spread({})
+            rows.append([f"{num_samples} of {dim}", repr(noise), *(f"{r:.2f}" for r in ratios)])
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main(num_keys=400, few=False):
     keys = jax.random.split(jax.random.key(5), num_keys)
     more = jax.random.split(jax.random.key(6), 20 * num_keys)
-    rows, results = [], []
+    of_few = of_few_samples(more)
+    print("Variance of leave-one-out over that of the default, fewer samples than coordinates")
+    print(table(["samples", "noise", *FEW_FUNCTIONS], of_few))
+    rows, results = [], [{"few": of_few}]
+    if few:
+        return write("worst_cases_few", f"{len(more):,} keys split from 6", results)
     for fun, dim, num_samples, noise in CASES:
         some = more if fun is pole else keys  # of its few largest values depends everything
         alone = variances(fun, dim, num_samples, noise, some, **ALONE)
@@ -166,7 +212,7 @@ def main(num_keys=400):
         rows.append([case, f"{num_samples:,}", *(f"{r:.3g}" for r in ratios)])
         rows[-1] += [""] * (5 - len(rows[-1]))
         results.append({"case": case, "num_samples": num_samples, "ratios": ratios})
-    print("Variance of leave-one-out over that of the default")
+    print("\nVariance of leave-one-out over that of the default")
     print(table(["case", "samples", "gradient", "d/dsigma", "Hessian"], rows))
 
     rows = []
@@ -184,4 +230,5 @@ def main(num_keys=400):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--keys", type=int, default=400)
-    main(parser.parse_args().keys)
+    parser.add_argument("--few", action="store_true")
+    main(*vars(parser.parse_args()).values())

@@ -11,20 +11,27 @@ from helpers import assert_biased, assert_unbiased, derivatives
 from perturbax.estimator import _left_out
 
 
-def regression(z, f, weight):
-    """Slope and constant of one output by the definition, of samples that are not missing."""
+def plain_regression(z, f, weight):
+    """Constant and slope of one output by the definition."""
     n, dim = z.shape
-    ridge = float(_left_out._RIDGE * dim)
     design = np.concatenate([np.ones((n, 1)), z], axis=1)
-    penalty = np.diag([0.0] + [ridge] * dim)
-    solver = np.linalg.solve(design.T @ (weight[:, None] * design) + penalty, design.T * weight)
-    beta = solver @ f
-    constant = weight @ f / weight.sum()
-    slope_errors = (f - design @ beta) * n / (n - np.trace(design @ solver))
-    constant_errors = (f - constant) * n / (n - 1)
-    gained = constant_errors - slope_errors
-    keep = np.sum(weight * gained * constant_errors) / np.sum(weight * gained**2)
-    keep = np.clip(keep, 0, 1)
+    penalty = np.diag([0.0] + [float(_left_out._RIDGE * dim)] * dim)
+    return np.linalg.solve(design.T @ (weight[:, None] * design) + penalty, design.T @ (weight * f))
+
+
+def regression(z, f, weight):
+    """The same, drawn towards a constant by what both leave of each sample once it is left out."""
+    beta, constant = plain_regression(z, f, weight), weight @ f / weight.sum()
+    of_constant, of_slope = [], []
+    for j in range(len(f)):
+        rest = np.delete(np.arange(len(f)), j)
+        found = plain_regression(z[rest], f[rest], weight[rest])
+        of_slope.append(f[j] - found[0] - z[j] @ found[1:])
+        of_constant.append(f[j] - weight[rest] @ f[rest] / weight[rest].sum())
+    root = np.sqrt(weight)
+    left, gained = root * of_constant, root * (np.asarray(of_constant) - of_slope)
+    chance = (left @ left - (gained @ left) ** 2 / (gained @ gained)) / (len(f) - 1)
+    keep = np.clip(gained @ left / (gained @ gained + chance), 0, 1)
     return np.concatenate([[(1 - keep) * constant + keep * beta[0]], keep * beta[1:]])
 
 
@@ -65,6 +72,25 @@ def test_complex_values_have_the_surrogates_of_real_ones():
     turned = _left_out.fit(z, jax.lax.complex(3 * f, 4 * f), weight)
     np.testing.assert_allclose(turned.mean, (3 + 4j) * found.mean, atol=1e-4)
     np.testing.assert_allclose(turned.rows.keep, found.rows.keep, atol=1e-5)
+
+
+def test_a_sample_of_huge_weight_is_left_out_like_any_other():
+    """A sum of all weights less its own would be nothing but rounding."""
+    z, f, weight = samples(20, 30, 3, seed=2)
+    weight[0], f[1] = 1e12, 1e3
+    found = _left_out.fit(*(jnp.asarray(v, np.float32) for v in (z, f, weight)))
+    with jax.enable_x64(True):
+        exact = _left_out.fit(*map(jnp.asarray, (z, f, weight)))
+    np.testing.assert_allclose(found.rest[0], exact.rest[0], rtol=0.01)
+    assert np.all(np.isfinite(found.mean))
+
+
+def test_one_value_far_larger_than_all_others_leaves_derivatives_finite():
+    """Squares of values of 1e30 are not finite; how large values are, some of many do not tell."""
+    penalised = lambda y: jnp.sum(y) + jnp.where(y[0] > 2.3, 1e30, 0.0)  # noqa: E731
+    g = px.make_perturbed_fun(penalised, 80, noise=px.Normal(), sampler=px.Independent(), degree=1)
+    gradient = jax.vmap(jax.grad(g, argnums=1), in_axes=(0, None))
+    assert np.all(np.isfinite(gradient(jax.random.split(jax.random.key(0), 50), jnp.zeros(41))))
 
 
 def test_two_samples_and_a_constant_function_have_derivatives():

@@ -43,7 +43,7 @@ class Rule:
         samples; in more coordinates, even with thousands of points, many times as much.
       left_out: independent samples for each coordinate, and how many at least, from which a linear
         surrogate of each that is fitted on all others pays; and up to how many, for it takes their
-        cube, and how many numbers in all, for they are kept.
+        cube.
       nets: how many are taken, each of which is fitted on the other.
       nets_for_errors: how many `estimate` takes. Two tell almost nothing about their spread; eight
         leave seven degrees of freedom, for intervals hardly wider than with many, and each is still
@@ -62,7 +62,7 @@ class Rule:
     per_coordinate: int = 4
     most_coordinates: int = 1000
     sobol_points: tuple[int, ...] = (1, 1, 24, 96, 96, 96, 250, 250, 250, 250)
-    left_out: tuple[float, int, int, int] = (0.25, 6, 256, 2**22)
+    left_out: tuple[float, int, int] = (0.25, 8, 256)
     nets: int = 2
     nets_for_errors: int = 8
     free_groups: int = 8
@@ -297,9 +297,9 @@ def _degree(
             degree = min(degree, most)
             return degree, f"Degree {degree}, because {least} samples are enough for its fit."
     if sampler.group_size(num_samples, dim) == 1 and _fits_each(num_samples, dim):
-        per_coordinate, fewest, most, most_numbers = RULE.left_out
+        per_coordinate, fewest, most = RULE.left_out
         least = max(math.ceil(per_coordinate * dim), fewest)
-        if least <= num_samples <= min(most, most_numbers // dim):
+        if least <= num_samples <= most:
             return 1, "Degree 1, because each of so few samples is cheaply predicted from the rest."
         if num_samples < least:
             why = f"predicting each sample from the rest pays from {least} samples"

@@ -218,7 +218,8 @@ def fitted(
     # For digits only: the fit is equivariant, so that these constants have no influence on f - q
     # but by rounding.
     f = kept(f - lax.stop_gradient(f[:1]), present)
-    unit = unit_of(f).astype(f.dtype)  # lest squares overflow or vanish
+    # Lest squares overflow or vanish; of few samples one may be far larger than all others.
+    unit = unit_of(f, len(f) if plan.fits_each_sample else _SOME).astype(f.dtype)
 
     def weight_of(z: Array, present: Array | None) -> Array:
         return kept(jnp.mean(slope_of(noise, z) ** 2, axis=1), present)
@@ -330,10 +331,10 @@ def share_of_one(count: Any) -> Array:
     return jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0)
 
 
-def unit_of(f: Array) -> Array:
-    """A magnitude of each column of f (N, M), as some of its rows tell it; held fixed."""
+def unit_of(f: Array, rows: int = _SOME) -> Array:
+    """A magnitude of each column of f (N, M), as so many of its rows tell it; held fixed."""
     # An odd number apart, for rows of a net that are a power of two apart lie together.
-    some = lax.stop_gradient(f[:: -(-f.shape[0] // _SOME) | 1])
+    some = lax.stop_gradient(f[:: -(-f.shape[0] // rows) | 1])
     largest = jnp.max(jnp.abs(some), axis=0)
     return where(largest > 0, largest, 1)
 

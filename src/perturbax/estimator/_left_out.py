@@ -10,12 +10,14 @@ Fitted on all samples but i, it has the slope Z^T S (B g - e_i B_i) with e_i = (
 e_i is what it leaves of g_i, so that one inverse serves all N fits.
 
 Each is drawn towards a constant, to (1 - keep_i) constant + keep_i regression, with the keep_i from
-0 to 1 that would predict its own samples best had they been left out, as generalised
-cross-validation tells: what a fit leaves of n samples, of which it determines k coefficients, times
-n / (n - k). Nothing in the surrogate of sample i depends on z_i or f_i.
+0 to 1 that would predict its own samples best had each been left out, which the same inverse tells.
+Of few samples this is itself uncertain: it is the mean of what they leave likely if before
+them any number of a size of about 1 was, with what chance leaves unexplained of n - 1 numbers.
+Nothing in the surrogate of sample i depends on z_i or f_i.
 
 References:
-  Craven and Wahba, Smoothing Noisy Data with Spline Functions, 1978, on both
+  Allen, The Relationship between Variable Selection and Data Augmentation and a Method for
+    Prediction, 1974, on what a fit leaves of a sample that it has not seen
   Breiman, Stacked Regressions, 1996, on weighing predictors by what they predict held out
 """
 
@@ -99,24 +101,36 @@ def _swept(scaled: Array, root: Array, ridge: np.ndarray) -> tuple[Array, Array,
 
 def _keep(b: Array, own: Array, root: Array, g: Array, dual: Array, error: Array) -> Array:
     """How much of each regression to keep beside a constant, (N, M), told by the other samples."""
-    present = root > 0
+    present, weight, tiny = root > 0, root**2, float(jnp.finfo(root.dtype).eps)
     others = jnp.sum(present, dtype=root.dtype) - 1
-    squares = jnp.sum(b**2, axis=1, keepdims=True)
-    # n / (n - k) for the constant, and for the regression, which leaves rho times the dual.
-    of_constant = others / _safe(others - 1)
-    of_slope = others / _safe(jnp.sum(where(present, own, 0)) - squares / own)
-    # Sums over the samples other than i: of the square of what the constant leaves, c, of its
-    # product with what the regression leaves, e, and of the square of the latter.
-    sums = _others(root.astype(g.dtype) * g)
-    cc = _others(_dot(g, g)) - _dot(sums, sums) / _safe(_others(root**2))
-    ce = jnp.sum(_dot(g, dual), axis=0)[None] - _dot(error, dual)
-    ee = jnp.sum(_dot(dual, dual), axis=0)[None] + squares * _dot(error, error)
-    ee -= 2 * _dot(error, matmul(b.astype(g.dtype), dual))
-    cc, ce, ee = of_constant**2 * cc, of_constant * of_slope * ce, of_slope**2 * ee
+    pairs = present & present.T & ~np.eye(len(root), dtype=bool)
+    total = _safe(_others(weight))
+    mean = _others(root.astype(g.dtype) * g) / total.astype(g.dtype)
+    # Of sample j by what is fitted without i, over what is left once it is fitted without j, too.
+    of_constant = total / jnp.maximum(total - weight.T, tiny * total)
+    of_slope = 1 / jnp.maximum(own.T - b**2 / own, tiny * own.T)
+    constant = where(pairs, of_constant, 0), g, root.T, mean
+    slope = where(pairs, of_slope, 0), dual, b, error
+    cc, ce, ee = _product(constant, constant), _product(constant, slope), _product(slope, slope)
     most = cc - 2 * ce + ee
+    chance = jnp.maximum(cc - (cc - ce) * ((cc - ce) / where(most > 0, most, 1)), 0)
+    most += chance / _safe(others - 1)
     keep = jnp.clip((cc - ce) / where(most > 0, most, 1), 0, 1)
     # Of two others what both leave is one number, which tells nothing.
     return where(present & (others > 2), keep, 0)
+
+
+def _product(one: tuple[Array, ...], other: tuple[Array, ...]) -> Array:
+    """sum_j v_ij (p_j - q_ij r_i) v'_ij (p'_j - q'_ij r'_i), (N, M), of (v, p, q, r) and another.
+
+    What a constant and a regression leave of sample j are of this form; p and r have a column for
+    each output.
+    """
+    (scale, p, q, r), (other_scale, p2, q2, r2) = one, other
+    scale = scale * other_scale
+    left, right = (matmul((scale * v).astype(p.dtype), w) for v, w in ((q, p2), (q2, p)))
+    both = jnp.sum(scale * q * q2, axis=1, keepdims=True)
+    return matmul(scale, _dot(p, p2)) - _dot(r, left) - _dot(r2, right) + both * _dot(r, r2)
 
 
 def coefficients(rows: Rows, common: Array) -> Array:
@@ -126,8 +140,11 @@ def coefficients(rows: Rows, common: Array) -> Array:
 
 
 def _others(rows: Array) -> Array:
-    """The sum over all rows but each."""
-    return jnp.sum(rows, axis=0)[None] - rows
+    """The sum over all rows but each.
+
+    Summed, not taken from the total: a sample of large weight would leave nothing but rounding.
+    """
+    return matmul(jnp.asarray(1 - np.eye(len(rows)), rows.dtype), rows)
 
 
 def _dot(left: Array, right: Array) -> Array:
