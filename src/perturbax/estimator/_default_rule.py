@@ -139,7 +139,7 @@ def choose_sampler(
       >>> choice.sampler, choice.degree, choice.num_groups
       (Sobol(num_groups=2), 2, 2)
       >>> print(px.choose_sampler(100, dim=200))
-      Independent(block=1), 100 groups of 1 sample, degree 0. Independent samples, because ...
+      Independent(block=1), 100 groups of 1 sample, degree 1. Independent samples, because ...
     """
     num_samples = _checks.check_count(num_samples, "num_samples")
     dim = _checks.check_count(dim, "dim", least=0)
