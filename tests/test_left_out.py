@@ -82,15 +82,17 @@ def test_a_sample_of_huge_weight_is_left_out_like_any_other():
     with jax.enable_x64(True):
         exact = _left_out.fit(*map(jnp.asarray, (z, f, weight)))
     np.testing.assert_allclose(found.rest[0], exact.rest[0], rtol=0.01)
+    weight[1] = 1e12  # of two of them, float32 tells no more than that they are there
+    found = _left_out.fit(*(jnp.asarray(v, np.float32) for v in (z, f, weight)))
     assert np.all(np.isfinite(found.mean))
 
 
 def test_one_value_far_larger_than_all_others_leaves_derivatives_finite():
     """Squares of values of 1e30 are not finite; how large values are, some of many do not tell."""
-    penalised = lambda y: jnp.sum(y) + jnp.where(y[0] > 2.3, 1e30, 0.0)  # noqa: E731
+    penalised = lambda y: jnp.sum(jnp.abs(y)) + jnp.where(y[0] > 2.3, 1e30, 0.0)  # noqa: E731
     g = px.make_perturbed_fun(penalised, 80, noise=px.Normal(), sampler=px.Independent(), degree=1)
     gradient = jax.vmap(jax.grad(g, argnums=1), in_axes=(0, None))
-    assert np.all(np.isfinite(gradient(jax.random.split(jax.random.key(0), 50), jnp.zeros(41))))
+    assert np.all(np.isfinite(gradient(jax.random.split(jax.random.key(1), 50), jnp.zeros(41))))
 
 
 def test_two_samples_and_a_constant_function_have_derivatives():
