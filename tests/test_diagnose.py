@@ -252,6 +252,15 @@ def test_the_least_number_of_samples_may_be_where_another_choice_begins():
     assert number == 24
 
 
+def test_runs_are_not_of_a_single_group():
+    """So precise that about six samples are enough: of three coordinates one block, that is."""
+    x = jnp.asarray(np.random.RandomState(0).normal(0, 0.1, 3), jnp.float32)
+    g = px.make_perturbed_fun(lambda y: jnp.sum(jnp.maximum(y, 0)), 1000, 0.1, px.Gumbel())
+    assert px.choose_sampler(6, 3).num_groups == 1
+    found = px.diagnose(g, jax.random.split(jax.random.key(1), 20)[7], x)
+    assert 6 < found.suggested_num_samples < 100
+
+
 @pytest.mark.parametrize(("number", "expected"), [(7, 7), (24, 24), (101, 110), (3141, 3200)])
 def test_numbers_are_rounded_up_to_two_digits(number, expected):
     assert _variance_law.round_number(number) == expected

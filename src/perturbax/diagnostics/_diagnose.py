@@ -341,6 +341,9 @@ def _further_runs(subject: Subject, pilot: Runs, budget: int, wanted: float) -> 
             same = (n for n in _POWERS if n > number and subject.law(n) == subject.law(guess))
             larger = next(same, budget)
             number = larger if larger < budget else number
+        if number >= subject.least_samples():
+            # As many as make a whole block may be a single group, whose spread tells nothing.
+            number = next(n for n in _POWERS if n >= number and subject.choose(n).num_groups > 1)
         count = max(min(share // (number + 1), _MOST_RUNS), 1)
         if number < subject.least_samples() or count * (number + 1) > budget:
             break
