@@ -557,6 +557,8 @@ def test_the_default_leaves_noise_without_an_inverse_alone():
         (46, 3, {}, "because .* Sobol nets of 3 coordinates need 24 points"),
         (100, 50, {}, "opposites, .* Degree 0, because a fit of degree 1 needs 150 samples"),
         (100, 101, {}, "pay from 4 samples .* 100 for 101. Degree 1, because each of so few"),
+        (100, 101, {"num_outputs": 9}, "Degree 0, because predicting 9 outputs .* costs too much"),
+        (100, 101, {"num_outputs": 8}, "Degree 1, because each of so few"),
         (100, 401, {}, "100 for 401. Degree 0, because .* from the rest pays from 101 samples"),
         (300, 301, {}, "300 for 301. Degree 0, because .* each of 300 samples .* costs too much"),
         (4000, 2000, {}, "nets of more than 1000 .* Degree 0, because .* costs too much"),
@@ -572,14 +574,20 @@ def test_a_choice_says_why(num_samples, dim, options, told):
     assert re.search(told, str(px.choose_sampler(num_samples, dim, **options)))
 
 
-@pytest.mark.parametrize(("num_samples", "dim"), [(90, 3), (12, 10)])
-def test_a_choice_is_what_happens(num_samples, dim):
+@pytest.mark.parametrize(
+    ("num_samples", "dim", "fun", "degree"),
+    [(90, 3, jnp.max, 1), (12, 10, jnp.max, 0), (9, 10, jnp.max, 1), (9, 10, jnp.cumsum, 0)],
+)
+def test_a_choice_is_what_happens(num_samples, dim, fun, degree):
     """Asked for by name, it gives the same numbers."""
-    choice = px.choose_sampler(num_samples, dim, px.Normal())
+    num_outputs = fun(jnp.zeros(dim)).size
+    choice = px.choose_sampler(num_samples, dim, px.Normal(), num_outputs=num_outputs)
+    assert choice.degree == degree
 
     def gradient(**options):
-        fun = px.make_perturbed_fun(jnp.max, num_samples, 0.5, px.Normal(), **options)
-        return jax.grad(fun, argnums=1)(jax.random.key(2), jnp.arange(dim) / dim)
+        smoothed = px.make_perturbed_fun(fun, num_samples, 0.5, px.Normal(), **options)
+        total = lambda x: jnp.sum(smoothed(jax.random.key(2), x))  # noqa: E731
+        return jax.grad(total)(jnp.arange(dim) / dim)
 
     asked = gradient(sampler=choice.sampler, degree=choice.degree)
     np.testing.assert_array_equal(gradient(), asked)

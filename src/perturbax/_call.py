@@ -165,8 +165,9 @@ def prepare(
     dtype = _checks.noise_dtype(leaves)
     dim = _checks.num_elements(leaves)
     noise, noise_operands = settings.noise, None
+    num_numbers = sum(v.size for v in traced.out_avals[:num_outputs])
     choice = _default_rule.choose(
-        settings.num_samples, dim, noise, settings.sampler, settings.degree, num_nets
+        settings.num_samples, dim, noise, settings.sampler, settings.degree, num_nets, num_numbers
     )
     if isinstance(noise, AdaptedNoise):
         with traced_for(mesh):

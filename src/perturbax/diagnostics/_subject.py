@@ -232,6 +232,7 @@ class Subject:
             settings.noise,
             sampler=settings.sampler,
             degree=settings.degree,
+            num_outputs=1 if self._signs is not None else self._num_outputs,
         )
 
     def law(self, num_samples: int, **changes: Any) -> Law:

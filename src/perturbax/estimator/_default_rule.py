@@ -62,7 +62,7 @@ class Rule:
     per_coordinate: int = 4
     most_coordinates: int = 1000
     sobol_points: tuple[int, ...] = (1, 1, 24, 96, 96, 96, 250, 250, 250, 250)
-    left_out: tuple[float, int, int] = (0.25, 8, 256)
+    left_out: tuple[float, int, int, int] = (0.25, 8, 256, 8)
     nets: int = 2
     nets_for_errors: int = 8
     free_groups: int = 8
@@ -106,6 +106,7 @@ def choose_sampler(
     sampler: Sampler | None = None,
     degree: int | None = None,
     num_nets: int = RULE.nets,
+    num_outputs: int = 1,
 ) -> Choice:
     """Tells which sampler and degree `make_perturbed_fun` chooses, and why.
 
@@ -123,6 +124,8 @@ def choose_sampler(
       degree: as in `make_perturbed_fun`; None leaves it open.
       num_nets: how many nets to take where nets are chosen; for standard errors `estimate` takes 8,
         and smaller blocks, so that there are as many.
+      num_outputs: how many numbers the function returns. With fewer samples than coordinates, what
+        predicting each of many would take is not worth its time.
 
     Returns:
       A `Choice`: sampler, degree, how many groups of which size, and the reason. A surrogate is
@@ -147,7 +150,8 @@ def choose_sampler(
     _checks.check_sampler(sampler)
     _checks.check_degree(degree)
     num_nets = _checks.check_count(num_nets, "num_nets")
-    return choose(num_samples, dim, as_noise(noise), sampler, degree, num_nets)
+    num_outputs = _checks.check_count(num_outputs, "num_outputs", least=0)
+    return choose(num_samples, dim, as_noise(noise), sampler, degree, num_nets, num_outputs)
 
 
 def choose(
@@ -157,6 +161,7 @@ def choose(
     sampler: Sampler | None,
     degree: int | None,
     num_nets: int = RULE.nets,
+    num_outputs: int = 1,
 ) -> Choice:
     """`choose_sampler` of checked arguments; `dim` may be symbolic."""
     given = {"sampler": sampler, "degree": degree}
@@ -172,7 +177,7 @@ def choose(
     if polynomial is None and leave_alone:
         polynomial = 0
     elif polynomial is None:
-        polynomial, why_degree = _degree(num_samples, dim, noise, sampler)
+        polynomial, why_degree = _degree(num_samples, dim, noise, sampler, num_outputs)
     if polynomial:
         if sampler.group_size(num_samples, dim) >= num_samples:
             polynomial, why_degree = 0, "Degree 0, because a single group leaves nothing to fit on."
@@ -272,7 +277,7 @@ def _nets(num_samples: int, dim: int, num_nets: int) -> tuple[Sampler, str]:
 
 
 def _degree(
-    num_samples: int, dim: int, noise: NoiseDistribution, sampler: Sampler
+    num_samples: int, dim: int, noise: NoiseDistribution, sampler: Sampler, num_outputs: int
 ) -> tuple[int, str]:
     """The degree whose coefficients half of the samples determine well, at little cost; and why.
 
@@ -297,12 +302,15 @@ def _degree(
             degree = min(degree, most)
             return degree, f"Degree {degree}, because {least} samples are enough for its fit."
     if sampler.group_size(num_samples, dim) == 1 and _fits_each(num_samples, dim):
-        per_coordinate, fewest, most = RULE.left_out
+        per_coordinate, fewest, most, most_outputs = RULE.left_out
         least = max(math.ceil(per_coordinate * dim), fewest)
-        if least <= num_samples <= most:
+        few = isinstance(num_outputs, int) and num_outputs <= most_outputs
+        if few and least <= num_samples <= most:
             return 1, "Degree 1, because each of so few samples is cheaply predicted from the rest."
         if num_samples < least:
             why = f"predicting each sample from the rest pays from {least} samples"
+        elif not few:
+            why = f"predicting {num_outputs} outputs of each sample from the rest costs too much"
         else:
             why = f"predicting each of {num_samples} samples from the rest costs too much"
     return 0, f"Degree 0, because {why}."
