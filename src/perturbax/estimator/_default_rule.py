@@ -35,7 +35,8 @@ class Rule:
         nets are better.
       block_coordinates: fewest and most for which blocks are taken.
       block_groups: into how many groups blocks are put for fits, each of which takes time; with as
-        many as there are blocks the variance is hardly less.
+        many as there are blocks the variance is hardly less. Four blocks stay four: of two groups
+        of two, the last of which may have a single sample, one would be fitted on too little.
       per_coordinate: samples for each coordinate from which nets pay.
       most_coordinates: of a net; beyond, nothing was measured.
       sobol_points: points that a Sobol net must have in 1, 2, ... coordinates to be chosen. With
@@ -58,7 +59,7 @@ class Rule:
     parts: tuple[tuple[float, int], ...] = ((1, 200), (1.5, 1000))
     pairs: tuple[int, int] = (2, 12)
     block_coordinates: tuple[int, int] = (3, 1000)
-    block_groups: int = 3
+    block_groups: int = 4
     per_coordinate: int = 4
     most_coordinates: int = 1000
     sobol_points: tuple[int, ...] = (1, 1, 24, 96, 96, 96, 250, 250, 250, 250)
