@@ -43,8 +43,8 @@ class Rule:
         fewer, derivatives of products of some signs may have more variance than with independent
         samples; in more coordinates, even with thousands of points, many times as much.
       left_out: independent samples for each coordinate, and how many at least, from which a linear
-        surrogate of each that is fitted on all others pays; and up to how many, for it takes their
-        cube.
+        surrogate of each that is fitted on all others pays; up to how many, for it takes their
+        cube; and up to how many outputs, for each takes their square several times.
       nets: how many are taken, each of which is fitted on the other.
       nets_for_errors: how many `estimate` takes. Two tell almost nothing about their spread; eight
         leave seven degrees of freedom, for intervals hardly wider than with many, and each is still
