@@ -501,3 +501,15 @@ def test_an_interrupt_keeps_the_run(tmp_path):
     seen = []
     run(callback=lambda progress: seen.append(progress.step))
     assert seen[0] == 11
+
+
+def test_a_run_that_its_callback_ended_goes_on_from_its_checkpoint(tmp_path):
+    """It stayed ended for good, so a callback could not divide a run among several jobs."""
+    run = functools.partial(quiet, staircase, jnp.zeros(4), jax.random.key(0), max_evaluations=600)
+    part = run(checkpoint=tmp_path / "run", callback=lambda progress: progress.step == 10)
+    assert part.reason == "stopped by callback"
+    again = run(checkpoint=tmp_path / "run")
+    whole = run()
+    assert again.reason == whole.reason == "max_evaluations reached"
+    assert again.num_evaluations == whole.num_evaluations
+    np.testing.assert_array_equal(again.x, whole.x)

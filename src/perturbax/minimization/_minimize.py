@@ -130,7 +130,8 @@ def minimize(
       progress: whether a run of more than a second tells on standard error how far it is: by a bar
         if tqdm is installed (extra `progress`), else by a line now and then.
       checkpoint: path of a file to keep the run in, every few seconds and where it is interrupted.
-        If there is one, the run goes on from there, to the same result as without interruption.
+        If there is one, the run goes on from there, to the same result as without interruption;
+        also one that the callback ended, or max_evaluations if they are more now.
 
     Returns:
       A `MinimizeResult`: x, value, value_error, num_evaluations, history, reason. Under `jit`, or
@@ -286,7 +287,10 @@ def _in_blocks(
         setup, run, told = keeping.load()
     if run is None:
         run = begin(setup, operands, key, problem.start)
-    run = run._replace(status=jnp.where(run.status == EXHAUSTED, RUNNING, run.status))
+    # A kept run that ended by max_evaluations or the callback may have more of the one now, and
+    # another callback.
+    ended_from_outside = (run.status == EXHAUSTED) | (run.status == CALLED_OFF)
+    run = run._replace(status=jnp.where(ended_from_outside, RUNNING, run.status))
     most = 1
     try:
         while int(run.status) == RUNNING:
