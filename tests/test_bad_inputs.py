@@ -322,7 +322,7 @@ CALLS = {
     "x integer": (
         call(x=jnp.arange(3)),
         TypeError,
-        ["x has no floating leaf to perturb", "int32"],
+        ["x has no floating leaf to perturb", "int32", "jnp.asarray(x, float)"],
     ),
     "x a Python int": (call(x=2), TypeError, ["x has no floating leaf to perturb", "int32"]),
     "x a string": (
@@ -583,6 +583,11 @@ CALLS = {
         ["x is missing", "g(key, x, ...)", "['scale']"],
     ),
     "key is missing": (lambda: smooth()(x=X), TypeError, ["key is missing", "g(key, x, ...)"]),
+    "a perturbed function in the place of fun": (
+        lambda: px.sweep_sigma(smooth(), KEY, X),
+        TypeError,
+        ["x is missing", "g(key, x, ...)", "without a key", "give the one that was perturbed"],
+    ),
     "an argument that fun does not take": (
         lambda: smooth(fun=lambda y: y)(KEY, X, 1.0),
         TypeError,

@@ -262,7 +262,8 @@ def perturbed_leaves(
     if paths and not leaves:
         raise TypeError(
             "x has no floating leaf to perturb: its leaves are "
-            f"{', '.join(sorted({str(jnp.result_type(v)) for v in fixed}))}"
+            f"{', '.join(sorted({str(jnp.result_type(v)) for v in fixed}))}; make those floating "
+            "that are to be perturbed, as jnp.asarray(x, float) does"
         )
 
     def merge(perturbed: Iterable[Array]) -> PyTree:

@@ -58,7 +58,8 @@ def leading(
         if name not in kwargs:
             raise TypeError(
                 f"{name} is missing: this function is called as g({', '.join(names)}, ...), got "
-                f"{len(args)} of them by position and the names {sorted(kwargs)}"
+                f"{len(args)} of them by position and the names {sorted(kwargs)}; where a function "
+                "without a key is asked for, give the one that was perturbed"
             )
         args = (*args, kwargs.pop(name))
     return args

@@ -155,9 +155,9 @@ def make_perturbed_fun(
       [0.5 0.8 0.1]
 
     References:
-      Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
-      Foerster et al., DiCE: The Infinitely Differentiable Monte Carlo Estimator, 2018,
-      arXiv:1802.05098
+      - Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
+      - Foerster et al., DiCE: The Infinitely Differentiable Monte Carlo Estimator, 2018,
+        arXiv:1802.05098
     """
     _checks.check_fun(fun)
     settings = Settings(

@@ -222,9 +222,9 @@ def carry(perturbed_fun: PerturbedFun, *, memory: int | None = None) -> Carried:
       (True, True)
 
     References:
-      Owen, Monte Carlo Theory, Methods and Examples, 2013, section 8.9 (control variates)
-      Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2
-      Rahimi and Recht, Random Features for Large-Scale Kernel Machines, 2007
+      - Owen, Monte Carlo Theory, Methods and Examples, 2013, section 8.9 (control variates)
+      - Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2
+      - Rahimi and Recht, Random Features for Large-Scale Kernel Machines, 2007
     """
     if not isinstance(perturbed_fun, PerturbedFun):
         raise TypeError(

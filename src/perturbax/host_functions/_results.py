@@ -43,7 +43,11 @@ def like_of(value: Any, batched: bool, on_failure: Any) -> Like:
     leaves, tree = jax.tree.flatten(value)
     arrays = [_numbers(leaf, "fun") for leaf in leaves]
     if batched and not all(v.ndim for v in arrays):
-        raise ValueError("with batched=True all that fun returns must have a leading axis")
+        raise ValueError(
+            "with batched=True all that fun returns must have a leading axis, with a place for "
+            f"each point, got shape {', '.join(sorted({str(v.shape) for v in arrays}))}: leave "
+            "batched away for a function of one point"
+        )
     shapes = [v.shape[1:] if batched else v.shape for v in arrays]
     specs = [jax.ShapeDtypeStruct(s, v.dtype) for s, v in zip(shapes, arrays, strict=True)]
     return _checked(Like(tree, tuple(specs)), on_failure)

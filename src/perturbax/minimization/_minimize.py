@@ -155,10 +155,10 @@ def minimize(
       'max_evaluations reached'
 
     References:
-      Nesterov and Spokoiny, Random Gradient-Free Minimization of Convex Functions, 2017,
-      doi:10.1007/s10208-015-9296-2
-      Powell, The NEWUOA software for unconstrained optimization without derivatives, 2006,
-      doi:10.1007/0-387-30065-1_16
+      - Nesterov and Spokoiny, Random Gradient-Free Minimization of Convex Functions, 2017,
+        doi:10.1007/s10208-015-9296-2
+      - Powell, The NEWUOA software for unconstrained optimization without derivatives, 2006,
+        doi:10.1007/0-387-30065-1_16
     """
     key = _checks.check_key(key, x0, "minimize(fun, x0, key)")
     _checks.check_noise(noise)

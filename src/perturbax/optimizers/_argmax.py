@@ -91,9 +91,9 @@ def make_perturbed_argmax(
       [0.  0.8 0.  0.2 0. ] [0.  0.8 0.  0.2 0. ]
 
     References:
-      Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
-      Dalle et al., Learning with Combinatorial Optimization Layers: a Probabilistic Approach, 2022,
-      arXiv:2207.13513 (the multiplicative perturbation)
+      - Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
+      - Dalle et al., Learning with Combinatorial Optimization Layers: a Probabilistic Approach,
+        2022, arXiv:2207.13513 (the multiplicative perturbation)
     """
     symmetrize = _checks.check_bool(symmetrize, "symmetrize")
     settings = Settings(

@@ -90,8 +90,8 @@ def make_fenchel_young_loss(
       1
 
     References:
-      Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
-      Blondel, Martins and Niculae, Learning with Fenchel-Young Losses, 2019, arXiv:1901.02324
+      - Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
+      - Blondel, Martins and Niculae, Learning with Fenchel-Young Losses, 2019, arXiv:1901.02324
     """
     settings = Settings(
         num_samples,

@@ -93,10 +93,10 @@ def make_implicit_mle(
       [-1. -1.  1.  1.]
 
     References:
-      Niepert, Minervini and Franceschi, Implicit MLE: Backpropagating Through Discrete Exponential
-      Family Distributions, 2021, arXiv:2106.01798
-      Minervini, Franceschi and Niepert, Adaptive Perturbation-Based Gradient Estimation for
-      Discrete Latent Variable Models, 2022, arXiv:2209.04862 (1 / lambda, and the two-sided form)
+      - Niepert, Minervini and Franceschi, Implicit MLE: Backpropagating Through Discrete
+        Exponential Family Distributions, 2021, arXiv:2106.01798
+      - Minervini, Franceschi and Niepert, Adaptive Perturbation-Based Gradient Estimation for
+        Discrete Latent Variable Models, 2022, arXiv:2209.04862 (1 / lambda, and the two-sided form)
     """
     _checks.check_fun(argmax_fun, "argmax_fun")
     lam = _check_number(lam, "lam", "positive ", 0)

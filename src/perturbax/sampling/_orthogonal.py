@@ -41,10 +41,10 @@ class Orthogonal:
       antithetic: whether each direction comes with its opposite.
 
     References:
-      Choromanski et al., Structured Evolution with Compact Architectures for Scalable Policy
-      Optimization, 2018, arXiv:1804.02395
-      Genz, Methods for Generating Random Orthogonal Matrices, Monte Carlo and Quasi-Monte Carlo
-      Methods 1998, 2000, 199-213
+      - Choromanski et al., Structured Evolution with Compact Architectures for Scalable Policy
+        Optimization, 2018, arXiv:1804.02395
+      - Genz, Methods for Generating Random Orthogonal Matrices, Monte Carlo and Quasi-Monte Carlo
+        Methods 1998, 2000, 199-213
     """
 
     block: int | None = None
