@@ -26,8 +26,8 @@ _WEAK = 0.1
 # Most doublings of the number of samples.
 _MOST_DOUBLINGS = 6
 # The function itself is evaluated, at the centre, for a share of the evaluations no larger than
-# one in as many.
-_SHARE_OF_CENTRES = 40
+# one in as many: by itself it reads all its data, and may take as long as ten samples in a batch.
+_SHARE_OF_CENTRES = 200
 
 
 class Optimizer(Protocol):

@@ -37,7 +37,7 @@ _MAX_EVALUATIONS = 2**31 - 1
 # Most samples a step of the surrogate's, unless more are asked for.
 _MOST_SAMPLES = 200
 # Longest block of steps, and how long one is to take, in seconds.
-_LONGEST_BLOCK = 1024
+_LONGEST_BLOCK = 4096
 _SECONDS_A_BLOCK = 1.0
 # Between two checkpoints.
 _SECONDS_A_CHECKPOINT = 3.0
@@ -302,8 +302,8 @@ def _in_blocks(
                 told.append(jax.tree.map(lambda column, n=steps: np.asarray(column)[:n], rows))
             taken = time.monotonic() - begun
             # The first block was compiled in this time, too.
-            if taken < _SECONDS_A_BLOCK or most == 1:
-                most = min(2 * most, _LONGEST_BLOCK)
+            if taken < _SECONDS_A_BLOCK / 2 or most == 1:
+                most = min(4 * most, _LONGEST_BLOCK)
             elif taken > 2 * _SECONDS_A_BLOCK:
                 most = max(most // 2, 1)
             if bool(run.wants_more):
