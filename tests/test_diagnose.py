@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import perturbax as px
-from perturbax.diagnostics import _variance_law
+from perturbax.diagnostics import _diagnose, _variance_law
+from perturbax.diagnostics._subject import Subject
 
 KEY = jax.random.key(5)
 X = np.float32([-0.1, 0.05, 0.2])
@@ -250,6 +251,24 @@ def test_the_least_number_of_samples_may_be_where_another_choice_begins():
     law_at = lambda n: (below if n < 24 else above)[0].law  # noqa: E731
     number, _ = _variance_law.smallest(below + above, law_at, 2, 0.01)
     assert number == 24
+
+
+def test_a_suggestion_is_cautious():
+    """A variance of 1 / N that is known to a tenth, for a square that is known to a tenth."""
+    law = _variance_law.Law(("Independent", 0), *_variance_law.FIXED)
+    runs = [_variance_law.Runs(100, 8, np.zeros(1), np.array([0.01]), 200, law)]
+    asked = [_variance_law.smallest(runs, lambda _: law, 2, 1e-4, *c)[0] for c in ((), (1, 0.1))]
+    np.testing.assert_allclose(asked, [1e4, 1e4 * np.exp(np.hypot(0.1, 0.1))], rtol=0.02)
+
+
+def test_nets_that_are_suggested_are_whole():
+    x = jnp.asarray(np.random.RandomState(0).normal(0, 0.3, 3), jnp.float32)
+    subject = Subject(px.make_perturbed_fun(jnp.sum, 1000, 0.5, px.Normal()), KEY, x, (), {})
+    whole = [_diagnose._whole(subject, n) for n in (70, 71, 96, 106, 141, 4097)]
+    assert whole == [64, 96, 96, 128, 192, 4096]
+    alone = px.make_perturbed_fun(jnp.sum, 1000, 0.5, px.Normal(), sampler=px.Independent())
+    subject = Subject(alone, KEY, x, (), {})
+    assert [_diagnose._whole(subject, n) for n in (65, 129, 4097)] == [65, 130, 4100]
 
 
 def test_runs_are_not_of_a_single_group():

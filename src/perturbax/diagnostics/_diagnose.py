@@ -36,6 +36,10 @@ _FEW_SPACINGS, _MANY_SPACINGS = 8, 1000
 _SETTLED = 2.86
 # Standard deviations of 90 % of a Gaussian.
 _NINETY = 1.645
+# Standard errors that the error of the suggested number stays below what is asked for.
+_CAUTION = 1.0
+# By how much the number of samples of whole nets may be short, rather than half as large again.
+_SHORT = 1.1
 
 
 class Alternative(NamedTuple):
@@ -335,6 +339,7 @@ def _further_runs(subject: Subject, pilot: Runs, budget: int, wanted: float) -> 
     for parts, least_runs in plan:
         share = budget // parts
         guess, _ = _enough(subject, [pilot, *found], wanted)
+        guess = guess and _whole(subject, guess)
         number = _nearest_power(min(guess or share, share // least_runs - 1))
         if guess and subject.law(number) != subject.law(guess):
             # What follows another law tells little: rather a single run that follows this one.
@@ -368,6 +373,17 @@ def _enough(subject: Subject, runs: list[Runs], wanted: float) -> tuple[int | No
     return _variance_law.smallest(runs, subject.law, subject.least_samples(), target)
 
 
+def _whole(subject: Subject, number: int) -> int:
+    """A number to suggest: a round one, not smaller; with nets, one at which these are whole.
+
+    Behind a power of two, the points of a net that has more are spread less evenly, and for some
+    while the variance falls no further, or rises. The law is that of whole nets.
+    """
+    if subject.law(number).name[0] != "nets":
+        return _variance_law.round_number(number)
+    return next((n for n in _POWERS if _SHORT * n >= number), number)
+
+
 def _suggestion(
     subject: Subject, runs: list[Runs], wanted: float, significant: bool
 ) -> tuple[int | None, tuple[float, float]]:
@@ -383,7 +399,11 @@ def _suggestion(
     if number is None:
         return None, (_variance_law.MOST_SAMPLES, math.inf)
     width = math.exp(_NINETY * math.hypot(law_error, error / squares))
-    return _variance_law.round_number(number), (number / width, number * width)
+    target, least = wanted**2 * squares, subject.least_samples()
+    caution = _CAUTION, error / squares
+    safe, _ = _variance_law.smallest(runs, subject.law, least, target, *caution)
+    suggested = _whole(subject, safe or number)
+    return suggested, (number / width, max(number * width, suggested))
 
 
 def _signal_to_noise(subject: Subject, runs: list[Runs], length: float) -> float:

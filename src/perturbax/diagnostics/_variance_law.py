@@ -151,11 +151,17 @@ def round_number(number: int) -> int:
 
 
 def smallest(
-    runs: Sequence[Runs], law_at: Callable[[int], Law], least: int, variance: float
+    runs: Sequence[Runs],
+    law_at: Callable[[int], Law],
+    least: int,
+    variance: float,
+    caution: float = 0.0,
+    asked_error: float = 0.0,
 ) -> tuple[int | None, float]:
     """The least number of samples whose variance is at most as asked; and the error of its log.
 
-    None if it is more than can be taken.
+    With `caution`, by so many standard errors, `asked_error` of the logarithm of what is asked
+    included. None if it is more than can be taken.
     """
     numbers = _STEP ** np.arange(math.ceil(math.log(MOST_SAMPLES) / math.log(_STEP)))
     numbers = np.unique(np.maximum(np.ceil(numbers), least).astype(np.int64))
@@ -164,7 +170,8 @@ def smallest(
     for law in dict.fromkeys(laws):
         mask = np.array([one == law for one in laws])
         found[:, mask] = predict(runs, law, numbers[mask])
-    enough = np.flatnonzero(found[0] <= math.log(max(variance, 1e-300)))
+    logs = found[0] + caution * np.sqrt(found[1] + asked_error**2)
+    enough = np.flatnonzero(logs <= math.log(max(variance, 1e-300)))
     if not len(enough):
         return None, math.inf
     first = int(enough[0])
