@@ -301,9 +301,11 @@ def _in_blocks(
             if steps:
                 told.append(jax.tree.map(lambda column, n=steps: np.asarray(column)[:n], rows))
             taken = time.monotonic() - begun
-            # The first block was compiled in this time, too.
-            if taken < _SECONDS_A_BLOCK / 2 or most == 1:
+            # The first block may have been compiled in this time, too.
+            if taken < _SECONDS_A_BLOCK / 2:
                 most = min(4 * most, _LONGEST_BLOCK)
+            elif taken < _SECONDS_A_BLOCK or most == 1:
+                most = min(2 * most, _LONGEST_BLOCK)
             elif taken > 2 * _SECONDS_A_BLOCK:
                 most = max(most // 2, 1)
             if bool(run.wants_more):
