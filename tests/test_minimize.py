@@ -513,3 +513,16 @@ def test_a_run_that_its_callback_ended_goes_on_from_its_checkpoint(tmp_path):
     assert again.reason == whole.reason == "max_evaluations reached"
     assert again.num_evaluations == whole.num_evaluations
     np.testing.assert_array_equal(again.x, whole.x)
+
+
+def test_noise_is_not_stuck_at_a_width_at_which_bounds_hide_the_function():
+    """With noise of half the range five of eight runs ended at values of 4 to 8."""
+
+    def waves(x):
+        return jnp.sum(10 * (x - 0.3) ** 2 + 1 - jnp.cos(12 * (x - 0.3)))
+
+    @jax.vmap
+    def value(key):
+        return px.minimize(waves, jnp.zeros(6), key, max_evaluations=800, lower=-1, upper=1).value
+
+    assert np.max(value(jax.random.split(jax.random.key(5), 8))) < 0.1

@@ -136,10 +136,12 @@ def make_problem(
     def widths(leaf: Array, low: np.ndarray, high: np.ndarray) -> tuple[Array, Array]:
         """How wide each coordinate may be expected to range, and most noise that it is to have."""
         bounded = np.isfinite(high - low)
-        half = jnp.asarray(np.where(bounded, high - low, 0) / 2, dtype)
+        # Reflection makes noise of half the range nearly uniform between the bounds: a wave of one
+        # crest and one trough from bound to bound keeps 0.29 of its height, with a quarter 0.73.
+        quarter = jnp.asarray(np.where(bounded, high - low, 0) / 4, dtype)
         typical = jnp.maximum(1, jnp.sqrt(jnp.mean(leaf.astype(dtype) ** 2)))
-        width = jnp.broadcast_to(jnp.where(bounded, half, typical), leaf.shape)
-        # Noise much wider than the bounds says nothing about what is between them.
+        width = jnp.broadcast_to(jnp.where(bounded, quarter, typical), leaf.shape)
+        # Noise as wide as the bounds says nothing about what is between them.
         return width, width * np.where(bounded, 1, _FAR).astype(dtype)
 
     leaves = [jnp.asarray(leaf) for leaf in leaves]
