@@ -281,6 +281,33 @@ def test_an_infinite_cost_has_an_infinite_mean():
     assert found.expectation(lambda y: jnp.where(y[0] >= 0, jnp.inf, 0.0)) == jnp.inf
 
 
+def test_it_prints_as_a_short_table():
+    """It printed all solutions, as often as there are samples."""
+    texts = []
+
+    def solver(theta):
+        return {"chosen": px.solvers.one_hot_argmax(theta), "of": jnp.sum(theta > 0)}
+
+    @jax.jit
+    def traced(theta):
+        found = px.make_perturbed_distribution(solver, 200, 0.1)(KEY, theta)
+        texts.append(str(found))
+        return found
+
+    found = traced(jnp.arange(40) / 40)
+    assert "Tracer" in texts[0]
+    head, names, first, *_, rest = str(found).splitlines()
+    distinct = int((found.weights > 0).sum())
+    assert head == f"{distinct} distinct solutions of 200 samples"
+    assert names.split() == ["weight", "solution"]
+    one, of = np.argmax(found.solutions["chosen"][0]), found.solutions["of"][0]
+    assert first.strip() == f"{found.weights[0]:.3g}  ['chosen'] 1 at {one}; ['of'] {of}"
+    assert rest.strip() == f"{found.weights[10:].sum():.3g}  of {distinct - 10} more solutions"
+    # Few numbers are told as they are.
+    three = px.make_perturbed_distribution(px.solvers.one_hot_argmax, 50, 1e-3)
+    assert str(three(KEY, jnp.array([0.0, 1.0, 0.5]))).endswith(" 1  0, 1, 0")
+
+
 def test_errors():
     with pytest.raises(ValueError, match="needs noise=Normal"):
         make(multiplicative=True)

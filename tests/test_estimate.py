@@ -1,6 +1,7 @@
 """px.estimate: the numbers of the perturbed function, and errors that are what they say."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -211,6 +212,31 @@ def test_trees_and_vector_values():
     for name in ("a", "b"):
         np.testing.assert_allclose(found.gradient[name]["w"], jacobian[name], atol=1e-5)
     assert jax.tree.structure(found.gradient_error) == jax.tree.structure(found.gradient)
+
+
+def test_it_prints_as_a_short_table():
+    """It printed all numbers: 80 lines for 128 coordinates."""
+    smooth = px.make_perturbed_fun(lambda x: relu(x["w"]), 64, 0.1, sampler=px.Sobol(4))
+    texts = []
+
+    @jax.jit
+    def traced(x):
+        found = px.estimate(smooth, KEY, x)
+        texts.append(str(found))
+        return found
+
+    found = traced({"w": jnp.zeros((4, 32), jnp.bfloat16), "n": 3})
+    assert "Tracer" in texts[0]
+    head, value, gradient, freedom = str(found).splitlines()
+    assert max(map(len, (head, value, gradient))) <= 100
+    assert f"{found.value:.5g} ± {found.value_error:.1g}" in value
+    assert re.search(r"^gradient\['w'\] +\(4, 32\) .*\.\.\. \(128 numbers\)", gradient)
+    length, error = (
+        np.linalg.norm(np.float64(v["w"])) for v in (found.gradient, found.gradient_error)
+    )
+    assert gradient.split()[-2:] == [f"{length:.3g}", f"{error:.3g}"]
+    assert freedom == "3 degrees of freedom"
+    assert "value=Array" in repr(found)
 
 
 def test_aux_and_narrow_leaves():

@@ -70,8 +70,9 @@ def test_what_a_sweep_suggests(sweep):
     assert found.suggested_range == (0.1, 1.0)
     assert "Below, 100 % of the samples have the value at x. Larger ones were not" in found.reason
     text = str(found)
-    assert text.endswith(found.reason)
-    assert len(text.splitlines()) == len(SIGMAS) + 3
+    assert " ".join(text.split()).endswith(found.reason)
+    assert len(text.splitlines()) == len(SIGMAS) + 4
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_a_gradient_that_turns_ends_the_range():

@@ -33,6 +33,10 @@ from ..sampling import _random_bits
 from ..sampling._independent import Independent
 from ..scale import _scales
 from ..tracing._derivative_rules import without_derivatives
+from ._words import are_known, columns_of, numbers_of, wide
+
+# Arrays that are printed.
+_ROWS = 20
 
 
 class Intervals(NamedTuple):
@@ -82,6 +86,25 @@ class Estimate:
     degrees_of_freedom: int
     missing: Array | None = None
     empty_groups: Array | None = None
+
+    def __str__(self) -> str:
+        """A table with a row for each array: its first numbers, its length and that of errors."""
+        if not are_known(self):
+            return repr(self)
+        rows = [["", "shape", "numbers ± standard errors", "length", "of errors"]]
+        for name in ("value", "gradient"):
+            errors = jax.tree.leaves(getattr(self, f"{name}_error"))
+            found = jax.tree_util.tree_leaves_with_path(getattr(self, name))
+            for (path, leaf), error in zip(found, errors, strict=True):
+                shape = f"{np.shape(leaf)}"
+                lengths = [f"{np.linalg.norm(np.ravel(wide(v))):.3g}" for v in (leaf, error)]
+                numbers = numbers_of(wide(leaf), wide(error))
+                rows.append([f"{name}{jax.tree_util.keystr(path)}", shape, numbers, *lengths])
+        more = [f"and {len(rows) - 1 - _ROWS} more arrays"] if len(rows) > _ROWS + 1 else []
+        missing = [] if self.missing is None else [f"{np.sum(self.missing)} samples left out"]
+        freedom = f"{self.degrees_of_freedom} degrees of freedom"
+        lines = columns_of(rows[: _ROWS + 1], left=(0, 2))
+        return "\n".join([*lines, ", ".join([*more, freedom, *missing])])
 
     def interval(self, level: float = 0.95) -> Intervals:
         """Confidence intervals, number by number, of the value and of the gradient.

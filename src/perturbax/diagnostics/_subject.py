@@ -28,6 +28,7 @@ from ..scale._matrices import is_matrix
 from . import _variance_law
 from ._standard_errors import estimates_by_degree
 from ._variance_law import Law, Runs
+from ._words import wide
 
 # Runs that a number of samples is cut into where the spread inside of a run is not known.
 _CUT = 8
@@ -347,7 +348,7 @@ class Subject:
         if num_samples * len(keys) >= self._largest:
             self._largest = num_samples * len(keys)
             self.seconds = seconds / self._largest
-        return jax.tree.map(_wide, found)
+        return jax.tree.map(wide, found)
 
     def _estimates(
         self,
@@ -437,9 +438,3 @@ def _joined(tree: Any) -> Array:
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(np.float32, *[v.dtype for v in leaves])
     return jnp.concatenate([v.astype(dtype) for v in leaves]) if leaves else jnp.zeros((0,))
-
-
-def _wide(value: Any) -> np.ndarray:
-    """In double precision."""
-    value = np.asarray(value)
-    return value.astype(np.complex128 if np.iscomplexobj(value) else np.float64)

@@ -18,7 +18,7 @@ from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
 from . import _plots
 from ._standard_errors import estimate
-from ._words import count_of, percent
+from ._words import columns_of, count_of, percent, wrapped
 
 # The least and the largest scale that are tried where none are given, over the size of x.
 _FACTORS = (1e-3, 3.0)
@@ -90,11 +90,10 @@ class SigmaSweep:
                     percent(float(self.share_failed[i])),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             f"Hard value {self.hard_value:.5g}; {count_of(self.num_samples)} samples at each sigma",
-            *("  ".join(f"{v:>{w}}" for v, w in zip(row, widths, strict=True)) for row in rows),
-            self.reason,
+            *columns_of(rows),
+            wrapped("", self.reason),
         ]
         return "\n".join(lines)
 

@@ -1,9 +1,47 @@
-"""Numbers as the reports of diagnostics tell them."""
+"""Numbers, and tables of them, as results and reports tell them."""
 
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
+
+# Longest line of a report.
+_WIDTH = 100
+
+
+def are_known(tree: Any) -> bool:
+    """Whether all leaves are numbers that can be looked at: not traced, nor their shapes alone."""
+    return all(
+        isinstance(leaf, int | float | complex | np.ndarray | np.generic | jax.Array)
+        and not isinstance(leaf, Tracer)
+        and getattr(leaf, "is_fully_addressable", True)
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def columns_of(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> list[str]:
+    """Lines of a table, whose columns are aligned on the right, or on the left if among `left`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def cell(text: str, j: int) -> str:
+        return text.ljust(widths[j]) if j in left else text.rjust(widths[j])
+
+    return ["  ".join(cell(text, j) for j, text in enumerate(row)).rstrip() for row in rows]
+
+
+def wrapped(head: str, text: str) -> str:
+    """Both in one line, or in several of which the further ones are indented by the head."""
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def percent(share: float) -> str:
@@ -35,6 +73,12 @@ def numbers_of(value: Any, error: Any = None) -> str:
         words = [f"{word} ± {e:.1g}" for word, e in zip(words, _flat(error), strict=False)]
     more = f", ... ({flat.size:,} numbers)" if flat.size > 3 else ""
     return ", ".join(words) + more
+
+
+def wide(value: Any) -> np.ndarray:
+    """In double precision."""
+    value = np.asarray(value)
+    return value.astype(np.complex128 if np.iscomplexobj(value) else np.float64)
 
 
 def _flat(tree: Any) -> np.ndarray:

@@ -14,6 +14,7 @@ from .. import _checks
 from .._call import Call, Settings, evaluate, prepare
 from .._describe import describe, leading
 from .._types import Fun, PyTree
+from ..diagnostics._words import are_known, columns_of, wide
 from ..estimator import _formula
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -21,6 +22,9 @@ from ..sampling import _random_bits
 from ..sampling._protocol import Sampler
 from ..scale import _scales
 from ._perturbed_scores import Perturbation, check_multiplicative, scales_of, score_leaves
+
+# Solutions that are printed, and numbers of each.
+_ROWS, _NUMBERS = 10, 8
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +42,25 @@ class EmpiricalDistribution:
 
     solutions: PyTree
     weights: Array
+
+    def __str__(self) -> str:
+        """A table of the solutions with the largest weights."""
+        if not are_known(self) or np.ndim(self.weights) != 1:
+            return repr(self)
+        weights = wide(self.weights)
+        distinct = np.count_nonzero(weights)
+        shown = range(min(distinct, _ROWS))
+        paths, _ = jax.tree_util.tree_flatten_with_path(self.solutions)
+        leaves = [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in paths]
+        rows = [("weight", "solution")]
+        for i in shown:
+            solution = "; ".join(f"{name} {_in_words(leaf[i])}".lstrip() for name, leaf in leaves)
+            rows.append((f"{weights[i]:.3g}", solution))
+        if distinct > _ROWS:
+            rest = f"of {distinct - _ROWS:,} more solutions"
+            rows.append((f"{weights[_ROWS:].sum():.3g}", rest))
+        head = f"{distinct:,} distinct solutions of {len(weights):,} samples"
+        return "\n".join([head, *columns_of(rows, left=(1,))])
 
     def expectation(self, cost: Fun, *args: Any) -> Any:
         """The mean of `cost(solution, *args)`, a pytree of arrays, under the weights.
@@ -60,6 +83,18 @@ class EmpiricalDistribution:
             return jnp.sum(self.weights.astype(dtype).reshape(column) * values, axis=0)
 
         return jax.tree.map(mean, costs)
+
+
+def _in_words(solution: np.ndarray) -> str:
+    """The first numbers; of many that are 0 or 1, where the first ones are that are 1."""
+    if solution.size > _NUMBERS and np.isin(solution, (0, 1)).all():
+        ones = np.argwhere(solution)
+        places = [str(at[0]) if len(at) == 1 else str(tuple(at.tolist())) for at in ones[:_NUMBERS]]
+        more = f", ... ({len(ones):,} of {solution.size:,})" if len(ones) > _NUMBERS else ""
+        return f"1 at {', '.join(places)}{more}" if places else "0 everywhere"
+    words = [f"{v:.6g}" for v in wide(solution).ravel()[:_NUMBERS]]
+    more = f", ... ({solution.size:,} numbers)" if solution.size > _NUMBERS else ""
+    return ", ".join(words) + more
 
 
 def make_perturbed_distribution(
