@@ -37,15 +37,18 @@ def main() -> None:
         path.write_text(f"{report}\n")
         print(f"{report}\n")
 
-    plt.rcParams.update({"font.size": 8, "axes.spines.top": False})
-    canvas, (left, middle, right) = plt.subplots(1, 3, figsize=(9.6, 3.1), layout="constrained")
-    sweep.plot(ax=left)
-    left.set_title("sweep.plot()")
+    # Two rows, for in one the letters were too small to read in a narrow window.
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False})
+    canvas, axes = plt.subplot_mosaic(
+        [["sweep", "sweep"], ["line", "errors"]], figsize=(7.2, 5.6), layout="constrained"
+    )
+    sweep.plot(ax=axes["sweep"])
+    axes["sweep"].set_title("sweep.plot()")
     direction = jnp.array([0.0, 1.0, 0.0])
-    px.plot_smoothing(g, key, weights, direction, ax=middle)
-    middle.set_title("plot_smoothing(g, key, x, direction)")
-    found.plot(ax=right)
-    right.set_title("found.plot()")
+    px.plot_smoothing(g, key, weights, direction, ax=axes["line"])
+    axes["line"].set_title("plot_smoothing(g, key, x, direction)")
+    found.plot(ax=axes["errors"])
+    axes["errors"].set_title("found.plot()")
     path = DOCS / "_static" / "diagnosing.png"
     canvas.savefig(path, dpi=130)
     plt.close(canvas)

@@ -118,7 +118,9 @@ def test_what_is_found(name):
         for text, pattern in zip(texts, expected, strict=True):
             assert re.search(pattern, text), text
     assert found.ok == bool(found) == (not row.problems)
-    assert all(problem in str(found) for problem in found.problems)
+    text = " ".join(str(found).split())
+    assert all(problem in text for problem in found.problems)
+    assert max(map(len, str(found).splitlines())) <= 100
 
 
 def test_samples_that_are_suggested():
@@ -136,6 +138,31 @@ def test_samples_that_are_suggested():
     text = str(found)
     assert "samples for 5 %" in text
     assert f"{found.suggested_num_samples:,}" in text
+
+
+@pytest.mark.parametrize("slope", [1.0, 1e-3])
+def test_an_alternative_that_surely_has_less_variance_is_named(slope):
+    """Beside a number of samples for what is in use, 48,000, it was in a note of its own."""
+
+    def fun(x):
+        return slope * jnp.sum(x) + jnp.sum(x**2)
+
+    g = px.make_straight_through_fun(fun, 200, 0.5, px.Normal(), sampler=px.Independent(), degree=0)
+    found = px.diagnose(g, KEY, jnp.zeros(3), relative_error=0.01)
+    best = min(found.alternatives, key=lambda one: one.ratio)
+    assert best.high < 1e-3
+    assert best.degree == 2
+    advice = "pass sampler=Independent(block=1), degree=2 to make_straight_through_fun"
+    [told] = [text for text in (*found.problems, *found.notes) if "samples" in text][:1]
+    assert advice in told
+    assert ("cannot be told from zero" in told) == (slope < 1)
+    # Where fewer do already, it is a note of its own; where none is surely better, there is none.
+    found = px.diagnose(g, KEY, jnp.zeros(3), relative_error=0.9)
+    assert found.ok == (slope == 1)
+    assert any(note.startswith(advice) for note in found.notes) == found.ok
+    unsure = (px.Alternative("Antithetic()", 0, 0.5, 0.2, 1.01),)
+    found = dataclasses.replace(found, alternatives=unsure)
+    assert not _diagnose._better(Subject(g, KEY, jnp.zeros(3), (), {}), found)
 
 
 def test_it_keeps_to_its_evaluations():

@@ -17,7 +17,7 @@ from ..sampling._independent import Antithetic, Independent
 from . import _plots, _variance_law
 from ._subject import Pilot, Subject
 from ._variance_law import Runs
-from ._words import count_of, numbers_of, percent, seconds_of
+from ._words import count_of, numbers_of, percent, seconds_of, wrapped
 
 # Evaluations after the pilot, at most, in units of the pilot's.
 _FURTHER = 4
@@ -142,9 +142,10 @@ class Diagnosis:
         rows = list(self._rows())
         width = max(len(head) for head, _ in rows)
         lines = [f"{self.name}, {self.num_coordinates:,} coordinates:"]
-        lines += [f"  {head:{width}}  {text}" for head, text in rows]
-        lines += [f"Problem: {problem}" for problem in self.problems] or ["No problem was found."]
-        lines += [f"Note: {note}" for note in self.notes]
+        lines += [wrapped(f"  {head:{width}}  ", text) for head, text in rows]
+        problems = [wrapped("Problem: ", problem) for problem in self.problems]
+        lines += problems or ["No problem was found."]
+        lines += [wrapped("Note: ", note) for note in self.notes]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -169,10 +170,10 @@ class Diagnosis:
         yield "samples that fail", failed
         yield "sigma", f"at least {self.sigma_in_spacings:.2g} spacings of the numbers near x"
         yield "in use", f"{_way(self.sampler, self.degree)}. {self.reason}"
-        for one in self.alternatives:
-            ends = f"({one.low:.2g} to {one.high:.2g})"
-            way = _way(one.sampler, one.degree)
-            yield "", f"{way} would have {one.ratio:.2g} {ends} times the variance"
+        for i, one in enumerate(self.alternatives):
+            times = f"{one.ratio:.2g} ({one.low:.2g} to {one.high:.2g}) times"
+            head = "" if i else "its variance would be"
+            yield head, f"{times} with {_way(one.sampler, one.degree)}"
         yield "an evaluation takes", seconds_of(self.seconds_per_evaluation)
 
     def plot(self, *, ax: Any = None) -> Any:
@@ -320,7 +321,8 @@ def _examine(subject: Subject, wanted: float) -> Diagnosis:
         ),
     )
     problems = tuple(_problems(subject, found, finite, significant))
-    return dataclasses.replace(found, problems=problems, notes=tuple(_notes(subject, found)))
+    found = dataclasses.replace(found, problems=problems)
+    return dataclasses.replace(found, notes=tuple(_notes(subject, found)))
 
 
 # --- Measuring
@@ -508,11 +510,13 @@ def _problems(subject: Subject, found: Diagnosis, finite: bool, significant: boo
             "px.sweep_sigma shows from where on the function is seen to change."
         )
     elif not significant:
+        better = _better(subject, found)
         least, _ = found.suggested_range
         how_many = f" (more than {count_of(least)})" if math.isfinite(least) and least > 1 else ""
         yield (
             "the gradient cannot be told from zero. Unless x is where it vanishes, take more "
             f"samples{how_many} or a larger sigma; px.sweep_sigma compares them."
+            f"{f' First pass {better}: that has less variance.' if better else ''}"
         )
 
 
@@ -533,16 +537,18 @@ def _notes(subject: Subject, found: Diagnosis) -> Iterator[str]:
             f"leaf {name!r} is {dtype}, so it is not perturbed and has no gradient. If it should, "
             f"convert it: x.astype(float)."
         )
-    for one in found.alternatives:
-        if one.high < 0.8:
-            options = f"sampler={one.sampler}, degree={one.degree}"
-            yield f"{options} would have less variance here: pass these to make_perturbed_fun."
+    better = _better(subject, found)
+    if found.suggested_num_samples is not None and (
+        found.relative_error * found.signal_to_noise < 1
+    ):
+        other = f", or pass {better}, and diagnose again: then fewer will do" if better else ""
+        yield (
+            f"for a relative error of {percent(found.relative_error)}, take num_samples="
+            f"{found.suggested_num_samples}{other}; a training loop is often content with less."
+        )
+    elif better and found.ok:
+        yield f"pass {better}, to have less variance."
     if found.suggested_num_samples is not None:
-        if found.relative_error * found.signal_to_noise < 1:
-            yield (
-                f"for a relative error of {percent(found.relative_error)}, take num_samples="
-                f"{found.suggested_num_samples}; a training loop is often content with less."
-            )
         if not found.settled:
             # A pilot of a size from which the suggestion is within reach.
             pilot = max(found.suggested_num_samples, 2 * found.num_samples)
@@ -573,6 +579,15 @@ def _loses_digits(found: Diagnosis) -> bool:
 
 
 # --- Words
+
+
+def _better(subject: Subject, found: Diagnosis) -> str:
+    """The alternative with the least variance, if that is less beyond what is uncertain of it."""
+    surely = [one for one in found.alternatives if one.high < 1]
+    if not surely:
+        return ""
+    one = min(surely, key=lambda one: one.ratio)
+    return f"sampler={one.sampler}, degree={one.degree} to {subject.maker}"
 
 
 def _way(sampler: str, degree: int | None) -> str:

@@ -66,6 +66,7 @@ class Subject:
 
     Attributes:
       name: of the function that is smoothed.
+      maker: the name of the public function that g was made by.
       settings: how it is perturbed.
       leaves: those of x that are perturbed.
       names: of these.
@@ -78,6 +79,8 @@ class Subject:
     def __init__(self, g: Any, key: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]):
         """Checks what came."""
         fun, settings, self._made = _origin(g)
+        made = getattr(g, "made", None)
+        self.maker = made.maker.__name__ if isinstance(made, Made) else "make_perturbed_fun"
         if settings.num_samples < LEAST_SAMPLES:
             raise ValueError(
                 f"g has num_samples={settings.num_samples}, but a diagnosis needs a pilot of at "
