@@ -67,14 +67,24 @@ CONSTRUCTION = {
     "sigma negative in one place": (
         {"sigma": {"a": 1.0, "b": np.array([1.0, -2.0])}},
         ValueError,
-        ["sigma must be > 0", "got -2.0"],
+        ["sigma must be > 0", "got -2.0 at sigma['b'][1]."],
+    ),
+    "sigma negative in a place of two axes": (
+        {"sigma": np.array([[1.0, 2.0, 0.5], [3.0, 1.0, -4.0]])},
+        ValueError,
+        ["sigma must be > 0", "got -4.0 at sigma[1, 2]."],
+    ),
+    "sigma negative at a leaf": (
+        {"sigma": {"a": 1.0, "b": -2.0}},
+        ValueError,
+        ["sigma must be > 0", "got -2.0 at sigma['b']."],
     ),
     "sigma NaN": ({"sigma": float("nan")}, ValueError, ["sigma must be finite", "got nan"]),
     "sigma infinite": ({"sigma": jnp.inf}, ValueError, ["sigma must be finite", "got inf"]),
     "sigma a jax array with an infinity": (
         {"sigma": jnp.array([1.0, -jnp.inf])},
         ValueError,
-        ["sigma must be finite", "got -inf"],
+        ["sigma must be finite", "got -inf at sigma[1]"],
     ),
     "sigma a bool": ({"sigma": True}, TypeError, ["sigma must be a real number", "bool"]),
     "sigma an array of bools": (
@@ -108,14 +118,19 @@ CONSTRUCTION = {
     ),
     "negative samples": ({"num_samples": -1}, ValueError, ["num_samples must be >= 1", "got -1"]),
     "num_samples a whole float": (
-        {"num_samples": 10.0},
+        {"num_samples": 1e1},
         TypeError,
-        ["num_samples must be an int", "float"],
+        ["num_samples must be an int", "float 10.0: write int(10.0)"],
     ),
     "num_samples a fraction": (
         {"num_samples": 10.5},
         TypeError,
         ["num_samples must be an int", "float"],
+    ),
+    "num_samples infinite": (
+        {"num_samples": np.float32(np.inf)},
+        TypeError,
+        ["num_samples must be an int, got float32"],
     ),
     "num_samples a string": ({"num_samples": "10"}, TypeError, ["num_samples must be", "str"]),
     "num_samples None": ({"num_samples": None}, TypeError, ["num_samples must be", "NoneType"]),
@@ -402,7 +417,17 @@ CALLS = {
     "aux announced but not returned": (
         call(has_aux=True),
         TypeError,
-        ["has_aux=True", "pair (value, aux)", "PyTreeDef(*)"],
+        ["has_aux=True", "pair (value, aux)", "an array of float32 alone", "leave has_aux out"],
+    ),
+    "aux and more": (
+        call(fun=lambda y: (y, y, y), has_aux=True),
+        TypeError,
+        ["pair (value, aux), got a tuple of 3"],
+    ),
+    "aux in a list": (
+        call(fun=lambda y: [y, y], has_aux=True),
+        TypeError,
+        ["pair (value, aux), got a list:"],
     ),
     "noise of shape ()": (
         call(noise=Noise(lambda key, shape, dtype: jax.random.normal(key, (), dtype))),

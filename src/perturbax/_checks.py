@@ -38,7 +38,10 @@ def check_count(value: Any, name: str, most: int | None = None, least: int = 1) 
     try:
         count = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+        came = type(value).__name__
+        if isinstance(value, float | np.floating) and float(value).is_integer():
+            came = f"{came} {value}: write int({value})"
+        raise TypeError(f"{name} must be an int, got {came}") from None
     if count < least:
         raise ValueError(f"{name} must be >= {least}, got {count}")
     if most is not None and count > most:

@@ -1,6 +1,7 @@
 """What is minimised: one number, of a point that is reflected where it leaves its bounds."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -97,6 +98,7 @@ def make_problem(
       ValueError: if bounds do not fit x0, are not in order, or x0 lies outside.
     """
     _checks.check_fun(fun)
+    _check_call(fun, takes_key, args)
     fixed = [leaf for leaf in jax.tree.leaves(x0) if not _is_floating(leaf)]
     if fixed and not any(isinstance(leaf, str) for leaf in fixed):
         kinds = ", ".join(sorted({str(_checks.dtype_of(leaf)) for leaf in fixed}))
@@ -156,6 +158,35 @@ def make_problem(
     parts = zip(*map(widths, leaves, low, high), strict=True)
     scale, widest = (merge(list(part)) for part in parts)
     return Problem(objective, operands, inside, merge(leaves), scale, widest)
+
+
+def _check_call(fun: Callable[..., Any], takes_key: bool, args: tuple[Any, ...]) -> None:
+    """Raises TypeError if fun is known not to take what it is called with."""
+    try:
+        signature = inspect.signature(fun)
+    except (TypeError, ValueError):
+        return
+
+    def takes(*names: str) -> bool:
+        try:
+            signature.bind(*names, *args)
+        except TypeError:
+            return False
+        return True
+
+    names = ("key", "x") if takes_key else ("x",)
+    if takes(*names):
+        return
+    more = ", *args" if args else ""
+    remedy = "hand further arguments to it by args=(...)"
+    if not takes_key and takes("key", "x"):
+        remedy = f"if it is fun(key, x{more}), give takes_key=True; else {remedy}"
+    elif takes_key and takes("x"):
+        remedy = "takes_key=True is for functions whose first argument is a key: leave it out"
+    raise TypeError(
+        f"fun is called as fun({', '.join(names)}{more}), with {len(args)} args, but takes "
+        f"{signature}: {remedy}"
+    )
 
 
 def _reflected(u: Array, low: np.ndarray, high: np.ndarray) -> Array:

@@ -28,10 +28,10 @@ def check_sigma(sigma: PyTree) -> PyTree:
     """
     if sigma is None:
         raise TypeError("sigma must be a positive number, array or pytree of them, got None")
-    return jax.tree.map(_check_scale, sigma)
+    return jax.tree_util.tree_map_with_path(_check_scale, sigma)
 
 
-def _check_scale(scale: Any) -> Any:
+def _check_scale(path: Any, scale: Any) -> Any:
     if isinstance(scale, bool | np.bool_):
         raise TypeError("sigma must be a real number, got bool")
     if not isinstance(scale, int | float | complex | np.ndarray | np.generic | Array):
@@ -53,24 +53,28 @@ def _check_scale(scale: Any) -> Any:
     values = np.asarray(jax.device_get(scale))
     known = values.astype(np.float64)
     if not np.isfinite(known).all():
-        raise ValueError(f"sigma must be finite, got {_first(known, ~np.isfinite(known))}")
+        found = _first(known, ~np.isfinite(known), f"sigma{jax.tree_util.keystr(path)}")
+        raise ValueError(f"sigma must be finite, got {found}")
     half = known.ndim // 2
     if not known.ndim or known.shape[:half] != known.shape[half:]:
-        _check_positive(known)
+        _check_positive(known, f"sigma{jax.tree_util.keystr(path)}")
     # Double precision until the dtype of x is known.
     return scale if isinstance(scale, Array) and jnp.issubdtype(dtype, jnp.floating) else known
 
 
-def _check_positive(known: np.ndarray) -> None:
+def _check_positive(known: np.ndarray, name: str) -> None:
     if not (known > 0).all():
         raise ValueError(
-            f"sigma must be > 0 (it is a scale), got {_first(known, known <= 0)}. "
+            f"sigma must be > 0 (it is a scale), got {_first(known, known <= 0, name)}. "
             "For the unperturbed function call fun(x) directly."
         )
 
 
-def _first(values: np.ndarray, wrong: np.ndarray) -> float:
-    return float(values[wrong].ravel()[0])
+def _first(values: np.ndarray, wrong: np.ndarray, name: str) -> str:
+    """The first wrong entry, and where it is."""
+    at = tuple(np.argwhere(wrong)[0].tolist())
+    place = f"{name}{list(at) if at else ''}"
+    return f"{values[at]}" + (f" at {place}" if place != "sigma" else "")
 
 
 def scale_leaves(sigma: PyTree, x: PyTree, leaves: list[Array], names: list[str]) -> list[Array]:
@@ -109,7 +113,7 @@ def scale_leaves(sigma: PyTree, x: PyTree, leaves: list[Array], names: list[str]
                     "this leaf alone; it must not enlarge the leaf"
                 )
             if _is_known(scale):
-                _check_positive(np.asarray(jax.device_get(scale)))
+                _check_positive(np.asarray(jax.device_get(scale)), "sigma")
         scales = [_with_rank(s, leaf.ndim) for s, leaf in zip(scales, leaves, strict=True)]
     for i, scale in enumerate(scales):
         if not (leaves and _matrices.is_matrix(scale, leaves[i])):
@@ -131,9 +135,10 @@ def _check_range(scale: Any, dtype: np.dtype) -> None:
         range_ = np.finfo(dtype)
         wrong = (scale < range_.tiny) | (scale > range_.max)
         if wrong.any():
+            first = scale[wrong].ravel()[0]
             raise ValueError(
                 f"sigma must be within the range of {dtype} numbers, {range_.tiny:.2g} to "
-                f"{range_.max:.2g}, got {_first(scale, wrong):.2g}; rescale x, or make it float64"
+                f"{range_.max:.2g}, got {first:.2g}; rescale x, or make it float64"
             )
 
 

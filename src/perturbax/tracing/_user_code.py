@@ -52,8 +52,8 @@ def trace_fun(
         out = fun(list(values))
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(
-                "with has_aux=True fun must return a pair (value, aux), got "
-                f"{jax.tree.structure(out)}"
+                f"with has_aux=True fun must return a pair (value, aux), got {_in_words(out)}: "
+                "return (value, aux), or leave has_aux out"
             )
         value, aux = out if has_aux else (out, None)
         for name, tree in (("value", value), ("aux", aux)):
@@ -85,6 +85,12 @@ def trace_fun(
         raise
     value_tree, aux_tree = structures
     return traced, tuple(map(on_device, operands)), value_tree.num_leaves, value_tree, aux_tree
+
+
+def _in_words(out: Any) -> str:
+    if isinstance(out, tuple):
+        return f"a tuple of {len(out)}"
+    return f"{kind_of(out)} alone" if hasattr(out, "dtype") else kind_of(out)
 
 
 def leaves_among(operands: Sequence[Any], x: PyTree) -> tuple[int, ...]:
