@@ -135,9 +135,20 @@ def geometric_mean(ratios):
     return float(np.exp(np.mean(np.log(ratios))))
 
 
+# What is larger is exact but for rounding, so that its digits tell nothing.
+LARGEST = 1e6
+
+
 def figure(value):
     """Three digits, and no exponents."""
+    if value > LARGEST:
+        return "> 10⁶"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def without_error(result):
+    """Whether a variance ratio is told without its error."""
+    return result["to_rounding"] or result["variance_ratio"] > LARGEST
 
 
 def report(results, summaries):
@@ -151,7 +162,7 @@ def report(results, summaries):
                 r["derivative"],
                 f"{r['num_samples']:,}",
                 "exact" if r["to_rounding"] else figure(r["variance_ratio"]),
-                "" if r["to_rounding"] else figure(r["variance_ratio_error"]),
+                "" if without_error(r) else figure(r["variance_ratio_error"]),
                 figure(times["median"]),
                 f"{figure(times['lower'])} to {figure(times['upper'])}",
                 times["turns"],

@@ -16,6 +16,7 @@ extensions = [
     "myst_parser",
     "native_math",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]

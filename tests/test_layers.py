@@ -1,6 +1,8 @@
 """Imports inside the package run one way: from the files further down in LAYERS to those above."""
 
 import ast
+import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,17 @@ def test_file_has_its_place(file):
 def test_every_place_is_taken():
     """One that no file has would hide a misspelt name. (There was one.)"""
     assert sorted(LAYERS) == sorted({layer(file) for file in FILES})
+
+
+def test_every_public_name_is_in_the_list_of_the_api_page():
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    [listed] = re.findall(r"autosummary::\n   :nosignatures:\n\n((?:   \w+\n)+)", page)
+    public = [
+        name
+        for name, value in vars(perturbax).items()
+        if not name.startswith("_") and (name == "solvers" or not inspect.ismodule(value))
+    ]
+    assert sorted(listed.split()) == sorted(public)
 
 
 @pytest.mark.parametrize("file", DOORS, ids=str)

@@ -35,6 +35,8 @@ LOOK = """<script>addEventListener("load", () => {
     figures: all(".content img, article img").map((node) => [node.naturalWidth, box(node).width]),
     clipped: all("div.highlight pre").filter((node) => node.scrollWidth > node.clientWidth + 1)
       .map((node) => node.textContent.slice(0, 80)),
+    wide: all(".table-wrapper").filter((node) => node.scrollWidth > node.clientWidth + 1)
+      .map((node) => [getComputedStyle(node).overflowX, getComputedStyle(node).backgroundImage]),
     beyond: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     dollars: document.querySelector("article").innerText.match(/[$]{2}|\\\\\\\\(frac|sum|sigma)/g),
   };
@@ -93,6 +95,14 @@ def test_lines_of_code_are_not_clipped(pages, name):
 def test_pages_do_not_scroll_sideways(pages, width):
     """They did in windows of 1,008 to 1,540 pixels: text and the bars beside it were too wide."""
     assert seen(pages, "theory", width)["beyond"] == 0
+
+
+def test_wide_tables_scroll_in_their_own_box(pages):
+    """They ran past the right edge of a narrow window, and nothing told that they scroll."""
+    found = seen(pages, "minimizing", 800)
+    assert found["beyond"] == 0
+    assert found["wide"]
+    assert all(overflow == "auto" and "gradient" in shadow for overflow, shadow in found["wide"])
 
 
 def test_nothing_is_fetched_from_elsewhere(pages):
