@@ -15,6 +15,7 @@ import pytest
 
 import checkpoints
 import perturbax as px
+from perturbax.minimization import _surrogate_search
 
 quiet = functools.partial(px.minimize, progress=False)
 
@@ -292,6 +293,19 @@ def test_a_noisy_function_is_noticed_and_its_value_has_an_error():
     assert jnp.sum((run.x - 1) ** 2) < 1
     assert abs(run.value - jnp.sum((run.x - 1) ** 2)) < 5 * run.value_error
     assert run.num_evaluations == run.history.evaluations[-1] + 3 * 40
+
+
+def test_a_factorisation_that_fails_does_not_end_the_search(monkeypatch):
+    """In single precision it fails beside large priors; the next step has a larger ridge."""
+    monkeypatch.setattr(_surrogate_search, "_QUADRATICS", (4, 5))
+
+    def fun(x):
+        return jnp.sum(jnp.round(4 * x) ** 2)
+
+    run = quiet(fun, jnp.ones(6), jax.random.key(0), max_evaluations=600)
+    assert jnp.isnan(run.history.smoothed_value).any()
+    assert jnp.isfinite(run.history.sigma).all()
+    assert run.value == 0
 
 
 def test_values_that_are_not_numbers():

@@ -450,7 +450,9 @@ def surrogate_search(
             proposal = centre + scale * move
             metric = state.metric
         length = jnp.linalg.norm(move) / math.sqrt(dim)
+        # Under the smallest ridges a factorisation may fail; the next one has a larger one.
         sound = jnp.isfinite(length)
+        length = jnp.where(sound, length, 0)
         proposal = jnp.where(sound, proposal, centre)
         floor = jnp.maximum(_SHRINK, 1 - (explained - least) / (1 - least))
         wanted = jnp.where(limited & (reach >= 1), jnp.maximum(length, 1.5), length)
