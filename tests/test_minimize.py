@@ -295,6 +295,31 @@ def test_a_noisy_function_is_noticed_and_its_value_has_an_error():
     assert run.num_evaluations == run.history.evaluations[-1] + 3 * 40
 
 
+def test_directions_of_several_steps_are_orthogonal():
+    """In so many coordinates noise takes no shape: directions are seen as they are drawn."""
+    calls, dim, num_samples, steps = [], 240, 24, 3
+
+    def on_host(x):
+        calls.append(x.copy())
+        return x.sum()
+
+    def fun(x):
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(on_host, like, x, vmap_method="sequential")
+
+    most = 2 + (num_samples + 1) * steps + 1
+    options = {"sigma": 1.0, "num_samples": num_samples, "max_evaluations": most}
+    run = quiet(fun, jnp.zeros(dim), jax.random.key(0), **options)
+    assert run.num_steps == steps
+    # Around each step's proposal, which is evaluated before its samples or after them.
+    points = np.array(calls[2:-1]).reshape(steps, num_samples + 1, dim)
+    at = [int(np.argmin(np.square(p[:, None] - p).sum((1, 2)))) for p in points]
+    away = np.concatenate([np.delete(p, i, 0) - p[i] for p, i in zip(points, at, strict=True)])
+    lengths = np.linalg.norm(away, axis=1)
+    assert abs(np.mean(lengths**2) / dim - 1) < 0.1
+    np.testing.assert_allclose(away @ away.T / np.outer(lengths, lengths), np.eye(72), atol=1e-4)
+
+
 def test_a_factorisation_that_fails_does_not_end_the_search(monkeypatch):
     """In single precision it fails beside large priors; the next step has a larger ridge."""
     monkeypatch.setattr(_surrogate_search, "_QUADRATICS", (4, 5))

@@ -819,3 +819,17 @@ def test_a_fit_sees_values_of_any_range(steepness, left):
         return float(np.std(gradients))
 
     assert spread() < left * spread(degree=0)
+
+
+@pytest.mark.parametrize(("group_size", "count"), [(45, 10), (40, 10), (6, 6), (1, 6), (4, 12)])
+def test_samples_taken_a_few_at_a_time_are_those_of_whole_groups(group_size, count):
+    key, drawn = jnp.array([3, 5], jnp.uint32), []
+    sampler = px.Orthogonal() if group_size > 1 else px.Independent()
+    sizes = group_size, 45, np.dtype(np.float32)
+    turns = 13
+    for turn in range(turns):
+        first = jnp.uint32(turn * count)
+        drawn.append(_draw_groups.draw_next(px.Normal(), sampler, key, first, count, *sizes))
+    groups = -(-turns * count // group_size)
+    whole = _draw_groups.draw(px.Normal(), sampler, key, jnp.uint32(0), groups, *sizes)
+    np.testing.assert_allclose(jnp.concatenate(drawn), whole[: turns * count], atol=1e-5)

@@ -123,7 +123,8 @@ def minimize(
       takes_key: whether fun takes a key, as `fun(key, x, *args)`. It has a new one in each step,
         the same for all samples of the step, so that their differences are those of x. A noisy
         function without a key, one outside JAX, is recognised by two evaluations at x0.
-      sampler: as for `make_perturbed_fun`; the surrogate's default is `Orthogonal()`.
+      sampler: as for `make_perturbed_fun`. The surrogate's default is `Orthogonal()`; several
+        steps share a block of directions.
       degree: as for `make_perturbed_fun`, with an optimizer only.
       batch_size: as for `make_perturbed_fun`.
       callback: called with a `MinimizeProgress` after each step; the run ends if it returns true.

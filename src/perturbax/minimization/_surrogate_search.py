@@ -10,9 +10,14 @@ from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import ndtri
 
+from .._call import run
 from .._perturb import make_perturbed_fun
+from ..execution._chunks import evaluate_at
+from ..execution._plan import Point, noise_in
 from ..noise._protocol import NoiseDistribution
+from ..sampling._draw_groups import draw_next
 from ..sampling._protocol import Sampler
+from ..sampling._random_bits import root
 from ._problem import Objective
 from ._schedules import ADAPTED, Sigma, given_sigma, widest
 from ._states import Method, Operands, Start, Step
@@ -64,6 +69,7 @@ class Search(NamedTuple):
       ridges: index of the ridge, for values and for their ranks.
       quadratics: index of the prior variance of curvatures, for both.
       reach: how far the next step may go, as a share of the longest.
+      stream: two words, the key of all noise.
     """
 
     centre: Array
@@ -76,6 +82,7 @@ class Search(NamedTuple):
     ridges: Array
     quadratics: Array
     reach: Array
+    stream: Array
 
 
 class Fit(NamedTuple):
@@ -286,23 +293,33 @@ def surrogate_search(
     def flat(u: Any) -> Array:
         return jnp.concatenate([leaf.ravel().astype(dtype) for leaf in jax.tree.leaves(u)])
 
-    def value_and_place(
-        z: Array, operands: Operands, centre: Array, scale: Array, key: Array
-    ) -> tuple[Array, tuple[Array, Array]]:
-        shift = scale @ z if learns_metric else scale * z
-        value = objective.value(operands.function, key, point(centre + shift))
-        return value, (z, value)
+    def samples(
+        operands: Operands, state: Search, scale: Array, keys: tuple[Array, Array], count: Array
+    ) -> tuple[Array, Array]:
+        """Noise of a step, (n, D), and the function's values there."""
 
-    drawn = make_perturbed_fun(
-        value_and_place,
-        num_samples,
-        1.0,
-        noise,
-        batch_size=batch_size,
-        sampler=sampler,
-        degree=0,
-        has_aux=True,
-    )
+        def value(z: Array) -> Array:
+            shift = scale @ z if learns_metric else scale * z
+            return objective.value(operands.function, keys[1], point(state.proposal + shift))
+
+        zero, one = jnp.zeros(dim, dtype), jnp.ones((), dtype)
+        smooth = make_perturbed_fun(
+            value, num_samples, 1.0, noise, batch_size=batch_size, sampler=sampler, degree=0
+        )
+        call = smooth.prepare(keys[0], zero, (), {})
+        plan = call.plan
+        # A step takes the next samples of a group, so that those of several steps, which the
+        # surrogate is fitted to, are orthogonal too.
+        size = plan.sampler.group_size(max(num_samples, min(dim, _MOST_KEPT)), dim)
+
+        def program(_key: Array, _x: Any, _sigma: Any, inner: Any) -> tuple[Array, Array]:
+            law, first = noise_in(plan, inner), count.astype(jnp.uint32) * np.uint32(num_samples)
+            sizes = num_samples, size, dim, dtype
+            z = draw_next(law, plan.sampler, state.stream, first, *sizes)
+            found, _ = evaluate_at(plan, inner, Point(zero, one), z)
+            return z, found[:, 0]
+
+        return run(call, program)
 
     def init(
         operands: Operands, keys: tuple[Array, Array], u: Any, value: Array
@@ -312,6 +329,7 @@ def surrogate_search(
         metric = relative / mean
         points, values = flat(u)[None], value[None]
         made = jnp.zeros((), jnp.int32)
+        stream = root(jax.random.fold_in(keys[0], np.iinfo(np.int32).max))
         if adapts:
             multiple, seen, found, made = sweep.choose(operands, keys, u, value)
             mean = multiple * mean
@@ -334,6 +352,7 @@ def surrogate_search(
             ridges=jnp.full(2, -4, jnp.int32),
             quadratics=jnp.full(2, -1, jnp.int32),
             reach=jnp.ones((), dtype),
+            stream=stream,
         )
         return begun, Start(point(lowest), jnp.min(finite), made)
 
@@ -348,14 +367,12 @@ def surrogate_search(
     def step(
         operands: Operands, state: Search, keys: tuple[Array, Array], count: Array
     ) -> tuple[Search, Step]:
-        draw_key, fun_key = keys
         if not adapts:
             wanted = flat(scales(operands, count, point(state.centre)))
             state = state._replace(sigma=jnp.exp(jnp.mean(jnp.log(wanted))))
         scale = state.sigma * state.metric
-        zero = jnp.zeros(dim, dtype)
-        _, (z, values) = drawn(draw_key, zero, operands, state.proposal, scale, fun_key)
-        hard = objective.value(operands.function, fun_key, point(state.proposal))
+        z, values = samples(operands, state, scale, keys, count)
+        hard = objective.value(operands.function, keys[1], point(state.proposal))
         shifts = z @ scale.T if learns_metric else z * scale
         new_points = jnp.concatenate([state.proposal[None], state.proposal + shifts])
         new_values = jnp.concatenate([hard[None], values])
@@ -501,6 +518,7 @@ def surrogate_search(
             ridges=ended.found.ridge,
             quadratics=ended.found.quadratic,
             reach=reach,
+            stream=state.stream,
         )
         return state, told
 
