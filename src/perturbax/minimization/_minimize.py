@@ -457,7 +457,7 @@ def _num_samples(num_samples: Any, objective: Objective, optimizer: Optimizer | 
     if num_samples is not None:
         return _checks.check_count(num_samples, "num_samples", _MAX_EVALUATIONS)
     if optimizer is None:
-        return max(5, min(objective.dim // 2, 10), min(objective.dim // 10, _MOST_SAMPLES))
+        return max(5, min(objective.dim // 2, 8), min(objective.dim // 15, _MOST_SAMPLES))
     return min(256, max(16, 2 ** math.ceil(math.log2(2 * objective.dim))))
 
 

@@ -38,7 +38,7 @@ _KEPT, _MOST_KEPT = 4, 600
 _RADIUS = 2.0
 _REACH_DOWN, _REACH_UP, _LEAST_REACH = 0.7, 1.3, 0.05
 # By how much a step may lengthen or shorten the noise along one direction.
-_STRETCH = 1.5
+_STRETCH = 1.2
 # Share of the variance between samples that the surrogate explains: below it, sigma follows the
 # surrogate with caution. At half, a function of plateaus is followed down between its steps. The
 # more is taken for noise, the more must be explained, up to the other number: sigma would stay at
@@ -47,7 +47,7 @@ _EXPLAINED, _EXPLAINED_OF_NOISE = 0.7, 0.85
 _SHRINK, _GROW = 0.2, 2.0
 # Below that share: the length of a step that leaves sigma as it is, and by how much, times the
 # share, another changes it.
-_MODERATE, _CAUTION = 0.4, 0.2
+_MODERATE, _CAUTION = 0.4, 0.3
 # What is not explained pulls sigma towards the problem's scale: the power of their ratio, and the
 # most of a step.
 _PULL, _MOST_PULL = 0.15, 1.3
