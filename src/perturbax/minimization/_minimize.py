@@ -303,12 +303,8 @@ def _in_blocks(
                 told.append(jax.tree.map(lambda column, n=steps: np.asarray(column)[:n], rows))
             taken = time.monotonic() - begun
             # The first block may have been compiled in this time, too.
-            if taken < _SECONDS_A_BLOCK / 2:
-                most = min(4 * most, _LONGEST_BLOCK)
-            elif taken < _SECONDS_A_BLOCK or most == 1:
-                most = min(2 * most, _LONGEST_BLOCK)
-            elif taken > 2 * _SECONDS_A_BLOCK:
-                most = max(most // 2, 1)
+            fitting = int(steps * _SECONDS_A_BLOCK / max(taken, 1e-9))
+            most = max(1, min(max(fitting, 2) if most == 1 else fitting, 64 * most, _LONGEST_BLOCK))
             if bool(run.wants_more):
                 setup = setup._replace(doublings=setup.doublings + 1)
             if steps:
