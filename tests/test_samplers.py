@@ -14,6 +14,7 @@ import closed_forms as cf
 import perturbax as px
 from helpers import FOR_LONG_RUNS, assert_distributed_as, assert_unbiased, derivatives
 from perturbax.estimator import _surrogate
+from perturbax.execution import _chunks
 from perturbax.sampling import _draw_groups, _random_bits
 from perturbax.sampling._merged import Merged
 
@@ -825,11 +826,14 @@ def test_a_fit_sees_values_of_any_range(steepness, left):
 def test_samples_taken_a_few_at_a_time_are_those_of_whole_groups(group_size, count):
     key, drawn = jnp.array([3, 5], jnp.uint32), []
     sampler = px.Orthogonal() if group_size > 1 else px.Independent()
-    sizes = group_size, 45, np.dtype(np.float32)
+    smooth = px.make_perturbed_fun(jnp.sum, group_size, noise=px.Normal(), sampler=sampler)
+    call = smooth.prepare(jax.random.key(0), jnp.zeros(45), (), {})
+    assert call.plan.group_size == group_size
     turns = 13
     for turn in range(turns):
         first = jnp.uint32(turn * count)
-        drawn.append(_draw_groups.draw_next(px.Normal(), sampler, key, first, count, *sizes))
+        drawn.append(_chunks.draw_next(call.plan, key, call.operands, first, count))
     groups = -(-turns * count // group_size)
+    sizes = group_size, 45, np.dtype(np.float32)
     whole = _draw_groups.draw(px.Normal(), sampler, key, jnp.uint32(0), groups, *sizes)
     np.testing.assert_allclose(jnp.concatenate(drawn), whole[: turns * count], atol=1e-5)

@@ -39,6 +39,22 @@ def draw_noise(plan: Plan, key: Array, operands: Operands, chunk: Chunk) -> Arra
     return lax.stop_gradient(z)[:rows]
 
 
+def draw_next(plan: Plan, key: Array, operands: Operands, first: Array, count: int) -> Array:
+    """Noise of the samples first, ..., first + count - 1 of all groups in a row, (count, D).
+
+    Who takes few samples at a time, one after another, gets whole groups in the end. `first` is an
+    uint32 scalar, a multiple of `count`.
+    """
+    size = plan.group_size
+    if count % size == 0:
+        groups = count // size
+    else:
+        groups = 1 if size % count == 0 else -(-(count - 1) // size) + 1
+    chunk = Chunk(first // np.uint32(size), groups, groups * size)
+    z = draw_noise(plan, key, operands, chunk)
+    return lax.dynamic_slice_in_dim(z, first % np.uint32(size), count)
+
+
 def kept_noise(plan: Plan, key: Array, operands: Operands) -> Array | None:
     """Noise of all samples for several passes over the groups; None if it is too large to keep."""
     if plan.shares_groups:

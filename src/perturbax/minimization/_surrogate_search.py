@@ -1,5 +1,6 @@
 """The default way of stepping: to the minimum of a quadratic surrogate of all recent samples."""
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -12,10 +13,9 @@ from jax.scipy.special import ndtri
 
 from .._call import run
 from .._perturb import make_perturbed_fun
-from ..execution._chunks import evaluate_at
-from ..execution._plan import Point, noise_in
+from ..execution._chunks import draw_next, evaluate_at
+from ..execution._plan import Point
 from ..noise._protocol import NoiseDistribution
-from ..sampling._draw_groups import draw_next
 from ..sampling._protocol import Sampler
 from ..sampling._random_bits import root
 from ._problem import Objective
@@ -307,15 +307,14 @@ def surrogate_search(
             value, num_samples, 1.0, noise, batch_size=batch_size, sampler=sampler, degree=0
         )
         call = smooth.prepare(keys[0], zero, (), {})
-        plan = call.plan
         # A step takes the next samples of a group, so that those of several steps, which the
         # surrogate is fitted to, are orthogonal too.
-        size = plan.sampler.group_size(max(num_samples, min(dim, _MOST_KEPT)), dim)
+        together = max(num_samples, min(dim, _MOST_KEPT))
+        plan = dataclasses.replace(call.plan, num_samples=together)
 
         def program(_key: Array, _x: Any, _sigma: Any, inner: Any) -> tuple[Array, Array]:
-            law, first = noise_in(plan, inner), count.astype(jnp.uint32) * np.uint32(num_samples)
-            sizes = num_samples, size, dim, dtype
-            z = draw_next(law, plan.sampler, state.stream, first, *sizes)
+            first = count.astype(jnp.uint32) * np.uint32(num_samples)
+            z = draw_next(plan, state.stream, inner, first, num_samples)
             found, _ = evaluate_at(plan, inner, Point(zero, one), z)
             return z, found[:, 0]
 

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from ..noise._protocol import NoiseDistribution
 from ..tracing._mesh_axes import in_told_mesh
@@ -46,39 +46,6 @@ def draw(
         return (_draw_traced_once if static else _draw)(
             noise, sampler, key, first, count, group_size, dim, dtype
         )
-
-
-def draw_next(
-    noise: NoiseDistribution,
-    sampler: Sampler,
-    key: Array,
-    first: Array,
-    count: int,
-    group_size: int,
-    dim: int,
-    dtype: np.dtype,
-) -> Array:
-    """Noise of the samples first, ..., first + count - 1 of all groups in a row: (count, dim).
-
-    Who takes few samples at a time, one after another, gets whole groups in the end.
-
-    Args:
-      noise: the distribution.
-      sampler: how samples of a group depend on each other.
-      key: two uint32 words.
-      first: number of the first sample, uint32 scalar, a multiple of `count`.
-      count: number of samples, static.
-      group_size: samples in a group, static.
-      dim: number of coordinates, static.
-      dtype: floating dtype of the result.
-    """
-    if count % group_size == 0:
-        groups = count // group_size
-    else:
-        groups = 1 if group_size % count == 0 else -(-(count - 1) // group_size) + 1
-    size = np.uint32(group_size)
-    z = draw(noise, sampler, key, first // size, groups, group_size, dim, dtype)
-    return lax.dynamic_slice_in_dim(z, first % size, count)
 
 
 def _draw(
