@@ -65,13 +65,13 @@ def seconds_of(seconds: float) -> str:
     return f"{seconds * 1e9:.2g} ns"
 
 
-def numbers_of(value: Any, error: Any = None) -> str:
+def numbers_of(value: Any, error: Any = None, *, most: int = 3, digits: int = 5) -> str:
     """The first few numbers of a pytree, with their errors."""
     flat = _flat(value)
-    words = [f"{v:.5g}" for v in flat[:3]]
+    words = [f"{v:.{digits}g}" for v in flat[:most]]
     if error is not None:
         words = [f"{word} ± {e:.1g}" for word, e in zip(words, _flat(error), strict=False)]
-    more = f", ... ({flat.size:,} numbers)" if flat.size > 3 else ""
+    more = f", ... ({flat.size:,} numbers)" if flat.size > most else ""
     return ", ".join(words) + more
 
 

@@ -304,7 +304,8 @@ def _in_blocks(
             taken = time.monotonic() - begun
             # The first block may have been compiled in this time, too.
             fitting = int(steps * _SECONDS_A_BLOCK / max(taken, 1e-9))
-            most = max(1, min(max(fitting, 2) if most == 1 else fitting, 64 * most, _LONGEST_BLOCK))
+            least = 2 if most == 1 else 1
+            most = min(max(fitting, least), 64 * most, _LONGEST_BLOCK)
             if bool(run.wants_more):
                 setup = setup._replace(doublings=setup.doublings + 1)
             if steps:

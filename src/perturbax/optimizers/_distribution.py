@@ -14,7 +14,7 @@ from .. import _checks
 from .._call import Call, Settings, evaluate, prepare
 from .._describe import describe, leading
 from .._types import Fun, PyTree
-from ..diagnostics._words import are_known, columns_of, wide
+from ..diagnostics._words import are_known, columns_of, numbers_of, wide
 from ..estimator import _formula
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -92,9 +92,7 @@ def _in_words(solution: np.ndarray) -> str:
         places = [str(at[0]) if len(at) == 1 else str(tuple(at.tolist())) for at in ones[:_NUMBERS]]
         more = f", ... ({len(ones):,} of {solution.size:,})" if len(ones) > _NUMBERS else ""
         return f"1 at {', '.join(places)}{more}" if places else "0 everywhere"
-    words = [f"{v:.6g}" for v in wide(solution).ravel()[:_NUMBERS]]
-    more = f", ... ({solution.size:,} numbers)" if solution.size > _NUMBERS else ""
-    return ", ".join(words) + more
+    return numbers_of(wide(solution), most=_NUMBERS, digits=6)
 
 
 def make_perturbed_distribution(
