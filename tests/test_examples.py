@@ -219,7 +219,7 @@ def test_tuning_sklearn(example, tmp_path, capsys):
         for _ in range(2)
     ]
     first, again = results
-    count = 6 * (8 + 1) + 6 * 8  # so few samples take the value at x as well
+    count = 6 * 8 + 6 * 8
     assert (first.evaluations, first.recalled) == (count, 0)
     assert (again.evaluations, again.recalled) == (0, count)
     assert again.tuned == first.tuned

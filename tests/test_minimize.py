@@ -103,7 +103,8 @@ def test_every_evaluation_is_counted():
         calls.clear()
         run = quiet(fun, jnp.zeros(4), jax.random.key(0), optimizer=optimizer, max_evaluations=200)
         assert len(calls) == run.num_evaluations <= 200
-        np.testing.assert_array_equal(calls[-1], run.x)
+        # In the end the best point, and with an optimiser the last centre, one of which is better.
+        assert any((x == run.x).all() for x in calls[-1 if optimizer is None else -2 :])
 
 
 @pytest.mark.parametrize(("tilt", "looks"), [(3.0, 4), (0.0, 24)])
@@ -253,18 +254,21 @@ def test_fixed_settings_are_the_loop_that_one_would_write():
         optimizer=ADAM,
         sigma=0.5,
         num_samples=32,
-        max_evaluations=280,
+        max_evaluations=540,
     )
     key = jax.random.split(jax.random.key(3), 4)[0]
-    for step in range(8):
+    for step in range(16):
         draw, _ = jax.random.split(jax.random.fold_in(key, step))
         value, gradient = jax.value_and_grad(g, argnums=1)(draw, x)
         np.testing.assert_allclose(run.history.smoothed_value[step], value, rtol=1e-5)
-        hard = staircase(x) if step % 7 == 0 else np.nan  # one evaluation in 200, at most
+        hard = staircase(x) if step % 13 == 0 else np.nan  # one evaluation in 400, at most
         np.testing.assert_allclose(run.history.hard_value[step], hard)
         updates, state = ADAM.update(gradient, state, x)
         x = optax.apply_updates(x, updates)
-    assert run.num_steps == 8
+    assert run.num_steps == 16
+    # The best point that was evaluated, and the last centre, are evaluated in the end.
+    assert run.num_evaluations == 2 + 16 * 32 + 2 + 2
+    assert run.value == staircase(run.x) <= run.history.best_value[-1]
 
 
 def test_num_samples_grows_where_the_signal_is_weak():
@@ -277,10 +281,10 @@ def test_num_samples_grows_where_the_signal_is_weak():
         wave, jnp.ones(3), jax.random.key(0), optimizer=ADAM, sigma=1.0, max_evaluations=3000
     )
     taken = np.diff(run.history.evaluations)
-    # One more for the estimate of few samples, and one at the centre as often as one in 200 allows.
-    assert set(taken[:18]) == {17, 18}
+    # One at the centre as often as one in 400 allows.
+    assert set(taken[:18]) == {16}
     last = int(run.num_steps) - 1
-    assert taken[-1] in [2**k + (last % -(-200 // 2**k) == 0) for k in range(6, 11)]
+    assert taken[-1] in [2**k + (last % -(-400 // 2**k) == 0) for k in range(6, 11)]
 
 
 def test_a_noisy_function_is_noticed_and_its_value_has_an_error():

@@ -594,14 +594,14 @@ def test_pure_callback(method):
     assert rows == 12
     rows = 0
     result = jax.block_until_ready(value_and_grad(call, batch_size=batch_size)(KEY, X))
-    assert rows == 13  # and once at x itself, for the baseline
+    assert rows == 12
     assert_like_eager(result)
     assert_trees_close(value, eager()[0], rtol=1e-5)
 
 
 @pytest.mark.covering("num_samples")
 @pytest.mark.parametrize("method", ["expand_dims", "broadcast_all"])
-@pytest.mark.parametrize("num_samples", [1, 32, 64])
+@pytest.mark.parametrize("num_samples", [1, 2, 32])
 def test_callbacks_of_many_points_see_one_leading_axis(method, num_samples):
     """With few samples they saw the bare point as well, and two axes under a vmap.
 
@@ -627,7 +627,7 @@ def test_callbacks_of_many_points_see_one_leading_axis(method, num_samples):
 
     single = jax.block_until_ready(gradient(X, 2.0))
     rows = {shapes[0][0] for shapes in seen}
-    assert rows == {1, num_samples} - ({1} if num_samples == 64 else set())
+    assert rows == {1, num_samples} - ({1} if num_samples == 32 else set())
     for shapes in seen:
         assert shapes == [(shapes[0][0], *shape) for shape in [(3,), (2,), (3,), ()]]
     seen.clear()
@@ -645,7 +645,7 @@ def test_number_of_evaluations(settings):
     assert counter.evaluations == 12
     counter.reset()
     jax.block_until_ready(jax.jit(value_and_grad(counter, **settings))(KEY, X))
-    assert counter.evaluations == 13
+    assert counter.evaluations == 12
 
 
 def on_the_host(outputs):
@@ -675,7 +675,7 @@ def test_number_of_evaluations_of_second_derivatives(outputs, settings):
     for second in (jax.hessian, lambda f: jax.jacrev(jax.jacrev(f))):
         seen.clear()
         jax.block_until_ready(jax.jit(second(loss))(X))
-        assert len(seen) == (41 if settings else 40)  # a fit does without fun(x)
+        assert len(seen) == 40
 
 
 @pytest.mark.covering("leaves")
@@ -692,17 +692,19 @@ def test_evaluations_do_not_grow_with_the_number_of_leaves(leaves, settings):
     for second in (jax.hessian(functools.partial(g, KEY)), jax.hessian(loss))[: 1 + leaves // 4]:
         seen.clear()
         jax.block_until_ready(jax.jit(second)(X))
-        assert len(seen) == (41 if settings else 40)  # a fit does without fun(x)
+        assert len(seen) == 40
 
 
 @pytest.mark.covering("sampler")
 @pytest.mark.parametrize(
     ("sampler", "num_samples", "more"),
     [
-        (px.Independent(), 32, 1),
-        (px.Independent(), 33, 0),
-        (px.Sobol(), 62, 1),
-        (px.Sobol(), 64, 0),
+        (px.Independent(), 1, 1),
+        (px.Independent(), 2, 1),
+        (px.Independent(), 3, 0),
+        (px.Orthogonal(), 5, 1),
+        (px.Orthogonal(), 6, 0),
+        (px.Sobol(), 4, 0),
         (px.Sobol(1), 64, 1),
     ],
     ids=str,
@@ -748,7 +750,7 @@ def test_io_callback(ordered):
     jax.effects_barrier()
     assert_like_eager(result)
     z, _ = noise_and_values()
-    expected = [*np.asarray(X + SIGMA * z), np.asarray(X)]
+    expected = np.asarray(X + SIGMA * z)
     if not ordered:
         seen, expected = (sorted(rows, key=lambda row: row[0]) for rows in (seen, expected))
     np.testing.assert_allclose(seen, expected, atol=1e-5)

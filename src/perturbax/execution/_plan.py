@@ -27,8 +27,6 @@ _CHUNK_ACCELERATOR = 2**26
 _PASSES = 2
 # Slightly more than a chunk is one, which saves what is left a compilation of its own.
 _AT_ONCE = 1.5
-# With fewer values of other groups than this, the value at x is worth another evaluation.
-_FEW = 32
 # With more leaves than that, those of x that have few numbers are read by index: as fast, for few.
 _MANY, _TINY = 16, 8
 # Devices have groups of their own if at least this part of them is busy until the end.
@@ -82,9 +80,11 @@ class Plan:
     def evaluates_at_x(self) -> bool:
         """Whether the value at x is part of the baseline, for want of other values.
 
-        Among many it tells next to nothing, and fun would be compiled once more for it.
+        Beside n others it lowers the variance by a part of at most 2 / n^2, and takes one
+        evaluation more, and fun is compiled once more for it (`benchmarks/value_at_x.py`).
         """
-        return self.degree == 0 and self.num_samples - self.group_size < _FEW
+        others = self.num_samples - self.group_size
+        return self.degree == 0 and others**2 < self.num_samples
 
     @property
     def outputs(self) -> tuple[Any, ...]:

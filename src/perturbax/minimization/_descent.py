@@ -27,7 +27,7 @@ _WEAK = 0.1
 _MOST_DOUBLINGS = 6
 # The function itself is evaluated, at the centre, for a share of the evaluations no larger than
 # one in as many: by itself it reads all its data, and may take as long as ten samples in a batch.
-_SHARE_OF_CENTRES = 200
+_SHARE_OF_CENTRES = 400
 
 
 class Optimizer(Protocol):
@@ -149,7 +149,8 @@ def descent(
         else:
             slope = jax.value_and_grad(smooth, argnums=1, has_aux=True)
             (mean, values), gradient = slope(draw_key, state.point)
-            error = jnp.std(values) / math.sqrt(max(1, num_samples - 1))
+            squares_of = jnp.mean((values - mean) ** 2)
+            error = jnp.sqrt(squares_of) / math.sqrt(max(1, num_samples - 1))
             gradient_error = None
         finite = jnp.stack([jnp.isfinite(v).all() for v in jax.tree.leaves(gradient)]).all()
         given = jax.tree.map(

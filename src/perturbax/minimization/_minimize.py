@@ -210,7 +210,7 @@ def minimize(
         tol=jnp.asarray(-1.0 if tol is None else _tolerance(tol)),
     )
     method = setup.method
-    kept = int(_final_evaluations(max_evaluations)[int(takes_key)])
+    kept = int(_final_evaluations(setup, max_evaluations)[int(takes_key)])
     least = 2 + method.init_evaluations + method.most_evaluations + kept
     if max_evaluations < least:
         raise ValueError(
@@ -260,11 +260,9 @@ def _in_one_program(
     setup = setup._replace(grows=False)
     run = begin(setup, operands, key, problem.start)
     most = -(-max_evaluations // setup.num_samples)
-    budget = max_evaluations - _final_evaluations(max_evaluations)
+    budget = max_evaluations - _final_evaluations(setup, max_evaluations)
     run, history = block(setup, most, operands, run, jnp.asarray(most), budget)
-    return _result(
-        problem, run, history, finish(setup.objective, _repeats(max_evaluations), operands, run)
-    )
+    return _result(problem, run, history, _finished(setup, operands, run, max_evaluations))
 
 
 @_own_settings()
@@ -282,7 +280,7 @@ def _in_blocks(
 
     The blocks' lengths change nothing about the result.
     """
-    budget = max_evaluations - _final_evaluations(max_evaluations)
+    budget = max_evaluations - _final_evaluations(setup, max_evaluations)
     run, told = None, []
     if keeping is not None:
         setup, run, told = keeping.load()
@@ -321,7 +319,7 @@ def _in_blocks(
         raise
     if keeping is not None:
         keeping.save(setup, run, told)
-    found = finish(setup.objective, _repeats(max_evaluations), operands, run)
+    found = _finished(setup, operands, run, max_evaluations)
     history = jax.tree.map(lambda *columns: np.concatenate(columns), *told) if told else None
     if history is None:
         empty = empty_history(setup.objective, 0)
@@ -458,14 +456,21 @@ def _num_samples(num_samples: Any, objective: Objective, optimizer: Optimizer | 
     return min(256, max(16, 2 ** math.ceil(math.log2(2 * objective.dim))))
 
 
+def _finished(setup: Setup, operands: Operands, run: Run, max_evaluations: int) -> Found:
+    """What a run found; an optimiser's last centre may not have been evaluated before."""
+    last_too = setup.optimizer is not None
+    return finish(setup.objective, last_too, _repeats(max_evaluations), operands, run)
+
+
 def _repeats(max_evaluations: int) -> int:
     """Evaluations that the value of a noisy function is the mean of."""
     return max(2, min(100, max_evaluations // 50))
 
 
-def _final_evaluations(max_evaluations: int) -> np.ndarray:
+def _final_evaluations(setup: Setup, max_evaluations: int) -> np.ndarray:
     """Evaluations kept for the end: of a function without noise, and of a noisy one."""
-    return np.asarray([1, 3 * _repeats(max_evaluations)], np.int32)
+    points = 1 if setup.optimizer is None else 2
+    return np.asarray([points, 3 * _repeats(max_evaluations)], np.int32)
 
 
 def _is_traced(values: Any) -> bool:

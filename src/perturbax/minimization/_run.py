@@ -213,14 +213,29 @@ class Found(NamedTuple):
     evaluations: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def finish(objective: Objective, repeats: int, operands: Operands, run: Run) -> Found:
-    """Evaluates the best point, of a noisy function three times `repeats` times."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def finish(
+    objective: Objective, last_too: bool, repeats: int, operands: Operands, run: Run
+) -> Found:
+    """Evaluates the best point, of a noisy function three times `repeats` times.
+
+    Args:
+      objective: what is minimised.
+      last_too: whether the last centre, which may not have been evaluated, is tried as well.
+      repeats: evaluations that the value of a noisy function is the mean of.
+      operands: numbers of the run.
+      run: its state.
+    """
     key = jax.random.fold_in(run.key, np.iinfo(np.int32).max)
 
     def once() -> tuple[Any, Array, Array, Array]:
         value = objective.value(operands.function, key, run.best)
-        return run.best, value, jnp.zeros_like(value), run.evaluations + 1
+        if not last_too:
+            return run.best, value, jnp.zeros_like(value), run.evaluations + 1
+        last = objective.value(operands.function, key, run.centre)
+        better = (last < value) | ~jnp.isfinite(value)
+        u, value = where(better, (run.centre, last), (run.best, value))
+        return u, value, jnp.zeros_like(value), run.evaluations + 2
 
     def several() -> tuple[Any, Array, Array, Array]:
         def values(u: Any, key: Array) -> Array:

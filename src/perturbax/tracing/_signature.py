@@ -120,9 +120,7 @@ def _with_numbers_as_operands(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, list[jax.A
     literals += [v for v in jaxpr.outvars if _is_number(v)]
     if not literals:
         return jaxpr, []
-    specs = [jax.ShapeDtypeStruct((), v.aval.dtype, weak_type=v.aval.weak_type) for v in literals]
-    # A trace makes the variables, for their constructor differs between versions of JAX.
-    variables: list[core.Var] = jax.make_jaxpr(lambda *v: v)(*specs).jaxpr.invars
+    variables = [core.Var(v.aval) for v in literals]
     rest = iter(variables)
 
     def lift(values: Any) -> list[Any]:
