@@ -71,10 +71,10 @@ def main():
 
         # In some steps the function is evaluated where they begin, too.
         most = int(minimized(0, 2 * steps * num_samples).history.evaluations[steps - 1])
-        assert minimized(0, most + 3).num_steps == steps
+        assert minimized(0, most + 4).num_steps == steps
         timing = alternate(
             {
-                "px.minimize": lambda turn, f=minimized, most=most: f(turn, most + 3),
+                "px.minimize": lambda turn, f=minimized, most=most: f(turn, most + 4),
                 "by hand": lambda turn, loop=loop, x=x, data=data: loop(
                     x, jax.random.key(turn), *data
                 ),
