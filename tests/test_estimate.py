@@ -237,6 +237,14 @@ def test_it_prints_as_a_short_table():
     assert gradient.split()[-2:] == [f"{length:.3g}", f"{error:.3g}"]
     assert freedom == "3 degrees of freedom"
     assert "value=Array" in repr(found)
+    both = found.interval()
+    head, value, gradient = str(both).splitlines()
+    low, high = both.value
+    assert value.endswith(f"{low:.5g} to {high:.5g}")
+    assert re.search(r"^gradient\['w'\] +\(4, 32\) .* to .*, \.\.\. \(128 numbers\)$", gradient)
+    many = px.estimate(px.make_perturbed_fun(lambda x: x[0], 8), KEY, [jnp.ones(())] * 30)
+    last = str(many).splitlines()[-2], str(many.interval()).splitlines()[-1]
+    assert last == ("and 11 more arrays",) * 2
 
 
 def test_aux_and_narrow_leaves():

@@ -271,6 +271,18 @@ def test_fixed_settings_are_the_loop_that_one_would_write():
     assert run.value == staircase(run.x) <= run.history.best_value[-1]
 
 
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_values_of_any_magnitude_in_single_precision(unit):
+    """Of 1e30, squares of slopes overflowed, no step was made, and .3 to 70 units were left."""
+    weights = 10.0 ** (3 * jnp.arange(20) / 20)
+
+    def ellipsoid(x):
+        return unit * jnp.sum(weights * (x - 1) ** 2)
+
+    run = quiet(ellipsoid, jnp.zeros(20), jax.random.key(0), max_evaluations=1500)
+    assert run.value < 1e-6 * unit
+
+
 def test_num_samples_grows_where_the_signal_is_weak():
     """A function that changes sign from one step to the next: its slope adds up to nothing."""
 

@@ -25,6 +25,23 @@ def axes(ax: Any) -> Any:
     return plt.subplots(layout="constrained")[1]
 
 
+def plain_numbers(axis: Any, unit: float = 1) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5, written out, of so many units."""
+    import matplotlib.ticker
+
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axis.set_major_formatter(lambda v, _: f"{unit * v:,.4g}")
+
+
+def legend_of_both(ax: Any, twin: Any, place: str) -> None:
+    """One legend of an axis and its twin, on the upper one of them: no line crosses its words."""
+    handles = [
+        entry for one in (ax, twin) for entry in zip(*one.get_legend_handles_labels(), strict=True)
+    ]
+    twin.legend(*zip(*handles, strict=True), loc=place, edgecolor="none")
+
+
 def plot_errors(
     ax: Any,
     measured: Sequence[tuple[int, float, float]],
@@ -35,8 +52,6 @@ def plot_errors(
 ) -> Any:
     """Relative errors against numbers of samples: measured, asked for, as it is now."""
     ax = axes(ax)
-    import matplotlib.ticker
-
     if measured:
         numbers, errors, freedom = np.array(measured, np.float64).T
         # Of the root of a mean of so many squares, 90 %.
@@ -50,12 +65,10 @@ def plot_errors(
     if np.isfinite(now[1]):
         ax.plot(*now, "D", mfc="none", color=RED, label="as it is")
     ax.set(xscale="log", yscale="log", xlabel="samples")
-    for axis, unit in ((ax.xaxis, 1), (ax.yaxis, 100)):
-        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        axis.set_minor_locator(matplotlib.ticker.NullLocator())
-        axis.set_major_formatter(lambda v, _, unit=unit: f"{unit * v:,.4g}")
+    plain_numbers(ax.xaxis)
+    plain_numbers(ax.yaxis, 100)
     ax.set_ylabel("relative error of the gradient, %")
-    ax.legend(frameon=False)
+    ax.legend(edgecolor="none")
     return ax
 
 
@@ -79,10 +92,7 @@ def plot_sweep(
     _band(twin, sigmas, *lengths, RED, "length of the gradient")
     twin.set_ylabel("length of the gradient", color=RED)
     twin.set_ylim(bottom=0)
-    handles = [
-        entry for one in (ax, twin) for entry in zip(*one.get_legend_handles_labels(), strict=True)
-    ]
-    ax.legend(*zip(*handles, strict=True), frameon=False)
+    legend_of_both(ax, twin, "upper center")
     return ax
 
 

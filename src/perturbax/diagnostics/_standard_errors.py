@@ -50,6 +50,27 @@ class Intervals(NamedTuple):
     value: tuple[Any, Any]
     gradient: tuple[Any, Any]
 
+    def __str__(self) -> str:
+        """A table with a row for each array: its first intervals."""
+        if not are_known(self):
+            return repr(self)
+        rows = [["", "shape", "intervals"]]
+        for name, (lows, highs) in zip(self._fields, self, strict=True):
+            found = jax.tree_util.tree_leaves_with_path(lows)
+            for (path, low), high in zip(found, jax.tree.leaves(highs), strict=True):
+                words = numbers_of(wide(low), to=wide(high))
+                rows.append([f"{name}{jax.tree_util.keystr(path)}", f"{np.shape(low)}", words])
+        return "\n".join(_first_rows(rows))
+
+
+def _first_rows(rows: list[list[str]]) -> list[str]:
+    """Lines of a table of arrays, and how many more there are."""
+    more = len(rows) - 1 - _ROWS
+    return [
+        *columns_of(rows[: _ROWS + 1], left=(0, 2)),
+        *([f"and {more} more arrays"] if more > 0 else []),
+    ]
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -100,11 +121,9 @@ class Estimate:
                 lengths = [f"{np.linalg.norm(np.ravel(wide(v))):.3g}" for v in (leaf, error)]
                 numbers = numbers_of(wide(leaf), wide(error))
                 rows.append([f"{name}{jax.tree_util.keystr(path)}", shape, numbers, *lengths])
-        more = [f"and {len(rows) - 1 - _ROWS} more arrays"] if len(rows) > _ROWS + 1 else []
         missing = [] if self.missing is None else [f"{np.sum(self.missing)} samples left out"]
         freedom = f"{self.degrees_of_freedom} degrees of freedom"
-        lines = columns_of(rows[: _ROWS + 1], left=(0, 2))
-        return "\n".join([*lines, ", ".join([*more, freedom, *missing])])
+        return "\n".join([*_first_rows(rows), ", ".join([freedom, *missing])])
 
     def interval(self, level: float = 0.95) -> Intervals:
         """Confidence intervals, number by number, of the value and of the gradient.

@@ -65,12 +65,17 @@ def seconds_of(seconds: float) -> str:
     return f"{seconds * 1e9:.2g} ns"
 
 
-def numbers_of(value: Any, error: Any = None, *, most: int = 3, digits: int = 5) -> str:
-    """The first few numbers of a pytree, with their errors."""
+def numbers_of(
+    value: Any, error: Any = None, *, to: Any = None, most: int = 3, digits: int = 5
+) -> str:
+    """The first few numbers of a pytree, with their errors, or other ends of intervals."""
     flat = _flat(value)
     words = [f"{v:.{digits}g}" for v in flat[:most]]
     if error is not None:
         words = [f"{word} ± {e:.1g}" for word, e in zip(words, _flat(error), strict=False)]
+    if to is not None:
+        ends = zip(words, _flat(to), strict=False)
+        words = [f"{word} to {end:.{digits}g}" for word, end in ends]
     more = f", ... ({flat.size:,} numbers)" if flat.size > most else ""
     return ", ".join(words) + more
 

@@ -147,6 +147,6 @@ class MinimizeResult:
         twin.plot(evaluations, columns["sigma"], color="0.6", linestyle=":", label="sigma")
         twin.set_yscale("log")
         twin.set_ylabel("sigma")
-        lines = [*ax.get_lines(), *twin.get_lines()]
-        ax.legend(lines, [str(line.get_label()) for line in lines])
+        _plots.plain_numbers(twin.yaxis)
+        _plots.legend_of_both(ax, twin, "upper right")
         return ax

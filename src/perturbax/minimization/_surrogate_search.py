@@ -244,6 +244,10 @@ def trust_region_step(gradient: Array, curvatures: Array, radius: Array) -> tupl
       The step, and whether it is as long as it may be.
     """
     tiny = jnp.finfo(gradient.dtype).tiny
+    # By a power of two, for digits: of values such as 1e25 squares of slopes would overflow.
+    largest = jnp.maximum(jnp.abs(gradient).max(), jnp.abs(curvatures).max())
+    exponent = jnp.frexp(largest)[1]
+    gradient, curvatures = (jnp.ldexp(v, -exponent) for v in (gradient, curvatures))
     lowest = jnp.maximum(0, -curvatures.min())
     length = jnp.linalg.norm(gradient)
     low = lowest
