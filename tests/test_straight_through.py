@@ -72,13 +72,13 @@ def test_a_value_takes_one_evaluation():
     assert solver.solves == 3
 
 
-def test_derivatives_take_two_evaluations_more_than_samples():
-    """As documented: of fun(x), for the value and for the baseline."""
+def test_derivatives_take_one_evaluation_more_than_samples():
+    """Of fun(x), for the value, and where there are too few samples for the baseline too."""
     for num_samples in (2, 10):
         solver = HostSolver()
         hard = px.make_straight_through_fun(solver, num_samples)
         jax.block_until_ready(jax.jit(jax.value_and_grad(lambda x, g=hard: g(KEY, x) @ x))(X))
-        assert solver.solves == num_samples + 2
+        assert solver.solves == num_samples + (2 if num_samples == 2 else 1)
 
 
 def test_side_effects():
