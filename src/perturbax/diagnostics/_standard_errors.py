@@ -14,7 +14,7 @@ from .. import _checks
 from .._call import run
 from .._perturb import PerturbedFun, kind_of_fun
 from ..estimator._default_rule import RULE, choose
-from ..estimator._derivatives import slopes_of_expected, sums_of_slopes
+from ..estimator._derivatives import grads_of_expected, score_function_sums
 from ..estimator._formula import Part, coefficients, fitted, kept, unit_of
 from ..execution._chunks import Chunk, drawer, evaluate_at, kept_noise, stacked, summed
 from ..execution._plan import (
@@ -403,10 +403,10 @@ def _combined(
 
     def jacobians(chunk: Chunk, part: Part) -> Array:
         z, wanted = noise_of(chunk), (True, False)
-        [in_a] = sums_of_slopes(plan, wanted, noise, None, z, part, by_group=True)
+        [in_a] = score_function_sums(plan, wanted, noise, None, z, part, by_group=True)
         beta = coefficients(surrogates, part)
         if beta is not None:
-            [expected] = slopes_of_expected(plan, wanted, noise, None, beta)
+            [expected] = grads_of_expected(plan, wanted, noise, None, beta)
             in_a += part.sizes.astype(expected.dtype)[:, None, None] * expected
         return in_x(in_a / number)
 

@@ -48,11 +48,11 @@ from ._formula import (
     centre_of,
     fitted,
     formula,
+    grad_log_prob,
     kept,
     present_in,
     residual,
     share_of_one,
-    slope_of,
 )
 
 # With more leaves than this, what is done leaf by leaf takes the compiler longer than the rest.
@@ -218,7 +218,7 @@ def _jacobian_of_baselines(
         if first_tells:
             centre = jnp.where(jnp.isnan(centre), centre_of(f[0])[0], centre)
         f = f - centre[None]
-        slopes = [v.astype(f.dtype) for v in slopes_of(wanted, noise, z, r)]
+        slopes = [v.astype(f.dtype) for v in grads_of_log_density(wanted, noise, z, r)]
         if plan.degree is None:
             return (jnp.sum(f, axis=0), [(matmul(f.T, v), ()) for v in slopes], ()), (), centre
         share = share_of_one(plan.num_samples - sizes + counted).astype(f.dtype)[:, None]
@@ -267,16 +267,16 @@ def _jacobian_of_groups(
     surrogates = fitted(plan, operands, point, noise_of, stacked(plan, evaluate))
 
     def weigh(chunk: Chunk, part: Part) -> list[Array]:
-        return sums_of_slopes(plan, wanted, noise, r, noise_of(chunk), part)
+        return score_function_sums(plan, wanted, noise, r, noise_of(chunk), part)
 
     jacobians = [v / surrogates.number for v in summed(plan, weigh, surrogates.parts)]
     if plan.degree:
-        expected = slopes_of_expected(plan, wanted, noise, r, surrogates.mean)
+        expected = grads_of_expected(plan, wanted, noise, r, surrogates.mean)
         jacobians = [v + e for v, e in zip(jacobians, expected, strict=True)]
     return [surrogates.value, *jacobians]
 
 
-def sums_of_slopes(
+def score_function_sums(
     plan: Plan,
     wanted: Wanted,
     noise: Any,
@@ -289,14 +289,14 @@ def sums_of_slopes(
 
     That is the sum of (f_i - q_i) dl_i over its samples i; or over each group's, (groups, M, D).
     """
-    left, slopes = residual(plan, noise, z, part), slopes_of(wanted, noise, z, r)
+    left, slopes = residual(plan, noise, z, part), grads_of_log_density(wanted, noise, z, r)
     if by_group:
         left, *slopes = (in_groups(plan, v) for v in (left, *slopes))
     left = jnp.swapaxes(left, -1, -2)
     return [matmul(left, v.astype(left.dtype)) for v in slopes]
 
 
-def slopes_of_expected(plan: Plan, wanted: Wanted, noise: Any, r: Any, beta: Array) -> list[Array]:
+def grads_of_expected(plan: Plan, wanted: Wanted, noise: Any, r: Any, beta: Array) -> list[Array]:
     """dE q, (..., M, D), in a and in r, of polynomials with coefficients beta, (..., P, M)."""
     slopes = [_surrogate.expected_slope_in_a(beta, plan.dim)] if wanted[0] else []
     if wanted[1]:
@@ -305,9 +305,9 @@ def slopes_of_expected(plan: Plan, wanted: Wanted, noise: Any, r: Any, beta: Arr
     return slopes
 
 
-def slopes_of(wanted: Wanted, noise: Any, z: Array, r: Any) -> list[Array]:
+def grads_of_log_density(wanted: Wanted, noise: Any, z: Array, r: Any) -> list[Array]:
     """dl/da (C, D) and dl/dr, (C, 1) or (C, D), of each row of z, as far as they are wanted."""
-    dl_da = slope_of(noise, z)
+    dl_da = grad_log_prob(noise, z)
     slopes = [dl_da] if wanted[0] else []
     if wanted[1]:
         dl_dr = 1 + z * dl_da

@@ -145,7 +145,7 @@ def log_density(plan: Plan, noise: Any, z: Array, a: Array, r: Any) -> Array:
     return log_prob_of(noise, a[None] + (r[None] if r.ndim else r) * z) + log_scale
 
 
-def slope_of(noise: Any, z: Array) -> Array:
+def grad_log_prob(noise: Any, z: Array) -> Array:
     """d log p / dz, at each row of z: the score, less its sign."""
     # Not by noise.score: with Gumbel noise XLA would compute the exponential at each use of it.
     return jax.grad(lambda z: jnp.sum(log_prob_of(noise, z)))(z)
@@ -222,7 +222,7 @@ def fitted(
     unit = unit_of(f, len(f) if plan.fits_each_sample else _SOME).astype(f.dtype)
 
     def weight_of(z: Array, present: Array | None) -> Array:
-        return kept(jnp.mean(slope_of(noise, z) ** 2, axis=1), present)
+        return kept(jnp.mean(grad_log_prob(noise, z) ** 2, axis=1), present)
 
     if plan.fits_each_sample:
         z = stacked(plan, lambda chunk, _: noise_of(chunk))

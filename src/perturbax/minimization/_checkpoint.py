@@ -5,22 +5,86 @@ import json
 import os
 import re
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
+
+from ._problem import Problem
+from ._result import MinimizeHistory
+from ._run import Setup, begin, empty_history, joined, own_settings, step
+from ._schedules import ADAPTED
+from ._states import Operands, Run
 
 _FORMAT = "perturbax minimize 1"
+# Between two checkpoints.
+_SECONDS_A_CHECKPOINT = 3.0
 
 
-def fingerprint(setup: dict[str, Any]) -> dict[str, str]:
+class Checkpoint:
+    """A checkpoint of one run."""
+
+    @own_settings()
+    def __init__(self, path: Path, setup: Setup, operands: Operands, problem: Problem, key: Array):
+        """Takes the run's fingerprint."""
+        if not path.parent.is_dir():
+            raise ValueError(f"checkpoint's folder {os.fspath(path.parent)!r} does not exist")
+        self._path, self._settings = path, setup
+        self._impl = jax.random.key_impl(key)
+        self._last = time.monotonic()
+        run = jax.eval_shape(lambda: begin(setup, operands, key, problem.start))
+        self._like = run
+        stepped = jax.make_jaxpr(lambda run: step(setup, operands, run, jnp.zeros(2, jnp.int32)))(
+            run
+        )
+        self._prints = _fingerprint(
+            {
+                "x0": problem.start,
+                "key": jax.random.key_data(key),
+                "fun or its data": (str(setup.objective.traced.jaxpr), problem.operands),
+                "bounds": (problem.scale, problem.widest),
+                "sigma or tol": (operands.sigma, operands.tol, setup.sigma == ADAPTED),
+                "optimizer, sigma or noise": (str(stepped), stepped.consts),
+                "num_samples": (setup.num_samples, setup.grows),
+            }
+        )
+
+    def load(self) -> tuple[Setup, Run | None, list[MinimizeHistory]]:
+        """The run as it was kept, or as it was given where nothing was."""
+        rows = empty_history(self._settings.objective)
+        found = _load(self._path, self._prints, {"run": self._like, "rows": rows, "doublings": 0})
+        if found is None:
+            return self._settings, None, []
+        run = found["run"]
+        key = jax.random.wrap_key_data(jnp.asarray(run.key), impl=self._impl)
+        run = jax.tree.map(jnp.asarray, run._replace(key=key))
+        setup = self._settings._replace(doublings=int(found["doublings"]))
+        return setup, run, [found["rows"]] if int(run.steps) else []
+
+    def save_now_and_then(self, setup: Setup, run: Run, told: list[MinimizeHistory]) -> None:
+        """Saves if the last time is seconds ago."""
+        if time.monotonic() - self._last >= _SECONDS_A_CHECKPOINT:
+            self.save(setup, run, told)
+
+    def save(self, setup: Setup, run: Run, told: list[MinimizeHistory]) -> None:
+        """Saves the run."""
+        rows = joined(self._settings.objective, told)
+        parts = {"run": run, "rows": rows, "doublings": setup.doublings}
+        _save(self._path, self._prints, parts)
+        self._last = time.monotonic()
+
+
+def _fingerprint(setup: dict[str, Any]) -> dict[str, str]:
     """A digest for each setting, by which a checkpoint knows its run."""
     return {name: _digest(value) for name, value in setup.items()}
 
 
-def save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
+def _save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
     """Writes pytrees of arrays: a file beside `path` takes its place once it is on disk."""
     arrays: dict[str, np.ndarray] = {}
     kinds: dict[str, list[tuple[str, list[int]]]] = {}
@@ -45,7 +109,7 @@ def save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
         raise
 
 
-def load(path: Path, prints: dict[str, str], likes: dict[str, Any]) -> dict[str, Any] | None:
+def _load(path: Path, prints: dict[str, str], likes: dict[str, Any]) -> dict[str, Any] | None:
     """Reads what `save` wrote, or None where there is no file.
 
     Args:

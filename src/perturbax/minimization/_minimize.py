@@ -1,10 +1,9 @@
 """minimize: the public face, and the loop around the compiled blocks."""
 
-import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +23,12 @@ from ..sampling._orthogonal import Orthogonal
 from ..sampling._protocol import Sampler
 from ..scale._matrices import is_matrix
 from ..scale._scales import check_sigma, scale_leaves
-from ._checkpoint import fingerprint, load, save
+from ._checkpoint import Checkpoint
 from ._descent import Optimizer
 from ._problem import Objective, Problem, make_problem
 from ._progress import Telling
 from ._result import MinimizeHistory, MinimizeResult
-from ._run import Found, Setup, begin, block, empty_history, finish, step
+from ._run import Found, Setup, begin, block, finish, joined, own_settings
 from ._schedules import ADAPTED, GIVEN, Sigma
 from ._states import CALLED_OFF, EXHAUSTED, RUNNING, Operands, Run
 
@@ -39,8 +38,6 @@ _MOST_SAMPLES = 200
 # Longest block of steps, and how long one is to take, in seconds.
 _LONGEST_BLOCK = 4096
 _SECONDS_A_BLOCK = 1.0
-# Between two checkpoints.
-_SECONDS_A_CHECKPOINT = 3.0
 
 
 class MinimizeProgress(NamedTuple):
@@ -229,7 +226,7 @@ def minimize(
     try:
         keeping = None
         if checkpoint is not None:
-            keeping = Keeping(Path(checkpoint), setup, operands, problem, key)
+            keeping = Checkpoint(Path(checkpoint), setup, operands, problem, key)
         return _in_blocks(
             setup, operands, problem, key, max_evaluations, callback, telling, keeping
         )
@@ -237,22 +234,7 @@ def minimize(
         telling.close()
 
 
-@contextlib.contextmanager
-def _own_settings() -> Iterator[None]:
-    """JAX's settings for what is not the user's: fun was traced before, under those that were set.
-
-    Optax's operations do not keep to strict rules; NaN and infinity stand for what is missing.
-    """
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        jax.debug_nans(False),
-        jax.debug_infs(False),
-    ):
-        yield
-
-
-@_own_settings()
+@own_settings()
 def _in_one_program(
     setup: Setup, operands: Operands, problem: Problem, key: Array, max_evaluations: int
 ) -> MinimizeResult:
@@ -265,7 +247,7 @@ def _in_one_program(
     return _result(problem, run, history, _finished(setup, operands, run, max_evaluations))
 
 
-@_own_settings()
+@own_settings()
 def _in_blocks(
     setup: Setup,
     operands: Operands,
@@ -274,7 +256,7 @@ def _in_blocks(
     max_evaluations: int,
     callback: Callable[[MinimizeProgress], Any] | None,
     telling: Telling,
-    keeping: "Keeping | None",
+    keeping: Checkpoint | None,
 ) -> MinimizeResult:
     """A run in blocks of steps, as long as fits between two looks at the clock.
 
@@ -299,11 +281,7 @@ def _in_blocks(
             steps = int(run.steps) - sum(map(len, told))
             if steps:
                 told.append(jax.tree.map(lambda column, n=steps: np.asarray(column)[:n], rows))
-            taken = time.monotonic() - begun
-            # The first block may have been compiled in this time, too.
-            fitting = int(steps * _SECONDS_A_BLOCK / max(taken, 1e-9))
-            least = 2 if most == 1 else 1
-            most = min(max(fitting, least), 64 * most, _LONGEST_BLOCK)
+            most = _next_length(most, steps, time.monotonic() - begun)
             if bool(run.wants_more):
                 setup = setup._replace(doublings=setup.doublings + 1)
             if steps:
@@ -320,11 +298,16 @@ def _in_blocks(
     if keeping is not None:
         keeping.save(setup, run, told)
     found = _finished(setup, operands, run, max_evaluations)
-    history = jax.tree.map(lambda *columns: np.concatenate(columns), *told) if told else None
-    if history is None:
-        empty = empty_history(setup.objective, 0)
-        history = jax.tree.map(np.asarray, empty)
+    history = joined(setup.objective, told)
     return _result(problem, run, history, found)
+
+
+def _next_length(length: int, steps: int, seconds: float) -> int:
+    """Steps of the next block, from the last one's length, steps made, and time."""
+    fitting = int(steps * _SECONDS_A_BLOCK / max(seconds, 1e-9))
+    # The first block may have been compiled in this time, too.
+    least = 2 if length == 1 else 1
+    return min(max(fitting, least), 64 * length, _LONGEST_BLOCK)
 
 
 def _ends(answer: Any) -> bool:
@@ -360,60 +343,6 @@ def _result(problem: Problem, run: Run, history: MinimizeHistory, found: Found) 
         num_steps=run.steps,
         status=run.status,
     )
-
-
-class Keeping:
-    """A checkpoint of one run."""
-
-    @_own_settings()
-    def __init__(self, path: Path, setup: Setup, operands: Operands, problem: Problem, key: Array):
-        """Takes the run's fingerprint."""
-        if not path.parent.is_dir():
-            raise ValueError(f"checkpoint's folder {os.fspath(path.parent)!r} does not exist")
-        self._path, self._settings = path, setup
-        self._impl = jax.random.key_impl(key)
-        self._last = time.monotonic()
-        run = jax.eval_shape(lambda: begin(setup, operands, key, problem.start))
-        self._like = run
-        stepped = jax.make_jaxpr(lambda run: step(setup, operands, run, jnp.zeros(2, jnp.int32)))(
-            run
-        )
-        self._prints = fingerprint(
-            {
-                "x0": problem.start,
-                "key": jax.random.key_data(key),
-                "fun or its data": (str(setup.objective.traced.jaxpr), problem.operands),
-                "bounds": (problem.scale, problem.widest),
-                "sigma or tol": (operands.sigma, operands.tol, setup.sigma == ADAPTED),
-                "optimizer, sigma or noise": (str(stepped), stepped.consts),
-                "num_samples": (setup.num_samples, setup.grows),
-            }
-        )
-
-    def load(self) -> tuple[Setup, Run | None, list[MinimizeHistory]]:
-        """The run as it was kept, or as it was given where nothing was."""
-        rows = empty_history(self._settings.objective, 0)
-        found = load(self._path, self._prints, {"run": self._like, "rows": rows, "doublings": 0})
-        if found is None:
-            return self._settings, None, []
-        run = found["run"]
-        key = jax.random.wrap_key_data(jnp.asarray(run.key), impl=self._impl)
-        run = jax.tree.map(jnp.asarray, run._replace(key=key))
-        setup = self._settings._replace(doublings=int(found["doublings"]))
-        return setup, run, [found["rows"]] if int(run.steps) else []
-
-    def save_now_and_then(self, setup: Setup, run: Run, told: list[MinimizeHistory]) -> None:
-        """Saves if the last time is seconds ago."""
-        if time.monotonic() - self._last >= _SECONDS_A_CHECKPOINT:
-            self.save(setup, run, told)
-
-    def save(self, setup: Setup, run: Run, told: list[MinimizeHistory]) -> None:
-        """Saves the run."""
-        rows = [empty_history(self._settings.objective, 0), *told]
-        rows = jax.tree.map(lambda *columns: np.concatenate(columns), *rows)
-        parts = {"run": run, "rows": rows, "doublings": setup.doublings}
-        save(self._path, self._prints, parts)
-        self._last = time.monotonic()
 
 
 def _sigma(sigma: Any) -> tuple[Any, Any]:

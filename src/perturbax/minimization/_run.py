@@ -1,6 +1,8 @@
 """The compiled parts of a run: its start, a block of steps, and the evaluation of what it found."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +32,21 @@ from ._surrogate_search import surrogate_search
 
 # Steps without progress after which a run ends.
 _PATIENCE = 30
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """JAX's settings for what is not the user's: fun was traced before, under those that were set.
+
+    Optax's operations do not keep to strict rules; NaN and infinity stand for what is missing.
+    """
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+    ):
+        yield
 
 
 class Setup(NamedTuple):
@@ -150,10 +167,15 @@ def step(setup: Setup, operands: Operands, run: Run, budget: Array) -> tuple[Run
     return run, row
 
 
-def empty_history(objective: Objective, length: int) -> MinimizeHistory:
-    """Rows of NaN."""
-    column = jnp.full(length, jnp.nan, objective.dtype)
-    return MinimizeHistory(jnp.zeros(length, jnp.int32), column, column, column, column, column)
+def empty_history(objective: Objective) -> MinimizeHistory:
+    """One without rows."""
+    column = np.zeros(0, objective.dtype)
+    return MinimizeHistory(np.zeros(0, np.int32), column, column, column, column, column)
+
+
+def joined(objective: Objective, parts: list[MinimizeHistory]) -> MinimizeHistory:
+    """One history of all parts, on the host; of none, an empty one."""
+    return jax.tree.map(lambda *c: np.concatenate(c), empty_history(objective), *parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
