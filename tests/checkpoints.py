@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import perturbax as px
-from perturbax.minimization import _minimize
+from perturbax.minimization import _checkpoint, _minimize
 
 
 def slow(x):
@@ -25,7 +25,8 @@ def fun(x):
     return jax.pure_callback(slow, like, x, vmap_method="sequential")
 
 
-@mock.patch.multiple(_minimize, _SECONDS_A_CHECKPOINT=0.1, _SECONDS_A_BLOCK=0.05)
+@mock.patch.object(_checkpoint, "_SECONDS_A_CHECKPOINT", 0.1)
+@mock.patch.object(_minimize, "_SECONDS_A_BLOCK", 0.05)
 def run(checkpoint=None):
     """The bits of what it finds, and its numbers of evaluations."""
     found = px.minimize(
