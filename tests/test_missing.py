@@ -33,6 +33,31 @@ def smooth(fun, num_samples=22, missing="drop", **options):
     return px.make_perturbed_fun(fun, num_samples, SIGMA, **settings)
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "block", "degree"), [(3, 1, 0), (20, 1, 1), (8, 4, 1), (60, 30, 2)]
+)
+def test_a_sample_that_is_left_alone_is_not_subtracted_from_itself(num_samples, block, degree):
+    """Nothing else is known of the function then. Its gradient was 0, with an error of 0."""
+    options = {"num_samples": num_samples, "sampler": px.Independent(block), "degree": degree}
+
+    def points(key):
+        return smooth(lambda y: (jnp.sum(y), y), has_aux=True, **options)(key, X)[1]
+
+    keys = jax.random.split(KEY, 400)
+    first = jnp.argmax(jax.vmap(points)(keys)[:, :, -1], axis=1) == 0
+    key = keys[jnp.argmax(first)]  # of which the first sample is the one with the largest y[-1]
+    y = np.asarray(points(key), np.float64)
+    limit = np.float32(np.sort(y[:, -1])[-2:].mean())
+
+    def fun(y):
+        return jnp.where(y[-1] > limit, 10 + y[0], jnp.nan)
+
+    g = smooth(fun, **options)
+    expected = (10 + y[0, 0]) * (y[0] - np.asarray(X)) / SIGMA**2
+    for gradient in (jax.grad(g, argnums=1)(key, X), px.estimate(g, key, X).gradient):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("size", [1, 6])
 def test_what_is_left_is_estimated_as_if_the_rest_had_not_been_drawn(size):
     """Value, gradient and standard errors by sums in float64, over samples that did not fail."""

@@ -216,10 +216,18 @@ def fitted(
         return Surrogates(Part(rest, None, sizes, present), number, value, mean(b))
     noise: Any = noise_in(plan, operands)
     # For digits only: the fit is equivariant, so that these constants have no influence on f - q
-    # but by rounding.
-    f = kept(f - lax.stop_gradient(f[:1]), present)
+    # but by rounding; unless all others are missing, and there is no fit.
+    first = lax.stop_gradient(f[:1])
+    f = kept(f - first, present)
     # Lest squares overflow or vanish; of few samples one may be far larger than all others.
     unit = unit_of(f, len(f) if plan.fits_each_sample else _SOME).astype(f.dtype)
+
+    def restored(rest: Array, others: Array) -> Array:
+        """f - q, where `others` tells of how many samples q was made."""
+        if present is None:
+            return rest
+        own = where((others == 0)[:, None], jnp.broadcast_to(first, rest.shape), 0)
+        return rest + kept(own, present)
 
     def weight_of(z: Array, present: Array | None) -> Array:
         return kept(jnp.mean(grad_log_prob(noise, z) ** 2, axis=1), present)
@@ -228,7 +236,8 @@ def fitted(
         z = stacked(plan, lambda chunk, _: noise_of(chunk))
         fit = _left_out.fit(z - noise.mean, f / unit[None], weight_of(z, present))
         rows = fit.rows._replace(lost=fit.rows.lost * unit[None])
-        part = Part(fit.rest * unit[None], None, sizes, present, rows)
+        rest = restored(fit.rest * unit[None], jnp.sum(sizes) - sizes)
+        part = Part(rest, None, sizes, present, rows)
         return Surrogates(part, number, value, fit.mean * unit[None], fit.common * unit[None])
     enough = _surrogate.enough(plan.dim, plan.degree, plan.num_groups, plan.group_size)
     seen = np.minimum(group_sizes(plan), enough)
@@ -246,6 +255,8 @@ def fitted(
     if present is not None:
         seen = jnp.sum(in_groups(plan, present.astype(jnp.int32))[:, :enough], axis=1)
         least = least, jnp.sum(seen) - seen
+        others = jnp.repeat(jnp.sum(seen) - seen, plan.group_size)[: plan.num_samples]
+        f = restored(f, others)
     beta = _surrogate.fit(equations, least, plan.dim) * unit[None, None]
     return Surrogates(Part(f, beta, sizes, present), number, value, mean(beta))
 
@@ -290,8 +301,10 @@ def baselines(
     centre, counted = at_x(plan, operands, point) if plan.evaluates_at_x else centre_of(f[0])
     sums = jnp.sum(in_groups(plan, kept(f - centre[None], present)), axis=1)
     others = jnp.sum(sums, axis=0)[None] - sums
-    share = share_of_one(jnp.sum(sizes) - sizes + counted).astype(f.dtype)
-    return centre[None] + others * share[:, None]
+    count = (jnp.sum(sizes) - sizes + counted)[:, None]
+    b = centre[None] + others * share_of_one(count).astype(f.dtype)
+    # Where all others are missing, the centre may be the group's own value.
+    return b if present is None else where(count > 0, b, 0)
 
 
 def weights_less_baselines(change: Array, group_size: int) -> Array:
