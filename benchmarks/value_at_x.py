@@ -20,13 +20,11 @@ from timing import table, write
 import perturbax as px
 from perturbax.execution._plan import Plan
 
-TAKEN = "evaluates_at_x"
-
 
 def variance(problem, num_samples, sampler, taken, keys):
     """Of the gradient, summed over its coordinates, with the value at x or without."""
-    rule = getattr(Plan, TAKEN)
-    setattr(Plan, TAKEN, property(lambda plan: plan.degree == 0 and taken))
+    rule = Plan.evaluates_at_x
+    Plan.evaluates_at_x = property(lambda plan: plan.degree == 0 and taken)
     try:
         jax.clear_caches()  # programs are known by their plan, not by this rule
         g = px.make_perturbed_fun(
@@ -36,7 +34,7 @@ def variance(problem, num_samples, sampler, taken, keys):
         run = jax.jit(lambda keys: jax.lax.map(lambda key: gradient(key, x), keys, batch_size=64))
         return float(np.var(np.asarray(run(keys), np.float64), axis=0).sum())
     finally:
-        setattr(Plan, TAKEN, rule)
+        Plan.evaluates_at_x = rule
 
 
 def main(num_keys):

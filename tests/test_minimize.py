@@ -103,7 +103,7 @@ def test_every_evaluation_is_counted():
         calls.clear()
         run = quiet(fun, jnp.zeros(4), jax.random.key(0), optimizer=optimizer, max_evaluations=200)
         assert len(calls) == run.num_evaluations <= 200
-        # In the end the best point, and with an optimiser the last centre, one of which is better.
+        # In the end the best point, and with an optimiser where it ended, one of which is better.
         assert any((x == run.x).all() for x in calls[-1 if optimizer is None else -2 :])
 
 
@@ -266,7 +266,7 @@ def test_fixed_settings_are_the_loop_that_one_would_write():
         updates, state = ADAM.update(gradient, state, x)
         x = optax.apply_updates(x, updates)
     assert run.num_steps == 16
-    # The best point that was evaluated, and the last centre, are evaluated in the end.
+    # The best point that was evaluated, and where the run ended, are evaluated in the end.
     assert run.num_evaluations == 2 + 16 * 32 + 2 + 2
     assert run.value == staircase(run.x) <= run.history.best_value[-1]
 
@@ -281,6 +281,38 @@ def test_values_of_any_magnitude_in_single_precision(unit):
 
     run = quiet(ellipsoid, jnp.zeros(20), jax.random.key(0), max_evaluations=1500)
     assert run.value < 1e-6 * unit
+
+
+def test_where_an_optimiser_ended_is_tried_too():
+    """After its only step it is nearer; the step's centre is where the run began."""
+
+    def sphere(x):
+        return jnp.sum((x - 1) ** 2)
+
+    options = {"sigma": 0.01, "num_samples": 32, "max_evaluations": 70}
+    run = quiet(sphere, jnp.zeros(2), jax.random.key(0), optimizer=optax.sgd(0.4), **options)
+    assert run.num_steps == 1
+    np.testing.assert_allclose(run.x, [0.8, 0.8], atol=0.01)
+
+
+@pytest.mark.parametrize("at_end", [np.nan, np.inf, 1.0])
+def test_the_lowest_of_best_and_last_is_found(at_end):
+    """Minus infinity is lower than any number, and a number better than NaN."""
+
+    def fun(x):
+        return jnp.where(x[0] == 0, -jnp.inf, jnp.where(jnp.abs(x[0]) < 2, x[0], at_end))
+
+    run = quiet(
+        fun,
+        jnp.zeros(1),
+        jax.random.key(0),
+        optimizer=optax.sgd(5.0),
+        sigma=0.3,
+        num_samples=8,
+        max_evaluations=16,
+    )
+    assert run.num_steps == 1
+    assert run.value == -np.inf
 
 
 def test_num_samples_grows_where_the_signal_is_weak():

@@ -1,5 +1,7 @@
 """missing="drop": samples whose value has a NaN are left out, as if they had not been drawn."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -228,3 +230,24 @@ def test_strict_promotion():
         g = smooth(fails(bumps), 64, sampler=px.Sobol(4), degree=1)
         found = jax.eval_shape(lambda x: px.estimate(g, KEY, x).interval().gradient, X)
     assert {v.dtype for v in jax.tree.leaves(found)} == {np.dtype("float32")}
+
+
+def test_a_batch_warns_once():
+    """JAX made as many callbacks as there were estimates, which took it seconds for a hundred."""
+    nowhere = smooth(lambda y: jnp.where(y[0] > 5, y[0], jnp.nan))
+    somewhere = smooth(bumps)
+    points = jnp.stack([X] * 3 + [X + 10])
+
+    def batch():
+        values = jax.vmap(jax.vmap(nowhere, (None, 0)), (None, 0))(KEY, jnp.stack([points] * 2))
+        jax.effects_barrier()
+        return values
+
+    with pytest.warns(UserWarning, match="all 22 samples are missing") as caught:
+        values = batch()
+    assert len(caught) == 1
+    np.testing.assert_array_equal(jnp.isnan(values), [[True, True, True, False]] * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.vmap(jax.grad(somewhere, argnums=1), (None, 0))(KEY, points)
+        jax.effects_barrier()

@@ -98,8 +98,8 @@ def make_perturbed_fun(
         discontinuous; its derivative in the perturbed argument is never used. It is traced, then
         vmapped over the samples.
       num_samples: number of evaluations of fun, a static int of at least 1 (powers of two suit the
-        default nets best). With one or two, or one group, derivatives of degree 0 take one
-        more, at x.
+        default nets best). Where a group of samples has fewer others than its root, as for one or
+        two samples or a single group, derivatives of degree 0 take one more, at x.
       sigma: scale of the noise, > 0: a number; an array that broadcasts into a leaf of x; or a
         pytree of them with the structure of x, or a prefix of it. For a leaf of shape s, with axes,
         an array of shape s + s is an invertible matrix L, so that the noise is L eps: for a vector,

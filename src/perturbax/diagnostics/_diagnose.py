@@ -17,7 +17,7 @@ from ..sampling._independent import Antithetic, Independent
 from . import _plots, _variance_law
 from ._subject import Pilot, Subject
 from ._variance_law import Runs
-from ._words import count_of, numbers_of, percent, seconds_of, wrapped
+from ._words import count_of, numbers_of, one_digit, percent, seconds_of, wrapped
 
 # Evaluations after the pilot, at most, in units of the pilot's.
 _FURTHER = 4
@@ -153,7 +153,7 @@ class Diagnosis:
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "value at x", numbers_of(self.value_at_x)
         yield "smoothed value", numbers_of(self.value, self.value_error)
-        length = f"{self.gradient_length:.3g} ± {self.gradient_length_error:.1g}"
+        length = f"{self.gradient_length:.3g} ± {one_digit(self.gradient_length_error)}"
         yield "length of the gradient", f"{length}, of {self.gradient_of}"
         ratio, samples = self.signal_to_noise, f"{self.num_samples:,} samples"
         if ratio > 0:
@@ -168,7 +168,9 @@ class Diagnosis:
         yield "samples as at x", f"{percent(self.share_equal)} have the value that fun has at x"
         failed = f"{percent(self.share_nan)} NaN, {percent(self.share_infinite)} infinite"
         yield "samples that fail", failed
-        yield "sigma", f"at least {self.sigma_in_spacings:.2g} spacings of the numbers near x"
+        many = self.sigma_in_spacings > 1e9  # near 0, where numbers lie close
+        spacings = "more than 1e9" if many else f"at least {self.sigma_in_spacings:.2g}"
+        yield "sigma", f"{spacings} spacings of the numbers near x"
         yield "in use", f"{_way(self.sampler, self.degree)}. {self.reason}"
         for i, one in enumerate(self.alternatives):
             times = f"{one.ratio:.2g} ({one.low:.2g} to {one.high:.2g}) times"
@@ -504,9 +506,11 @@ def _problems(subject: Subject, found: Diagnosis, finite: bool, significant: boo
             "rounded, or compute in float64."
         )
     elif found.share_equal > _PLATEAU:
+        few = "the gradient comes from the few others"
+        whence = "no gradient is seen" if found.share_equal == 1 else few
         yield (
             f"sigma is too small: {percent(found.share_equal)} of the samples have the value that "
-            "fun has at x, so the gradient comes from the few others. Take a larger sigma; "
+            f"fun has at x, so {whence}. Take a larger sigma; "
             "px.sweep_sigma shows from where on the function is seen to change."
         )
     elif not significant:

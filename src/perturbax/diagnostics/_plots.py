@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from ._words import one_digit
+
 GREY, BAND, BLUE, RED = "0.6", "#cfdcec", "#1f4e8c", "#b3400e"
 
 
@@ -26,20 +28,23 @@ def axes(ax: Any) -> Any:
 
 
 def plain_numbers(axis: Any, unit: float = 1) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5, written out, of so many units."""
+    """Ticks of a logarithmic axis written out, of so many units; at 1, 2 and 5 if it is short."""
     import matplotlib.ticker
 
-    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(matplotlib.ticker.NullLocator())
+    low, high = axis.get_view_interval()
+    # With these, a longer axis may be left without any.
+    if high < 1e3 * low:
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.set_major_formatter(lambda v, _: f"{unit * v:,.4g}")
 
 
-def legend_of_both(ax: Any, twin: Any, place: str) -> None:
-    """One legend of an axis and its twin, on the upper one of them: no line crosses its words."""
-    handles = [
-        entry for one in (ax, twin) for entry in zip(*one.get_legend_handles_labels(), strict=True)
-    ]
-    twin.legend(*zip(*handles, strict=True), loc=place, edgecolor="none")
+def legend_above(ax: Any, twin: Any, handles: list[Any]) -> None:
+    """A legend on the axes, drawn above their twin's lines, lest these cross its words."""
+    ax.set_zorder(twin.get_zorder() + 1)
+    ax.patch.set_visible(False)
+    twin.patch.set_visible(True)
+    ax.legend(handles=handles, framealpha=1, edgecolor="none")
 
 
 def plot_errors(
@@ -68,7 +73,7 @@ def plot_errors(
     plain_numbers(ax.xaxis)
     plain_numbers(ax.yaxis, 100)
     ax.set_ylabel("relative error of the gradient, %")
-    ax.legend(edgecolor="none")
+    ax.legend(framealpha=1, edgecolor="none")
     return ax
 
 
@@ -82,17 +87,17 @@ def plot_sweep(
 ) -> Any:
     """Smoothed values, and lengths of gradients on a second axis, with bands of two errors."""
     ax = axes(ax)
+    twin = ax.twinx()
+    handles = [ax.axhline(hard_value, color=GREY, lw=1, ls="--", label="hard value")]
     if suggested is not None:
-        ax.axvspan(*suggested, color=BAND, lw=0, label="worth using")
-    ax.axhline(hard_value, color=GREY, lw=1, ls="--", label="hard value")
+        handles += [twin.axvspan(*suggested, color=BAND, lw=0, label="worth using")]
     _band(ax, sigmas, *values, BLUE, "smoothed value")
     ax.set(xscale="log", xlabel="sigma")
-    ax.set_ylabel("value", color=BLUE)
-    twin = ax.twinx()
+    ax.set_ylabel("smoothed value", color=BLUE)
     _band(twin, sigmas, *lengths, RED, "length of the gradient")
     twin.set_ylabel("length of the gradient", color=RED)
     twin.set_ylim(bottom=0)
-    legend_of_both(ax, twin, "upper center")
+    legend_above(ax, twin, handles)
     return ax
 
 
@@ -112,7 +117,9 @@ def plot_line(
     _band(ax, t, *smooth, BLUE, "smoothed")
     value, slope, error = tangent
     reach = 0.4 * np.array([t[0], t[-1]])
-    ax.plot(reach, value + slope * reach, color=RED, label=f"tangent {slope:.3g} ± {error:.1g}")
+    ax.plot(
+        reach, value + slope * reach, color=RED, label=f"tangent {slope:.3g} ± {one_digit(error)}"
+    )
     low, high = value + (slope - 2 * error) * reach, value + (slope + 2 * error) * reach
     ax.fill_between(reach, low, high, color=RED, alpha=0.15, lw=0)
     ax.plot(0, value, "o", color=RED, ms=4)

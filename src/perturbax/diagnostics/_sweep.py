@@ -18,7 +18,7 @@ from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
 from . import _plots
 from ._standard_errors import estimate
-from ._words import columns_of, count_of, percent, wrapped
+from ._words import columns_of, count_of, one_digit, percent, wrapped
 
 # The least and the largest scale that are tried where none are given, over the size of x.
 _FACTORS = (1e-3, 3.0)
@@ -299,7 +299,7 @@ def _largest_spacing(leaves: list[Array]) -> float:
         values = values[np.isfinite(values.astype(np.float64))]
         if values.size:
             largest = max(largest, float(np.spacing(values.max())))
-    return largest or float(np.finfo(np.float64).tiny)
+    return max(largest, 1e-200)  # at 0 numbers lie so close that ratios to them would overflow
 
 
 def _squares(gradients: np.ndarray, variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -385,4 +385,4 @@ def _suggest(
 def _with(values: np.ndarray, errors: np.ndarray, i: int, digits: int = 3) -> str:
     if np.isnan(values[i]):
         return "-"
-    return f"{values[i]:.{digits}g} ± {errors[i]:.1g}"
+    return f"{values[i]:.{digits}g} ± {one_digit(errors[i])}"

@@ -65,6 +65,12 @@ def seconds_of(seconds: float) -> str:
     return f"{seconds * 1e9:.2g} ns"
 
 
+def one_digit(number: float) -> str:
+    """A number with one digit, below a million without a power of ten."""
+    text = f"{number:.1g}"
+    return f"{float(text):.0f}" if 10 <= float(text) < 1e6 else text
+
+
 def numbers_of(
     value: Any, error: Any = None, *, to: Any = None, most: int = 3, digits: int = 5
 ) -> str:
@@ -72,7 +78,7 @@ def numbers_of(
     flat = _flat(value)
     words = [f"{v:.{digits}g}" for v in flat[:most]]
     if error is not None:
-        words = [f"{word} ± {e:.1g}" for word, e in zip(words, _flat(error), strict=False)]
+        words = [f"{word} ± {one_digit(e)}" for word, e in zip(words, _flat(error), strict=False)]
     if to is not None:
         ends = zip(words, _flat(to), strict=False)
         words = [f"{word} to {end:.{digits}g}" for word, end in ends]

@@ -2,10 +2,12 @@
 
 import warnings
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 
 from ..execution._plan import Operands, Plan, shaped
 from ..sampling import _random_bits
@@ -41,12 +43,23 @@ def estimate(
     value = shaped(parts, plan.outputs, plan.output_dtypes)
     if plan.drop_missing:
         unknown = [jnp.all(jnp.isnan(lax.stop_gradient(v))) for v in value]
-        jax.debug.callback(partial(_warn_if, plan.num_samples), *unknown)
+        jax.debug.callback(partial(_warn_if, plan.num_samples), _of_any(jnp.stack(unknown).all()))
     return value, aux
 
 
-def _warn_if(num_samples: int, *unknown: Array) -> None:
-    if all(unknown):
+@custom_vmap
+def _of_any(flag: Array) -> Array:
+    """Whether it is so anywhere in a batch: JAX would make a program with a callback for each."""
+    return flag
+
+
+@_of_any.def_vmap
+def _of_any_in_batch(_size: int, _batched: Any, flags: Array) -> tuple[Array, bool]:
+    return _of_any(jnp.any(flags)), False
+
+
+def _warn_if(num_samples: int, unknown: Array) -> None:
+    if unknown:
         warnings.warn(
             f"the estimate is NaN: all {num_samples} samples are missing, as fun returned NaN at "
             "each, or the others are infinite, with both signs",

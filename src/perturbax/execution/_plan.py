@@ -80,8 +80,8 @@ class Plan:
     def evaluates_at_x(self) -> bool:
         """Whether the value at x is part of the baseline, for want of other values.
 
-        Beside n others it lowers the variance by a part of at most 2 / n^2, and takes one
-        evaluation more, and fun is compiled once more for it (`benchmarks/value_at_x.py`).
+        Beside n others it lowers the variance by a part of about 1 / n^2 to 2 / n^2, and it takes
+        one evaluation of N, and compiling fun once more (`benchmarks/value_at_x.py`).
         """
         others = self.num_samples - self.group_size
         return self.degree == 0 and others**2 < self.num_samples

@@ -139,7 +139,7 @@ def descent(
             degree=degree,
             has_aux=True,
         )
-        # With few samples the estimate evaluates the function at its centre, too.
+        # It tells whether the estimate evaluates the function at its centre, too.
         nets = RULE.nets_for_errors if looks else RULE.nets
         plan = smooth.prepare(draw_key, state.point, (), {}, num_nets=nets).plan
         if looks:
@@ -149,8 +149,9 @@ def descent(
         else:
             slope = jax.value_and_grad(smooth, argnums=1, has_aux=True)
             (mean, values), gradient = slope(draw_key, state.point)
-            squares_of = jnp.mean((values - mean) ** 2)
-            error = jnp.sqrt(squares_of) / math.sqrt(max(1, num_samples - 1))
+            # Not by jnp.std, which adds the values up once more.
+            spread = jnp.sqrt(jnp.mean((values - mean) ** 2))
+            error = spread / math.sqrt(max(1, num_samples - 1))
             gradient_error = None
         finite = jnp.stack([jnp.isfinite(v).all() for v in jax.tree.leaves(gradient)]).all()
         given = jax.tree.map(

@@ -386,9 +386,9 @@ def _num_samples(num_samples: Any, objective: Objective, optimizer: Optimizer | 
 
 
 def _finished(setup: Setup, operands: Operands, run: Run, max_evaluations: int) -> Found:
-    """What a run found; an optimiser's last centre may not have been evaluated before."""
-    last_too = setup.optimizer is not None
-    return finish(setup.objective, last_too, _repeats(max_evaluations), operands, run)
+    """What a run found; where an optimiser ended was not evaluated before."""
+    last = None if setup.optimizer is None else run.method.point
+    return finish(setup.objective, _repeats(max_evaluations), operands, run, last)
 
 
 def _repeats(max_evaluations: int) -> int:

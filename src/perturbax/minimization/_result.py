@@ -137,16 +137,18 @@ class MinimizeResult:
         ax = _plots.axes(ax)
         evaluations = columns["evaluations"]
         smoothed, error = columns["smoothed_value"], columns["standard_error"]
-        (line,) = ax.plot(evaluations, smoothed, label="smoothed value")
+        mark = "." if steps == 1 else None
+        (line,) = ax.plot(evaluations, smoothed, marker=mark, label="smoothed value")
         band = smoothed - 2 * error, smoothed + 2 * error
         ax.fill_between(evaluations, *band, color=line.get_color(), alpha=0.25, linewidth=0)
-        ax.plot(evaluations, columns["best_value"], label="lowest so far")
+        ax.plot(evaluations, columns["best_value"], marker=mark, label="lowest so far")
         ax.set_xlabel("evaluations")
         ax.set_ylabel("value")
         twin = ax.twinx()
-        twin.plot(evaluations, columns["sigma"], color="0.6", linestyle=":", label="sigma")
+        style = {"color": _plots.GREY, "linestyle": ":", "marker": mark}
+        twin.plot(evaluations, columns["sigma"], **style)
         twin.set_yscale("log")
-        twin.set_ylabel("sigma")
+        twin.set_ylabel("sigma, dotted")
         _plots.plain_numbers(twin.yaxis)
-        _plots.legend_of_both(ax, twin, "upper right")
+        _plots.legend_above(ax, twin, ax.get_lines())
         return ax

@@ -235,28 +235,26 @@ class Found(NamedTuple):
     evaluations: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def finish(
-    objective: Objective, last_too: bool, repeats: int, operands: Operands, run: Run
-) -> Found:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def finish(objective: Objective, repeats: int, operands: Operands, run: Run, last: Any) -> Found:
     """Evaluates the best point, of a noisy function three times `repeats` times.
 
     Args:
       objective: what is minimised.
-      last_too: whether the last centre, which may not have been evaluated, is tried as well.
       repeats: evaluations that the value of a noisy function is the mean of.
       operands: numbers of the run.
       run: its state.
+      last: where an optimiser ended, which is tried as well; None for none.
     """
     key = jax.random.fold_in(run.key, np.iinfo(np.int32).max)
 
     def once() -> tuple[Any, Array, Array, Array]:
         value = objective.value(operands.function, key, run.best)
-        if not last_too:
+        if last is None:
             return run.best, value, jnp.zeros_like(value), run.evaluations + 1
-        last = objective.value(operands.function, key, run.centre)
-        better = (last < value) | ~jnp.isfinite(value)
-        u, value = where(better, (run.centre, last), (run.best, value))
+        there = objective.value(operands.function, key, last)
+        better = (there < value) | jnp.isnan(value)
+        u, value = where(better, (last, there), (run.best, value))
         return u, value, jnp.zeros_like(value), run.evaluations + 2
 
     def several() -> tuple[Any, Array, Array, Array]:
@@ -264,10 +262,11 @@ def finish(
             return evaluations(objective, operands.function, jax.random.split(key, repeats), u)
 
         keys = jax.random.split(key, 3)
+        end = run.centre if last is None else last
         # The centre with the lowest smoothed value and the last one; the better of the two is
         # evaluated once more, for a value that was not chosen for being low.
-        means = jnp.mean(values(run.best, keys[0])), jnp.mean(values(run.centre, keys[1]))
-        chosen = where(means[0] <= means[1], run.best, run.centre)
+        means = jnp.mean(values(run.best, keys[0])), jnp.mean(values(end, keys[1]))
+        chosen = where(means[0] <= means[1], run.best, end)
         fresh = values(chosen, keys[2])
         error = jnp.std(fresh) / jnp.sqrt(max(1.0, repeats - 1))
         made = run.evaluations + 3 * repeats
