@@ -65,5 +65,5 @@ def main(num_keys):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--keys", type=int, default=4_000, dest="num_keys")
+    parser.add_argument("--keys", type=int, default=2_000, dest="num_keys")
     main(**vars(parser.parse_args()))

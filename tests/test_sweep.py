@@ -10,6 +10,7 @@ import pytest
 
 import closed_forms
 import perturbax as px
+from perturbax.diagnostics import _plots
 from perturbax.diagnostics._sweep import _suggest, _why_not
 
 mpl.use("Agg")
@@ -265,3 +266,18 @@ def test_without_matplotlib(monkeypatch, sweep):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install 'perturbax\[plots\]'"):
         sweep[0].plot()
+
+
+@pytest.mark.parametrize("span", [1.3, 5.0, 30.0, 900.0, 1e8, 1e20])
+def test_logarithmic_axes_have_ticks(span):
+    """A run's axis of sigma had none where it was long, or the picture small."""
+    figure, axes = plt.subplots(2, 2)
+    ax = axes[0, 0]
+    ax.plot([0, 1], [0.02, 0.02 * span])
+    ax.set_yscale("log")
+    _plots.plain_numbers(ax.yaxis)
+    figure.canvas.draw()
+    low, high = ax.get_ylim()
+    shown = [t for t in ax.yaxis.get_ticklabels() if low <= t.get_position()[1] <= high]
+    assert 2 <= sum(bool(t.get_text()) for t in shown) <= 10
+    plt.close(figure)

@@ -28,23 +28,36 @@ def axes(ax: Any) -> Any:
 
 
 def plain_numbers(axis: Any, unit: float = 1) -> None:
-    """Ticks of a logarithmic axis written out, of so many units; at 1, 2 and 5 if it is short."""
+    """Ticks of a logarithmic axis written out, of so many units.
+
+    At 1, 2 and 5 if it is neither short nor long: it may be left without any of these.
+    """
     import matplotlib.ticker
 
     low, high = axis.get_view_interval()
-    # With these, a longer axis may be left without any.
     if high < 1e3 * low:
-        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        few = matplotlib.ticker.MaxNLocator(4, steps=(1, 2, 5, 10))
+        some = matplotlib.ticker.LogLocator(subs=(1, 2, 5))
+        axis.set_major_locator(few if high < 10 * low else some)
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.set_major_formatter(lambda v, _: f"{unit * v:,.4g}")
 
 
-def legend_above(ax: Any, twin: Any, handles: list[Any]) -> None:
-    """A legend on the axes, drawn above their twin's lines, lest these cross its words."""
+def legend_above(ax: Any, twin: Any, handles: Sequence[Any]) -> None:
+    """A legend at the top, where lines are lowest, drawn above those of the axes' twin as well."""
+    heights = np.zeros(3)
+    for one in (ax, twin):
+        for line in one.get_lines():
+            # Left, middle or right, and how high.
+            at = line.get_transform() - ax.transAxes
+            for x, y in at.transform(np.transpose(line.get_data())):
+                third = int(np.clip(3 * x, 0, 2)) if np.isfinite(x) else 0
+                heights[third] = np.fmax(heights[third], y)
+    place = ("upper left", "upper center", "upper right")[int(np.argmin(heights))]
     ax.set_zorder(twin.get_zorder() + 1)
     ax.patch.set_visible(False)
     twin.patch.set_visible(True)
-    ax.legend(handles=handles, framealpha=1, edgecolor="none")
+    ax.legend(handles=handles, loc=place, framealpha=1, edgecolor="none")
 
 
 def plot_errors(
