@@ -50,9 +50,8 @@ def legend_above(ax: Any, twin: Any, handles: Sequence[Any]) -> None:
         for line in one.get_lines():
             # Left, middle or right, and how high.
             at = line.get_transform() - ax.transAxes
-            for x, y in at.transform(np.transpose(line.get_data())):
-                third = int(np.clip(3 * x, 0, 2)) if np.isfinite(x) else 0
-                heights[third] = np.fmax(heights[third], y)
+            x, y = at.transform(np.transpose(line.get_data())).T
+            np.fmax.at(heights, np.clip(np.nan_to_num(3 * x), 0, 2).astype(int), y)
     place = ("upper left", "upper center", "upper right")[int(np.argmin(heights))]
     ax.set_zorder(twin.get_zorder() + 1)
     ax.patch.set_visible(False)

@@ -41,7 +41,7 @@ def estimate(
     else:
         parts, aux = expectation(plan, words, x, sigma, operands), []
     value = shaped(parts, plan.outputs, plan.output_dtypes)
-    if plan.drop_missing:
+    if plan.drop_missing and value:
         unknown = [jnp.all(jnp.isnan(lax.stop_gradient(v))) for v in value]
         jax.debug.callback(partial(_warn_if, plan.num_samples), _of_any(jnp.stack(unknown).all()))
     return value, aux
