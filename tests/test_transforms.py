@@ -1057,3 +1057,12 @@ def test_mixed_derivatives_in_chunks_whatever_the_order(fun_of_x_and_scale):
     assert np.abs(expected[1][0]).min() > 0.01
     for one in found:
         assert_trees_close(one, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("missing", ["propagate", "drop"])
+def test_a_value_without_leaves(missing):
+    """What is returned beside it is all that there is."""
+    g = px.make_perturbed_fun(lambda x: ((), x), 5, has_aux=True, missing=missing)
+    value, aux = jax.jit(g)(KEY, X)
+    assert value == ()
+    assert aux.shape == (5, *X.shape)

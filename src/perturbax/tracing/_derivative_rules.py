@@ -51,9 +51,12 @@ def with_jvp(
 
 def aligned(values: Any, inputs: Any) -> Any:
     """`values` unchanged; under vmap batched along axis 0, if any of the inputs is batched."""
+    leaves = jax.tree.leaves(inputs)
+    if not leaves:
+        return values
     # Always false, and batched as soon as an input is; XLA removes it. By lax, for JAX traces the
     # functions of jax.numpy several times as slowly.
-    batched = functools.reduce(lax.bitwise_or, map(_never, jax.tree.leaves(inputs)))
+    batched = functools.reduce(lax.bitwise_or, map(_never, leaves))
     return jax.tree.map(lambda v: _leading(lax.select(batched, v, v)), values)
 
 
