@@ -72,7 +72,7 @@ def test_a_value_takes_one_evaluation():
     assert solver.solves == 3
 
 
-def test_derivatives_take_one_evaluation_more_than_samples():
+def test_number_of_evaluations_of_derivatives():
     """Of fun(x), for the value, and where there are too few samples for the baseline too."""
     for num_samples in (2, 10):
         solver = HostSolver()

@@ -139,7 +139,7 @@ def descent(
             degree=degree,
             has_aux=True,
         )
-        # It tells whether the estimate evaluates the function at its centre, too.
+        # The plan tells whether the estimate evaluates the function at its centre, too.
         nets = RULE.nets_for_errors if looks else RULE.nets
         plan = smooth.prepare(draw_key, state.point, (), {}, num_nets=nets).plan
         if looks:
