@@ -345,6 +345,17 @@ def test_a_noisy_function_is_noticed_and_its_value_has_an_error():
     assert run.num_evaluations == run.history.evaluations[-1] + 3 * 40
 
 
+@pytest.mark.parametrize("dim", [20, 240])  # many have no curvatures of their own
+def test_what_a_key_adds_to_all_values_of_a_step_does_not_matter(dim):
+    def fun(key, x):
+        return jnp.sum((x - 1) ** 2) + dim / 2 * jax.random.normal(key)
+
+    run = quiet(
+        fun, jnp.zeros(dim), jax.random.key(0), takes_key=True, max_evaluations=600 + 10 * dim
+    )
+    assert jnp.sum((run.x - 1) ** 2) < 0.1 * dim
+
+
 def test_directions_of_several_steps_are_orthogonal():
     """In so many coordinates noise takes no shape: directions are seen as they are drawn."""
     calls, dim, num_samples, steps = [], 240, 24, 3

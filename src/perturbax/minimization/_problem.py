@@ -30,6 +30,7 @@ class Objective:
       shapes: of its leaves.
       dtypes: of its leaves.
       dtype: that of noise and values, of at least single precision.
+      takes_key: whether the function looks at the key.
     """
 
     traced: TracedFunction
@@ -37,6 +38,7 @@ class Objective:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[np.dtype, ...]
     dtype: np.dtype
+    takes_key: bool
 
     @property
     def dim(self) -> int:
@@ -44,7 +46,7 @@ class Objective:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def value(self, operands: Any, key: Array, u: Any) -> Array:
-        """The function at u; only one that takes a key looks at the key."""
+        """The function at u."""
         (number,) = self.traced(operands, key, *jax.tree.leaves(u))
         return number
 
@@ -154,6 +156,7 @@ def make_problem(
         shapes=tuple(leaf.shape for leaf in leaves),
         dtypes=tuple(leaf.dtype for leaf in leaves),
         dtype=dtype,
+        takes_key=takes_key,
     )
     parts = zip(*map(widths, leaves, low, high), strict=True)
     scale, widest = (merge(list(part)) for part in parts)

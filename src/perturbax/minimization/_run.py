@@ -261,13 +261,13 @@ def finish(objective: Objective, repeats: int, operands: Operands, run: Run, las
         def values(u: Any, key: Array) -> Array:
             return evaluations(objective, operands.function, jax.random.split(key, repeats), u)
 
-        keys = jax.random.split(key, 3)
+        first, second = jax.random.split(key)
         end = run.centre if last is None else last
-        # The centre with the lowest smoothed value and the last one; the better of the two is
-        # evaluated once more, for a value that was not chosen for being low.
-        means = jnp.mean(values(run.best, keys[0])), jnp.mean(values(end, keys[1]))
+        # The centre with the lowest smoothed value and the last one, by the same keys; the better
+        # of the two is evaluated once more, for a value that was not chosen for being low.
+        means = jnp.mean(values(run.best, first)), jnp.mean(values(end, first))
         chosen = where(means[0] <= means[1], run.best, end)
-        fresh = values(chosen, keys[2])
+        fresh = values(chosen, second)
         error = jnp.std(fresh) / jnp.sqrt(max(1.0, repeats - 1))
         made = run.evaluations + 3 * repeats
         return chosen, jnp.mean(fresh), error.astype(objective.dtype), made

@@ -22,12 +22,16 @@ from ._problem import Objective
 from ._schedules import ADAPTED, Sigma, given_sigma, widest
 from ._states import Method, Operands, Start, Step
 
-# Logarithms, base 10, of what the ridge and the prior variance of the quadratic part are chosen
-# from, relative to the linear part's. Single precision cannot factorise with smaller ridges; under
-# larger ones, steps would be too short to find out that the function is not noise alone.
+# Logarithms, base 10, of what is chosen for each fit, relative to the prior variance of the linear
+# part: the ridge, and the prior variances of the quadratic part and, of a function that takes a
+# key, of what the values of a step have in common; their bounds, and where they begin. Single
+# precision cannot factorise with smaller ridges; under larger ones, steps would be too short to
+# find out that the function is not noise alone.
 _RIDGES = (-12, 0)
 _RIDGES_SINGLE = (-5, 0)
 _QUADRATICS = (-3, 3)
+_COMMON = (-3, 1)
+_FIRST = (-4, -1, -1)
 # A prior variance that leaves the constant free.
 _CONSTANT = 10.0
 # Most coordinates whose curvatures are learnt as a matrix, at a cost of their third power a step.
@@ -66,8 +70,8 @@ class Search(NamedTuple):
       sigma: scale of the noise.
       points: where the function was evaluated, oldest first.
       values: what it was; NaN where there is none yet.
-      ridges: index of the ridge, for values and for their ranks.
-      quadratics: index of the prior variance of curvatures, for both.
+      priors: logarithms of ridge and prior variances, for values and for their ranks, (2, 2) or,
+        of a function that takes a key, (2, 3).
       reach: how far the next step may go, as a share of the longest.
       stream: two words, the key of all noise.
     """
@@ -79,8 +83,7 @@ class Search(NamedTuple):
     sigma: Array
     points: Array
     values: Array
-    ridges: Array
-    quadratics: Array
+    priors: Array
     reach: Array
     stream: Array
 
@@ -95,8 +98,7 @@ class Fit(NamedTuple):
       unsure: standard deviation of what the prior says of the curvature along one direction.
       value_error: standard error of the value.
       explained: share of the variance between values that is predicted where they are left out.
-      ridge: index of the ridge that predicts best.
-      quadratic: index of the prior variance that does.
+      prior: logarithms of the ridge and the prior variances that predict best.
     """
 
     value: Array
@@ -105,8 +107,7 @@ class Fit(NamedTuple):
     unsure: Array
     value_error: Array
     explained: Array
-    ridge: Array
-    quadratic: Array
+    prior: Array
 
 
 class Attempt(NamedTuple):
@@ -140,25 +141,27 @@ def normal_scores(values: Array) -> Array:
 
 
 def fit(
-    z: Array, values: Array, ranked: Array, ridge: Array, quadratic: Array, count: Array
+    z: Array, values: Array, ranked: Array, before: Array, count: Array, same_step: np.ndarray
 ) -> Fit:
     r"""A quadratic polynomial fitted to values at points z, the Bayesian way.
 
     The prior of its coefficients is normal, with a curvature that is one number times the identity,
-    plus a symmetric matrix whose entries are as likely positive as negative. Ridge and prior
-    variance move in turn to the neighbour that predicts left-out values best, which is what counts
-    where the function is no quadratic. In many coordinates there are too few samples to predict one
-    from the others, and it is the neighbour under which the values are most likely. Under normal
-    noise the coefficients of a least-squares fit are those of Stein's identity: the smoothed
-    function's own gradient and Hessian.
+    plus a symmetric matrix whose entries are as likely positive as negative. Where the function
+    takes a key, another one in each step, the values of a step have a further number in common.
+    Ridge and prior variances move to the neighbour that predicts left-out values best, which is
+    what counts where the function is no quadratic; those of the polynomial do so in turn. In many
+    coordinates there are too few samples to predict one from the others, and it is the neighbour
+    under which the values are most likely. Under normal noise the coefficients of a least-squares
+    fit are those of Stein's identity: the smoothed function's own gradient and Hessian.
 
     Args:
       z: shape (M, D).
       values: shape (M,); those that are not finite are left out.
       ranked: whether values are scores of ranks, which have no outliers.
-      ridge: index of the ridge so far.
-      quadratic: index of the prior variance so far.
+      before: logarithms of the ridge and the prior variances so far, (2,), or with that of what a
+        step has in common (3,).
       count: number of the step.
+      same_step: which samples are of one step, (M, M), 1 or 0.
     """
     dim = z.shape[1]
     known = jnp.isfinite(values)
@@ -174,7 +177,8 @@ def fit(
     # What lies far away, or high above, is described less well by one quadratic.
     above = jnp.where(ranked, 0, jnp.maximum(residual, 0))
     trust = 1 / (jnp.maximum(squares / dim, 1) * (1 + above) ** 2) ** 2
-    bounds = _RIDGES if values.dtype == np.float64 else _RIDGES_SINGLE
+    ridges = _RIDGES if values.dtype == np.float64 else _RIDGES_SINGLE
+    lowest, highest = np.array([ridges, _QUADRATICS, _COMMON][: before.size], np.int32).T
     both = known[:, None] & known[None, :]
     counted = jnp.where(known, trust, 0)
 
@@ -185,11 +189,13 @@ def fit(
         """Each value against the fit to all others."""
         return jnp.where(known, inverse.T @ white, 0) / jnp.sum(inverse**2, 0)
 
-    def quality(ridge: Array, quadratic: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-        prior = 10.0 ** quadratic.astype(z.dtype)
+    def quality(logs: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+        ridge, prior, *common = 10.0 ** logs.astype(z.dtype)
         kernel = _CONSTANT + gram / dim
         kernel = kernel + prior * (gram**2 / (2 * dim**2) + 3 * jnp.outer(spread, spread))
-        noise = 10.0 ** ridge.astype(z.dtype) / trust
+        if common:
+            kernel = kernel + common[0] * same_step
+        noise = ridge / trust
         matrix = jnp.where(both, kernel, 0) + jnp.diag(jnp.where(known, noise, 1))
         root = jnp.linalg.cholesky(matrix)
         white = solve_triangular(root, residual, lower=True)
@@ -202,15 +208,15 @@ def fit(
             good = -0.5 * num * jnp.log(variance + tiny) - log_det
         return jnp.where(jnp.isfinite(good), good, -jnp.inf), (root, white, variance)
 
-    moves = jnp.array([0, 1, -1], jnp.int32)
-    turn = (count % 2).astype(jnp.int32)
-    ridges = jnp.clip(ridge + (1 - turn) * moves, *bounds)
-    quadratics = jnp.clip(quadratic + turn * moves, *_QUADRATICS)
-    good, found = jax.vmap(quality)(ridges, quadratics)
+    axes = jnp.eye(before.size, dtype=jnp.int32)
+    up = jnp.concatenate([axes[count % 2][None], axes[2:]])
+    moves = jnp.concatenate([jnp.zeros_like(up[:1]), up, -up])
+    priors = jnp.clip(before + moves, lowest, highest)
+    good, found = jax.vmap(quality)(priors)
     best = jnp.argmax(good)
     root, white, variance = jax.tree.map(lambda v: v[best], found)
     failed = ~jnp.isfinite(good[best])
-    prior = 10.0 ** quadratics[best].astype(z.dtype)
+    prior = 10.0 ** priors[best, 1].astype(z.dtype)
 
     inverse = inverse_of(root)
     weights = inverse.T @ white
@@ -220,11 +226,17 @@ def fit(
     at_centre = jnp.where(known, _CONSTANT - prior * 3 * spread * math.sqrt(dim / 2), 0)
     left = inverse @ at_centre
     error = jnp.sqrt(jnp.maximum(_CONSTANT + prior * 3 * dim / 2 - left @ left, 0) * variance)
-    mean = counted @ residual / counted.sum()
-    total = counted @ (residual - mean) ** 2
+    away = residual - counted @ residual / counted.sum()
+    if before.size > 2:
+        # That the values of a step have something in common is no merit of the polynomial.
+        others = jnp.where(both, same_step, 0) - jnp.diag(known.astype(z.dtype))
+        others_sum, number = others @ residual, others.sum(axis=1)
+        away = jnp.where(number > 0, residual - others_sum / jnp.maximum(number, 1), away)
+    total = counted @ away**2
     missed = counted @ left_out(inverse, white) ** 2
     explained = 1 - missed / jnp.where(total > 0, total, 1)
     explained = jnp.where((total > 0) & ~failed, explained, 0)
+    firmer = before.at[0].set(jnp.minimum(before[0] + 2, ridges[1]))
     return Fit(
         value=jnp.where(known.any(), middle + unit * (at_centre @ weights), jnp.nan),
         gradient=unit * (z.T @ weights) / dim,
@@ -232,8 +244,7 @@ def fit(
         unsure=unit * jnp.sqrt(2 * prior * variance) / dim,
         value_error=unit * error,
         explained=explained,
-        ridge=jnp.where(failed, jnp.minimum(ridge + 2, bounds[1]), ridges[best]),
-        quadratic=jnp.where(failed, quadratic, quadratics[best]),
+        prior=jnp.where(failed, firmer, priors[best]),
     )
 
 
@@ -284,6 +295,9 @@ def surrogate_search(
     batch = num_samples + 1
     kept = min(_KEPT * dim, _MOST_KEPT) + 10
     kept = max(2, -(-kept // batch)) * batch
+    # What the choice of the first sigma saw is of one key, but told as if it were of several.
+    steps = np.arange(kept) // batch
+    same_step = (steps[:, None] == steps[None]).astype(dtype)
     learns_metric = dim <= _MOST_METRIC
     longest = _RADIUS * math.sqrt(dim)
     sweep = widest(objective, noise, batch_size)
@@ -352,8 +366,7 @@ def surrogate_search(
             sigma=jnp.asarray(mean, dtype),
             points=points[::-1],
             values=values[::-1],
-            ridges=jnp.full(2, -4, jnp.int32),
-            quadratics=jnp.full(2, -1, jnp.int32),
+            priors=jnp.tile(np.array(_FIRST[: 2 + objective.takes_key], np.int32), (2, 1)),
             reach=jnp.ones((), dtype),
             stream=stream,
         )
@@ -402,12 +415,12 @@ def surrogate_search(
             z = jnp.where(near[:, None], z, 0)
             targets = jnp.where(near, described, jnp.nan)
             ranked = jnp.array([False, True])
-            each = jax.vmap(fit, (None, 0, 0, 0, 0, None))
-            return each(z, targets, ranked, state.ridges, state.quadratics, count)
+            each = jax.vmap(fit, (None, 0, 0, 0, None, None))
+            return each(z, targets, ranked, state.priors, count, same_step)
 
         def clear(found: Fit) -> Array:
             """How much must be explained for sigma to follow the surrogate without caution."""
-            noise = 10.0 ** (found.ridge.astype(dtype) / 2)
+            noise = 10.0 ** (found.prior[0].astype(dtype) / 2)
             return _EXPLAINED + (_EXPLAINED_OF_NOISE - _EXPLAINED) * noise
 
         def followed(found: Fit) -> Array:
@@ -518,8 +531,7 @@ def surrogate_search(
             sigma=new_sigma,
             points=points,
             values=values,
-            ridges=ended.found.ridge,
-            quadratics=ended.found.quadratic,
+            priors=ended.found.prior,
             reach=reach,
             stream=state.stream,
         )
