@@ -17,13 +17,15 @@ each took turns, and a regression of scikit-learn 4 s in place of 0.1.
 
 Python looks for garbage more rarely: it has little to find among all that tracing makes. After a
 file of tests, compiled programs are forgotten if a worker holds more than `MOST_MEMORY`: they would
-grow to five gigabytes in each.
+grow to five gigabytes in each. What is freed must be given back by hand: glibc keeps it, so that
+they would be forgotten again after each file that follows.
 
 A test of a product of cases that is marked ``covering`` runs, by default, at so many of them that
 each pair of values occurs, and one that is marked ``full`` does not run; ``--all`` runs all. The
 fixture ``everything`` tells a test that has cases of its own.
 """
 
+import ctypes
 import gc
 import importlib.metadata
 import itertools
@@ -91,6 +93,9 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
         jax.clear_caches()
         gc.collect()
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
+        if give_back is not None:
+            give_back(0)
 
 
 @pytest.hookimpl(trylast=True)

@@ -5,11 +5,12 @@ step, the variance of the carried gradient at that point and state, over many ke
 that of the default and with that of independent samples less the mean of the others
 (leave-one-out), at the same number of samples. Geometric means over these steps; "least" is the
 least of them, with its standard error. Then the default and the carried gradients each drive a
-hundred steps for themselves, of Adam and of gradient descent, at rates a factor of two apart: steps
-until 95 % are done of what the loss falls by default at its best rate, each at the rate that does
-it first, by the mean over seeds. "Exact" are gradients of hundreds of samples, counted as if they
-were as many as the others': what is to be gained at most. A star is where they are first at the
-largest rate, because the loss falls as far as x may move.
+hundred steps for themselves, of Adam and of gradient descent, at rates a factor of two apart:
+evaluations until 95 % are done of what the loss falls by default at its best rate, each at the rate
+that does it first, by the mean over seeds. "Exact" are gradients of hundreds of samples, counted as
+if they were as many as the others': what is to be gained at most. A star is where they are first at
+the largest rate, because the loss falls as far as x may move. "minimize" is px.minimize, which has
+no rate, and chooses its samples and its noise by itself; its points are judged at the same sigma.
 
     python benchmarks/carried.py [--samples N ...] [--problem NAME ...] [--noise NOISE ...]
         [--part PART] [--keys KEYS] [--seeds SEEDS] [--seconds SECONDS]
@@ -44,7 +45,8 @@ RATE = 0.03
 # In units of sigma: what Adam moves each coordinate by; the length of the first step of gradient
 # descent, were its gradient exact.
 RATES = {"Adam": 2.0 ** np.arange(-5, 3), "gradient descent": 2.0 ** np.arange(-4, 8)}
-SIDES = ("default", "carried", "exact")
+GRADIENTS = ("default", "carried", "exact")
+SIDES = (*GRADIENTS, "minimize")
 # Samples of a step that is counted as exact: at least, and for each coordinate.
 EXACT, EXACT_PER = 512, 8
 # Steps between two looks at the loss, and samples for one.
@@ -171,6 +173,35 @@ def along(problem: Problem, num_samples: int, num_keys: int, noise: Any) -> list
     return ratios
 
 
+def minimized(problem: Problem, judge: Any, looks: np.ndarray, seeds: int) -> np.ndarray:
+    """Loss where px.minimize is after so many evaluations, (1, looks); means over seeds."""
+    batched = problem.fun is batched_error
+    fun: Any = (lambda key, x: problem.fun(x, key)) if batched else problem.fun
+    judged = jax.jit(
+        lambda xs: jax.lax.map(lambda x: judge(jax.random.key(0), x, jax.random.key(1)), xs)
+    )
+    losses = []
+    for key in jax.random.split(jax.random.key(1), seeds):
+        points, known = [], [0]
+
+        def keep(told: Any, points: list[Any] = points, known: list[int] = known) -> None:
+            points.append(told.x)
+            known.append(told.evaluations)  # when the next step's point is known
+
+        px.minimize(
+            fun,
+            jnp.asarray(problem.x),
+            key,
+            takes_key=batched,
+            max_evaluations=int(looks[-1]) + 200,
+            callback=keep,
+            progress=False,
+        )
+        at = np.searchsorted(known[:-1], looks, side="right") - 1
+        losses.append(judged(jnp.stack(points)[at]))
+    return np.mean(np.asarray(losses, np.float64), axis=0)[None]
+
+
 def curves(problem: Problem, num_samples: int, seeds: int) -> dict[str, dict[str, Any]]:
     """Loss after 0, 2, 4, ... steps, (rates, looks), by optimizer and side; means over seeds."""
     x0, adam = jnp.asarray(problem.x), optax.scale_by_adam()
@@ -207,7 +238,7 @@ def curves(problem: Problem, num_samples: int, seeds: int) -> dict[str, dict[str
         return jax.lax.scan(some, start, keys)[1]
 
     found: dict[str, dict[str, Any]] = {name: {} for name in RATES}
-    for side in SIDES:
+    for side in GRADIENTS:
         keys = jax.random.split(jax.random.key(1), 1 if side == "exact" else seeds)
         seeded = jax.vmap(functools.partial(run, side=side), (None, 0))
         every = jax.jit(lambda rs, ks, f=seeded: jax.lax.map(lambda r: f(r, ks), rs))
@@ -215,6 +246,10 @@ def curves(problem: Problem, num_samples: int, seeds: int) -> dict[str, dict[str
         parts = np.split(losses, [len(RATES["Adam"])])
         for name, part in zip(RATES, parts, strict=True):
             found[name][side] = part
+    looks = JUDGED * num_samples * np.arange(STEPS // JUDGED + 1)
+    without_rate = minimized(problem, judge, looks, seeds)
+    for by_side in found.values():
+        by_side["minimize"] = without_rate
     return found
 
 
@@ -323,26 +358,31 @@ def evaluations(cells: dict[str, Any]) -> str:
             steps = [found[side][0] for side in SIDES]
             # At the largest rate of all, a step is as long as one likes.
             endless = found["exact"][1] == len(rates) - 1
-            told = ["never" if math.isinf(v) else f"{v:.1f}" for v in steps]
+            told = ["never" if math.isinf(v) else f"{cell['samples'] * v:.0f}" for v in steps]
             rows[cell["problem"]].append(", ".join(told) + " *" * endless)
             ratios = [steps[0] / min(v, 2 * STEPS) for v in steps[1:]]  # never: twice as many
             all_of.append(ratios)
             if not endless:
                 bounded.append(ratios)
         for kind, ratios in ("all", all_of), ("without star", bounded):
-            logs = np.log(np.array(ratios).reshape(-1, 2))
+            logs = np.log(np.array(ratios).reshape(-1, len(SIDES) - 1))
             errors = logs.std(axis=0, ddof=1) / math.sqrt(max(len(logs), 1))
             pairs = zip(np.exp(logs.mean(axis=0)), np.exp(errors), strict=True)
             means = [f"{mean:.2f} (*/ {error:.2f})" for mean, error in pairs]
             totals.append([f"{name}, {kind}", str(len(logs)), *means])
     text = table(["times fewer evaluations than by default", "problems", *SIDES[1:]], totals)
-    head = [f"steps, {name}: {', '.join(SIDES)}" for name in RATES]
+    head = [f"evaluations, {name}: {', '.join(SIDES)}" for name in RATES]
     return text + "\n\n" + table(["problem", *head], list(rows.values())) + "\n"
 
 
 def draw(cells: dict[str, Any], num_samples: int) -> None:
     """Loss against evaluations of some problems: each side at the rate with which it is first."""
-    looks = {"default": ("0.55", "-"), "carried": ("#1f4e8c", "-"), "exact": ("black", ":")}
+    looks = {
+        "default": ("0.55", "-"),
+        "carried": ("#1f4e8c", "-"),
+        "exact": ("black", ":"),
+        "minimize": ("#c8553d", "-"),
+    }
     shape = len(RATES), len(SHOWN)
     figure, axes = plt.subplots(*shape, figsize=(3 * shape[1], 2.4 * shape[0]), squeeze=False)
     for row, name in zip(axes, RATES, strict=True):
