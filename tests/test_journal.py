@@ -266,6 +266,45 @@ def test_names_tell_what_functions_use_apart(tmp_path, monkeypatch):
     assert name([10] * count) == names[-1]
 
 
+MODULES = {
+    "outer/__init__.py": "",
+    "outer/inner.py": "def law(x):\n    return {0}",
+    "other.py": "def rule(x):\n    return {1}",
+    "of_users.py": """
+import datetime, threading
+import outer.inner
+
+SETTINGS = {{"alpha": {2}, "lock": threading.Lock()}}
+BEGUN = [object(), datetime.date(2000, {3}, 1)]
+
+def fun(x):
+    from other import rule
+    import jax.no_such_module, nor_such_a_module
+
+    return outer.inner.law(x), rule(x), SETTINGS["alpha"], BEGUN
+""",
+}
+
+
+def test_names_tell_what_other_modules_hold_apart(tmp_path, monkeypatch):
+    """In packages, imported where fun runs, or beside what cannot be told, nothing counted."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def name(numbers):
+        for file, source in MODULES.items():
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).write_text(source.format(*numbers))
+            sys.modules.pop(file.removesuffix("/__init__.py").removesuffix(".py"), None)
+        sys.modules.pop("outer.inner", None)
+        importlib.invalidate_caches()
+        return name_of(importlib.import_module("of_users").fun)
+
+    names = [name([10 + (i == j) for i in range(4)]) for j in range(5)]
+    assert len(set(names)) == 5
+    assert name([10] * 4) == names[-1]
+
+
 def test_a_name_is_found_at_once_where_functions_refer_to_each_other(monkeypatch):
     """All ways through them were followed: of nine, for seconds, of twelve, for hours."""
     number = range(12)
