@@ -577,6 +577,31 @@ def test_a_checkpoint_of_another_problem_is_refused(tmp_path):
         run(fun, jnp.zeros(4), jax.random.key(0), args=(data,))
 
 
+def test_a_checkpoint_of_another_host_function_is_refused(tmp_path):
+    """Of a function outside JAX a program has the name alone."""
+
+    def around(target):
+        def simulator(x):
+            return np.float32(np.sum((x - target) ** 2))
+
+        return px.host_function(simulator, like=0.0)
+
+    run = functools.partial(quiet, max_evaluations=100, checkpoint=tmp_path / "run")
+    first = run(around(1.0), jnp.zeros(3), jax.random.key(0))
+    again = run(around(1.0), jnp.zeros(3), jax.random.key(0))
+    np.testing.assert_array_equal(first.x, again.x)
+    with pytest.raises(ValueError, match="another problem: fun or its data"):
+        run(around(2.0), jnp.zeros(3), jax.random.key(0))
+
+
+def test_what_a_host_function_raises_arrives_as_it_is():
+    def simulator(x):
+        raise ArithmeticError("no solution")
+
+    with pytest.raises(ArithmeticError, match="no solution"):
+        quiet(px.host_function(simulator, like=0.0), jnp.zeros(2), jax.random.key(0))
+
+
 def test_a_run_ended_by_kill_goes_on_and_ends_in_the_same_bits(tmp_path):
     kept = tmp_path / "run"
     program = Path(__file__).with_name("checkpoints.py")

@@ -1,6 +1,7 @@
 """plot_smoothing: a function and its smoothed version along a line."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from .. import _checks
 from .._perturb import PerturbedFun, kind_of_fun
 from ..scale import _scales
 from ..scale._matrices import is_matrix, row_lengths
+from ..tracing._host_call import own_exceptions
 from . import _plots
 from ._standard_errors import estimate
 
@@ -128,8 +130,11 @@ def plot_smoothing(
     t = np.linspace(-reach, reach, num_points | 1)
     fine = np.linspace(-reach, reach, _FINER * num_points | 1)
     dtype = _checks.noise_dtype(leaves)
-    curve = [np.asarray(v) for v in jax.jit(lambda t: jax.lax.map(smooth, t))(t.astype(dtype))]
-    values = np.asarray(jax.jit(lambda t: jax.lax.map(hard, t))(fine.astype(dtype)))
+
+    def along(one: Callable[[Array], Any], t: np.ndarray) -> Any:
+        return own_exceptions(jax.jit(lambda t: jax.lax.map(one, t)))(t.astype(dtype))
+
+    curve, values = [np.asarray(v) for v in along(smooth, t)], np.asarray(along(hard, fine))
     middle = len(t) // 2
     tangent = float(curve[0][middle]), float(curve[2][middle]), float(curve[3][middle])
     _plots.plot_line(ax, t, (fine, values), (curve[0], curve[1]), tangent)

@@ -16,6 +16,7 @@ from .._checks import check_bool, check_count, check_fun
 from ..tracing._host_call import NoResultError, host_call, is_asking
 from ._encoding import leaf_digest
 from ._executors import check_executor, workers_for
+from ._function_names import name_of
 from ._journal import Journal, JournalFile, Session, check_journal
 from ._progress import Bar, check_progress
 from ._results import Like, canonical, cast, described, instead_of, like_of, narrowed, recalled
@@ -189,6 +190,15 @@ class HostFunction:
             f"the host function {self.__name__} cannot be pickled or copied; pickle the function "
             "that it was made of, and make a host function of it there"
         )
+
+    def identity(self) -> str:
+        """Its name in a journal; where that would have to be given, the one of its code."""
+        if self._journal is not None:
+            return self._journal.name
+        try:
+            return name_of(self.__wrapped__)
+        except ValueError:
+            return self.__name__
 
     def like_at(self, call: "_Call", arrays: Sequence[Any]) -> Like | None:
         """What comes back for such arguments, as far as it is known."""
@@ -373,6 +383,9 @@ class _Call:
 
     def points_at_a_time(self) -> int:
         return self.function.points_at_a_time()
+
+    def identity(self) -> str:
+        return self.function.identity()
 
     def no_result(self) -> Exception:
         name = self.__name__

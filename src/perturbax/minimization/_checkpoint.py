@@ -42,11 +42,16 @@ class Checkpoint:
         stepped = jax.make_jaxpr(lambda run: step(setup, operands, run, jnp.zeros(2, jnp.int32)))(
             run
         )
+        traced = setup.objective.traced
         self._prints = _fingerprint(
             {
                 "x0": problem.start,
                 "key": jax.random.key_data(key),
-                "fun or its data": (str(setup.objective.traced.jaxpr), problem.operands),
+                "fun or its data": (
+                    str(traced.jaxpr),
+                    [host.identity() for host in traced.hosts],
+                    problem.operands,
+                ),
                 "bounds": (problem.scale, problem.widest),
                 "sigma or tol": (operands.sigma, operands.tol, setup.sigma == ADAPTED),
                 "optimizer, sigma or noise": (str(stepped), stepped.consts),

@@ -23,6 +23,7 @@ from ..sampling._orthogonal import Orthogonal
 from ..sampling._protocol import Sampler
 from ..scale._matrices import is_matrix
 from ..scale._scales import check_sigma, scale_leaves
+from ..tracing._host_call import called
 from ._checkpoint import Checkpoint
 from ._descent import Optimizer
 from ._problem import Objective, Problem, make_problem
@@ -263,11 +264,12 @@ def _in_blocks(
     The blocks' lengths change nothing about the result.
     """
     budget = max_evaluations - _final_evaluations(setup, max_evaluations)
+    hosts = setup.objective.traced.hosts
     run, told = None, []
     if keeping is not None:
         setup, run, told = keeping.load()
     if run is None:
-        run = begin(setup, operands, key, problem.start)
+        run = called(hosts, begin, setup, operands, key, problem.start)
     # A kept run that ended by max_evaluations or the callback may have more of the one now, and
     # another callback.
     ended_from_outside = (run.status == EXHAUSTED) | (run.status == CALLED_OFF)
@@ -277,7 +279,7 @@ def _in_blocks(
         while int(run.status) == RUNNING:
             begun = time.monotonic()
             limit = jnp.asarray(1 if callback else most)
-            run, rows = block(setup, _LONGEST_BLOCK, operands, run, limit, budget)
+            run, rows = called(hosts, block, setup, _LONGEST_BLOCK, operands, run, limit, budget)
             steps = int(run.steps) - sum(map(len, told))
             if steps:
                 told.append(jax.tree.map(lambda column, n=steps: np.asarray(column)[:n], rows))
@@ -297,7 +299,7 @@ def _in_blocks(
         raise
     if keeping is not None:
         keeping.save(setup, run, told)
-    found = _finished(setup, operands, run, max_evaluations)
+    found = called(hosts, _finished, setup, operands, run, max_evaluations)
     history = joined(setup.objective, told)
     return _result(problem, run, history, found)
 

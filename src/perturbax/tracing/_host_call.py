@@ -60,6 +60,10 @@ class Host(Protocol):
         """The error of a trace, where it is not known yet what comes back."""
         ...
 
+    def identity(self) -> str:
+        """A name that changes with the code and the data of what is called, as far as it can."""
+        ...
+
 
 class NoResultError(ValueError):
     """Under a trace it is not known what a host function returns."""
