@@ -150,6 +150,27 @@ def check_aux_and_several_outputs():
     assert_trees_close(run(mesh(2)), run(None), rtol=1e-4, atol=1e-5)
 
 
+def check_exceptions_of_host_functions_arrive():
+    """The other devices waited for the one that failed, until XLA ended the process."""
+    calls = []
+
+    def failing(y):
+        calls.append(y)
+        if len(calls) == 5:
+            raise ArithmeticError("diverged")
+        return np.round(y).sum()
+
+    where = mesh(4)
+    g = smooth(where, px.host_function(failing, like=0.0), 16, **INDEPENDENT)
+    with pytest.raises(ArithmeticError, match="diverged"):
+        jax.value_and_grad(g, argnums=1)(KEY, X)
+    jitted = px.own_exceptions(jax.jit(jax.grad(g, argnums=1)))
+    assert np.isfinite(jitted(KEY, X)).all()
+    calls.clear()
+    with pytest.raises(ArithmeticError, match="diverged"):
+        jitted(KEY, X)
+
+
 def check_each_device_calls_the_host_for_its_own_samples():
     lock, points = threading.Lock(), []
 

@@ -179,13 +179,18 @@ ad.primitive_jvps[_host_call] = _refuse_derivative
 
 
 def _lower(ctx: Any, *operands: Any, callback: Host, mapped: Any, size: Any, results: Any) -> Any:
+    context = ctx.module_context.axis_context
+    several = _num_devices(context) > 1
+
     def call(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         try:
             return tuple(callback.evaluate(arrays, mapped, size, results))
         except BaseException as error:
+            if several and _put_off(error):
+                return tuple(_nothing_like(v) for v in ctx.avals_out)
             raise _carried(error) from None
 
-    sharding = _callback_op_sharding(ctx.module_context.axis_context, None, ctx.avals_out)
+    sharding = _callback_op_sharding(context, None, ctx.avals_out)
     found, _, _ = mlir.emit_python_callback(
         ctx,
         call,
@@ -200,6 +205,12 @@ def _lower(ctx: Any, *operands: Any, callback: Host, mapped: Any, size: Any, res
 
 
 mlir.register_lowering(_host_call, _lower)
+
+
+def _num_devices(context: Any) -> int:
+    """Of the program that an axis context of JAX's lowering is of."""
+    mesh = getattr(context, "mesh", None)
+    return getattr(context, "num_devices", 1) if mesh is None else mesh.size
 
 
 def hosts_of(jaxpr: core.Jaxpr) -> Iterator[Host]:
@@ -227,6 +238,28 @@ class HostFunctionError(RuntimeError):
 _exceptions: collections.OrderedDict[int, BaseException] = collections.OrderedDict()
 _numbers = itertools.count(1)
 _MOST = 32
+
+
+# Of those programs that `own_exceptions` runs, what is raised at their end.
+_running: dict[int, list[BaseException]] = {}
+
+
+def _put_off(error: BaseException) -> bool:
+    """Keeps an exception until the program's end, if somebody will raise it there.
+
+    Of a program of several devices. Where one of them ends early, the others wait for it in the
+    next collective operation, and XLA ends the process after some time; so all are to go on.
+    """
+    if not _running:
+        # The process may end without another word.
+        traceback.print_exception(error)
+        return False
+    list(_running.values())[-1].append(error)
+    return True
+
+
+def _nothing_like(aval: Any) -> np.ndarray:
+    return np.full(aval.shape, np.nan if jnp.issubdtype(aval.dtype, jnp.inexact) else 0, aval.dtype)
 
 
 def _carried(error: BaseException) -> HostFunctionError:
@@ -270,17 +303,23 @@ def own_exceptions(program: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(program)
     def raising(*args: Any, **kwargs: Any) -> Any:
+        put_off: list[BaseException] = []
+        _running[id(put_off)] = put_off
         try:
             # A program whose inputs are ready runs at once, unless something else is in its way.
             _wait((args, kwargs))
             result = program(*args, **kwargs)
             _wait(result)
-            return result
+            if not put_off:
+                return result
+            original = put_off[0]
         except Exception as error:
             found = re.search(r"host function, exception (\d+):", str(error))
             original = _exceptions.pop(int(found.group(1)), None) if found else None
             if original is None:
                 raise
+        finally:
+            del _running[id(put_off)]
         # Here, not above: the exception keeps the context that it had.
         raise original
 
