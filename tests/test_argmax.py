@@ -625,3 +625,49 @@ def test_joint_derivatives_of_the_maximum_in_chunks(symmetrize):
 
     assert_trees_close(hessian(2), hessian(None), rtol=1e-4, atol=1e-5)
     assert np.abs(hessian(None)[0][0]).max() > 0.1
+
+
+class RowNoise:
+    """Noise whose log-density is known of whole rows alone, for its coordinates are correlated."""
+
+    factor = jnp.eye(X.size) + 0.3
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return jax.random.normal(key, sample_shape, dtype) @ self.factor.T
+
+    def log_prob(self, z):
+        return -jnp.sum(jnp.linalg.solve(self.factor, z) ** 2) / 2
+
+
+def test_noise_of_whole_rows_is_never_asked_about_a_single_number():
+    def solver(x):
+        jax.experimental.io_callback(lambda v: None, None, x[0], ordered=True)
+        return one_hot(x)
+
+    options = {"num_samples": 16, "sigma": SIGMA, "noise": RowNoise(), "batch_size": 1}
+    found = [jax.grad(maximum(s, **options), argnums=1)(KEY, X) for s in (solver, one_hot)]
+    assert_trees_close(*found, atol=1e-6)
+    with pytest.raises(ValueError, match=r"multiplicative=True needs noise=Normal\(\)"):
+        maximum(**options, multiplicative=True)
+
+
+def test_the_hessian_of_a_maximum_with_a_forced_score_is_finite():
+    """It is the Jacobian of the mean solution, whatever becomes of the value."""
+    x = X.at[1].set(jnp.inf)
+
+    def top_2(x):
+        return px.solvers.top_k_mask(x, 2)
+
+    hessian = jax.hessian(maximum(top_2), argnums=1)(KEY, x)
+    jacobian = jax.jacrev(argmax(top_2), argnums=1)(KEY, x)
+    others = np.delete(np.arange(X.size), 1)
+    assert np.isfinite(hessian[others][:, others]).all()
+    np.testing.assert_allclose(hessian[others][:, others], jacobian[others][:, others], atol=1e-5)
+
+
+def test_complex_results_are_told():
+    """Their imaginary parts were cut off."""
+    with pytest.raises(ValueError, match="objective must return a real number"):
+        maximum(objective=lambda x, y: (1j * x) @ y)(KEY, X)
+    with pytest.raises(ValueError, match="must be real numbers, got complex64"):
+        argmax(lambda x: (1 + 2j) * one_hot(x))(KEY, X)

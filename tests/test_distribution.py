@@ -315,3 +315,12 @@ def test_errors():
         make(2)
     with pytest.raises(TypeError, match="'theta' is int32"):
         make()(KEY, jnp.arange(3))
+
+
+def test_noise_without_a_density_has_weights():
+    """Values need none; they were NaN."""
+    noise = px.SumOfGamma(1)
+    found = px.make_perturbed_distribution(one_hot, 1000, 1.0, noise)(KEY, X)
+    assert float(jnp.sum(found.weights)) == pytest.approx(1)
+    mean = px.make_perturbed_argmax(one_hot, 1000, 1.0, noise)(KEY, X)
+    np.testing.assert_allclose(found.expectation(lambda y: y), mean, atol=1e-6)

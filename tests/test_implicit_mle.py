@@ -132,6 +132,16 @@ def test_sum_of_gamma():
     assert np.isfinite(gradient).all()
 
 
+def test_a_number_of_any_dtype_is_the_same_number():
+    """Less 1, a small unsigned one was 255."""
+
+    def gradient(alpha):
+        weighed = layer(px.solvers.one_hot_argmax, alpha=alpha)
+        return jax.grad(lambda x: weighed(KEY, x) @ jnp.arange(3.0))(X)
+
+    np.testing.assert_array_equal(gradient(np.uint8(0)), gradient(0.0))
+
+
 def test_errors():
     for lam in (0.0, -1.0, np.inf, jnp.ones(2)):
         with pytest.raises(ValueError, match="lam must be one positive"):
@@ -140,6 +150,8 @@ def test_errors():
         layer(lam="1")
     with pytest.raises(ValueError, match="alpha must be one finite number, got nan"):
         layer(alpha=np.nan)
+    with pytest.raises(ValueError, match="alpha must be one finite number, got 1e\\+39"):
+        layer(alpha=1e39)  # which is not finite in single precision
     with pytest.raises(TypeError, match="alpha must be a number, got bool"):
         layer(alpha=True)
     with pytest.raises(ValueError, match=r"\(2,\), expected that of theta, \(3,\)"):

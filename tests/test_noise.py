@@ -307,9 +307,17 @@ def test_moments_of_student_exist_below_df(df, mean, variance):
     assert math.isnan(noise.moment(3))
 
 
+@pytest.mark.parametrize("df", [1, 3, 1e2, 3e3, 1e5, 1e8, 1e12])
+def test_student_probabilities_for_any_df(df):
+    """Near 1 the argument of the incomplete beta function was rounded, at last to 1."""
+    z = np.linspace(-6, 6, 49)
+    exact = scipy.stats.t.cdf(z, df)
+    np.testing.assert_allclose(px.StudentT(df).cdf(z.astype(np.float32)), exact, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("df", "error"),
-    [(0.5, ValueError), (math.inf, ValueError), ("3", TypeError), (True, TypeError)],
+    [(0.5, ValueError), (math.inf, ValueError), (2e12, ValueError), ("3", TypeError)],
 )
 def test_df_is_checked(df, error):
     with pytest.raises(error, match="df must be"):
@@ -850,13 +858,20 @@ def test_distributions_of_other_libraries(name):
 @pytest.mark.filterwarnings("ignore")
 def test_laws_with_edges_are_known_by_name():
     laws = library("numpyro")
-    for law in (laws.HalfNormal(1.0), laws.Gamma(1.0), laws.TruncatedNormal(0.0, 1.0, low=-1.0)):
+    moved = laws.TransformedDistribution(
+        laws.HalfNormal(1.0), laws.transforms.AffineTransform(0.5, 2.0)
+    )
+    known = laws.HalfNormal(1.0), laws.Gamma(1.0), laws.TruncatedNormal(0.0, 1.0, low=-1.0)
+    for law in (*known, moved, laws.Gompertz(1.0, 1.0), laws.FoldedDistribution(laws.Normal())):
         with pytest.raises(NotImplementedError, match=r"values only.*attribute `derivatives`"):
             jax.make_jaxpr(jax.grad(lambda x, law=law: scalar_estimate(law, x)))(X)
     mixture = laws.MixtureSameFamily(
         laws.Categorical(jnp.ones(2) / 2), laws.Laplace(jnp.array([-1.0, 1.0]), 1.0)
     )
     assert as_noise(mixture).derivatives == 1
+    assert as_noise(laws.LogNormal()).limit is None
+    with pytest.raises(ValueError, match="is discrete, or in part"):
+        as_noise(laws.HurdleLogNormal(gate=0.5, loc=0.0, scale=1.0))
 
 
 # --- check_noise

@@ -30,12 +30,15 @@ _LIMITS: dict[str, tuple[int, str]] = {
     **dict.fromkeys(("HalfStudentT", "Pareto", "GeneralizedPareto", "VonMises"), (0, _JUMP)),
     **dict.fromkeys(("Beta", "BetaProportion", "Kumaraswamy", "PERT", "Bates"), (0, _JUMP)),
     **dict.fromkeys(("Gamma", "Chi", "Chi2", "Weibull", "Horseshoe"), (0, _JUMP)),
+    **dict.fromkeys(("Dagum", "FoldedDistribution", "Gompertz"), (0, _JUMP)),
 }
 _DISCRETE = (
     "Bernoulli", "Binomial", "Categorical", "Deterministic", "Delta", "Empirical", "FiniteDiscrete",
     "Geometric", "NegativeBinomial", "Poisson", "QuantizedDistribution", "Rademacher", "Skellam",
     "Zipf",
 )  # fmt: skip
+# Laws with a density but for one point, by how their names begin.
+_MIXED = ("Hurdle", "ZeroInflated")
 _OPTIONAL = ("derivatives", "from_bits", "icdf", "mean", "variance")
 
 
@@ -55,9 +58,9 @@ def as_noise(noise: Any) -> Any:
     _check_shapes(noise, law)
     if _is_discrete(noise):
         raise ValueError(
-            f"noise must have a density, but {law} is discrete: its draws change by steps, so no "
-            "derivative follows from them. Use a continuous law such as Normal() (or, if this one "
-            "is continuous and only named so, give it an attribute is_discrete = False)"
+            f"noise must have a density, but {law} is discrete, or in part: its draws change by "
+            "steps, so no derivative follows from them. Use a continuous law such as Normal() (or, "
+            "if this one is continuous and only named so, give it an attribute is_discrete = False)"
         )
     return AdaptedNoise(noise, law, _convention(noise.sample), _limit(noise, law))
 
@@ -197,6 +200,7 @@ def _is_discrete(noise: Any) -> bool:
     names = [c.__name__ for c in type(noise).__mro__]
     # As in BernoulliProbs and CategoricalLogits.
     by_name = any(n == d or n in (f"{d}Probs", f"{d}Logits") for n in names for d in _DISCRETE)
+    by_name = by_name or any(n.startswith(_MIXED) for n in names)
     declared = getattr(noise, "is_discrete", None)
     # A class of a user's own may have any name. Of numpyro's, Delta says that it is not discrete.
     if isinstance(declared, bool) and (declared or _library(noise) is None):
@@ -230,9 +234,15 @@ def _limit(noise: Any, law: str) -> Limit | None:
             return Limit(law, 0, _JUMP, remedy)
         if name in _LIMITS:
             return Limit(law, *_LIMITS[name], remedy)
-        if name.startswith("Transformed"):  # may well smooth what it transforms
-            return None
+        if name.startswith("Transformed") and not _is_affine(noise):
+            return None  # it may well smooth what it transforms
     return _limit_of_parts(noise, law)
+
+
+def _is_affine(transformed: Any) -> bool:
+    """Whether a transformed law is another one moved and scaled; numpyro tells."""
+    transforms = getattr(transformed, "transforms", None)
+    return bool(transforms) and all(type(t).__name__ == "AffineTransform" for t in transforms)
 
 
 def _limit_of_parts(noise: Any, law: str) -> Limit | None:

@@ -227,9 +227,8 @@ def _tabulate(group_size: int, solutions: PyTree, density: Array) -> tuple[Any, 
     num = len(density)
     place, counts, first = _classes(jax.tree.leaves(lax.stop_gradient(solutions)), num)
     distinct = jax.tree.map(lambda y: jnp.asarray(y)[first], solutions)
-    # Zero, with the derivatives of the samples' weights.
-    weight = _formula.unit_weight(density)
-    change = weight - lax.stop_gradient(weight)
+    # Zero, also where the density is not known, with the derivatives of the samples' weights.
+    change = _formula.with_value(jnp.zeros_like(density), _formula.unit_weight(density))
     change = _formula.weights_less_baselines(change, group_size)
     change_of_class = jax.ops.segment_sum(change, place, num)
     return distinct, (counts.astype(density.dtype) + change_of_class) / num

@@ -148,9 +148,10 @@ def _check_number(value: Any, name: str, kind: str = "", above: float = -math.in
         raise TypeError(f"{name} must be a {kind}number, got {type(value).__name__}")
     if np.ndim(value):
         raise ValueError(f"{name} must be one {kind}number, got shape {np.shape(value)}")
-    if not above < float(value) < math.inf:
+    # A larger one is infinite in single precision.
+    if not above < float(value) or not abs(float(value)) <= float(np.finfo(np.float32).max):
         raise ValueError(f"{name} must be one {kind}finite number, got {value}")
-    return value
+    return float(value)
 
 
 def _scaled(scores: Array, factor: Any) -> Array:

@@ -70,9 +70,9 @@ class Layer:
         """Whether a scale may be differentiated with respect to."""
         return _checks.is_traced(self.settings.sigma)
 
-    def has_traced_noise(self) -> bool:
+    def has_traced_noise(self, num_scores: int) -> bool:
         """Whether a parameter of the noise may be differentiated with respect to."""
-        _, parameters = trace(self.settings.noise.log_prob, jnp.zeros(()))
+        _, parameters = trace(self.settings.noise.log_prob, jnp.zeros(num_scores))
         return _checks.is_traced(parameters)
 
     def inputs(self, leaves: list[Array], scales: list[Array]) -> list[Array]:

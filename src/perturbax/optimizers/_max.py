@@ -174,7 +174,7 @@ def maximum(layer: Layer, objective: Fun | None, symmetrize: bool) -> Callable[.
             *slopes, value, fixed = layer.expectation(
                 with_fixed_value, key, *layer.split(inputs, scales)
             )
-            if not layer.has_traced_noise():
+            if not layer.has_traced_noise(_checks.num_elements(leaves)):
                 value = with_slopes(value, fixed, slopes, inputs)
         else:
             num_symmetric = len(leaves) if symmetrize else 0
@@ -192,6 +192,8 @@ def objective_value(objective: Fun, dtype: Any) -> Callable[..., Array]:
         if jax.tree.structure(result) != jax.tree.structure(0) or jnp.shape(result):
             shapes = jax.tree.map(jnp.shape, result)
             raise ValueError(f"objective must return a scalar, got arrays of the shapes {shapes}")
+        if jnp.iscomplexobj(result):
+            raise ValueError("objective must return a real number, got a complex one")
         return jnp.asarray(result).astype(dtype)
 
     return value

@@ -57,11 +57,13 @@ def _symmetric_jvp(
     if by_scores:
         scores_dot = directions[:num_scores]
         halves = push(*(v / 2 for v in scores_dot), *directions[num_scores:])
-        weights = [
-            v.astype(o.dtype) if i < num_scores else jnp.zeros_like(o)
-            for i, (v, o) in enumerate(_padded(scores_dot, out))
-        ]
-        pulled = jax.linear_transpose(push, *points)(weights)[:num_scores]
+        weights = [v.astype(o.dtype) for v, o in zip(scores_dot, out, strict=False)]
+
+        def push_scores(*directions: Array) -> list[Array]:
+            # Alone, for results behind them may have infinite derivatives, and 0 times one is NaN.
+            return push(*directions)[:num_scores]
+
+        pulled = jax.linear_transpose(push_scores, *points)(weights)[:num_scores]
         symmetric = [
             half + pull.astype(half.dtype) / 2
             for half, pull in zip(halves[:num_scores], pulled, strict=True)
@@ -71,10 +73,6 @@ def _symmetric_jvp(
 
 
 _with_symmetric_jacobian = with_jvp(_as_is, _symmetric_jvp, 2, symbolic_zeros=True)
-
-
-def _padded(directions: list[Array], out: list[Array]) -> list[tuple[Array, Array]]:
-    return [(directions[min(i, len(directions) - 1)], o) for i, o in enumerate(out)]
 
 
 def _instantiated(tangent: Any, like: Array) -> Array:
