@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Each takes up to two gigabytes.
+WORKERS := -n logical --maxprocesses 4 --dist worksteal
 
 # Two installations into one environment must not run at the same time.
 .NOTPARALLEL:
@@ -25,10 +27,10 @@ demo: $(VENV)/.has-demo
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.has-test
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+	@$(BIN)/python -m pytest $(WORKERS) $(TESTS)
 
 test-all: $(VENV)/.has-test
-	@FULL_OPTIMIZATION=1 $(BIN)/python -m pytest -n 2 --dist worksteal --all $(TESTS)
+	@FULL_OPTIMIZATION=1 $(BIN)/python -m pytest $(WORKERS) --all $(TESTS)
 
 check: $(VENV)/.has-lint $(VENV)/.has-test
 	@$(BIN)/python -m ruff check
