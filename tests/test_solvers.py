@@ -472,6 +472,19 @@ def test_graph_shortest_path_with_an_infinitely_good_edge():
     assert tuple(np.flatnonzero(solution)[::-1]) in paths_by_edges(edges, 0, 8)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "uint32", "int64", "uint64"])
+@pytest.mark.parametrize("x64", [False, True])
+def test_graph_solvers_take_edges_of_any_integer_dtype(dtype, x64):
+    """All but JAX's default were an error of the loop that walks back."""
+    edges = np.array([(0, 1), (1, 2), (0, 2), (2, 0)], dtype)
+    with enable_x64(x64):
+        for num_edges, directed in [(3, True), (4, True), (3, False)]:
+            costs = jnp.array([1.0, 1.0, 3.0, 1.0])[:num_edges]
+            path = solvers.graph_shortest_path(costs, edges[:num_edges], 0, 2, directed=directed)
+            assert path.tolist() == [1, 1, 0, 0][:num_edges]
+        assert solvers.minimum_spanning_tree(jnp.arange(3.0), edges[:3]).tolist() == [1, 1, 0]
+
+
 # Knapsack
 
 

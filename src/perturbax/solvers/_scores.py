@@ -130,7 +130,9 @@ def static_bool(name: str, value: object) -> bool:
 
 
 def edge_list(costs: Array, edges: ArrayLike) -> np.ndarray:
-    """Returns `edges` as a numpy array of shape (num_edges, 2), or raises.
+    """Returns `edges` as a numpy array of Python's integers, of shape (num_edges, 2), or raises.
+
+    One dtype, whatever that of `edges`: loops carry their nodes beside those of the arguments.
 
     Args:
       costs: One cost an edge, of shape (num_edges,).
@@ -162,4 +164,4 @@ def edge_list(costs: Array, edges: ArrayLike) -> np.ndarray:
         )
     if pairs.min() < 0:
         raise ValueError(f"edges must hold node numbers >= 0, got {pairs.min()}")
-    return pairs
+    return pairs.astype(int)
