@@ -804,6 +804,21 @@ WRONG = [
         "neighbors must be 4 or 8, got 6",
     ),
     (
+        lambda: solvers.grid_shortest_path(jnp.ones((3, 3)), neighbors=np.array([4, 8])),
+        TypeError,
+        "neighbors must be a Python int, got ndarray",
+    ),
+    (
+        lambda: solvers.grid_shortest_path(jnp.ones((3, 3)), neighbors=4.0),
+        TypeError,
+        "neighbors must be a Python int, got float",
+    ),
+    (
+        lambda: jax.jit(lambda n: solvers.grid_shortest_path(jnp.ones((3, 3)), neighbors=n))(4),
+        TypeError,
+        "neighbors .* traced",
+    ),
+    (
         lambda: solvers.graph_shortest_path(SCORES, EDGES.T, 0, 3),
         ValueError,
         r"edges must have shape \(num_edges, 2\), got \(2, 6\)",

@@ -47,7 +47,7 @@ def grid_shortest_path(costs: ArrayLike, *, neighbors: int = 8) -> Array:
       derivative is zero.
 
     Raises:
-      TypeError: If `costs` does not hold real numbers.
+      TypeError: If `costs` does not hold real numbers, or `neighbors` is no Python int.
       ValueError: If `costs` is empty or no matrix, or `neighbors` neither 4 nor 8.
 
     Example:
@@ -65,6 +65,7 @@ def grid_shortest_path(costs: ArrayLike, *, neighbors: int = 8) -> Array:
       doi:10.1090/qam/102435.
     """
     costs = constant_scores("costs", costs, ndim=2)
+    neighbors = static_int("neighbors", neighbors)
     if neighbors not in (4, 8):
         raise ValueError(f"neighbors must be 4 or 8, got {neighbors!r}")
     return _grid_path(costs, _SIDES if neighbors == 4 else _SIDES + _CORNERS)
