@@ -14,6 +14,7 @@ from ._scores import (
     as_solution,
     constant_scores,
     edge_list,
+    heads_by_tail,
     is_static,
     static_bool,
     static_int,
@@ -125,10 +126,12 @@ def graph_shortest_path(
     source, target = (
         _node(name, node, num_nodes) for name, node in (("source", source), ("target", target))
     )
-    if not static_bool("directed", directed):
+    if static_bool("directed", directed):
+        levels = _levels(pairs, num_nodes)
+    else:
+        levels = None  # every edge and its reverse are a cycle
         pairs = np.concatenate([pairs, pairs[:, ::-1]])
     tails, heads = pairs.T
-    levels = _levels(tails, heads, num_nodes)
     if levels is None:
         return _cyclic_path(costs, tails, heads, source, target, num_nodes)
     order = np.argsort(levels[heads], kind="stable")
@@ -254,21 +257,23 @@ def _node(name: str, node: int | ArrayLike, num_nodes: int) -> Array:
     return jnp.asarray(node, int)
 
 
-def _levels(tails: np.ndarray, heads: np.ndarray, num_nodes: int) -> np.ndarray | None:
-    """The greatest number of edges on a way to each node; None if the graph has a cycle."""
-    levels = np.zeros(num_nodes, int)
-    waiting = np.ones(len(tails), bool)
-    for level in range(num_nodes):
-        if not waiting.any():
-            return levels
-        entered = np.zeros(num_nodes, bool)
-        entered[heads[waiting]] = True
-        levels[entered] = level + 1
-        still = waiting & entered[tails]
-        if still.sum() == waiting.sum():
-            return None
-        waiting = still
-    return None
+def _levels(pairs: np.ndarray, num_nodes: int) -> np.ndarray | None:
+    """The greatest number of edges on a way to each node; None if the graph has a cycle.
+
+    Kahn's algorithm: a node is ready when all nodes before it are done, the last of which is the
+    one of the highest level. Lists, since a pass of numpy's a level is slow on a long, thin graph.
+    """
+    heads = heads_by_tail(pairs, num_nodes)
+    waiting_for = np.bincount(pairs[:, 1], minlength=num_nodes).tolist()
+    levels = [0] * num_nodes
+    ready = [node for node, count in enumerate(waiting_for) if count == 0]
+    for node in ready:  # which grows meanwhile
+        for head in heads[node]:
+            waiting_for[head] -= 1
+            if waiting_for[head] == 0:
+                levels[head] = levels[node] + 1
+                ready.append(head)
+    return np.array(levels) if len(ready) == num_nodes else None
 
 
 # Where a path came from is settled by comparing sums of costs for equality. That is safe only

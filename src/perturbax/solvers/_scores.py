@@ -165,3 +165,11 @@ def edge_list(costs: Array, edges: ArrayLike) -> np.ndarray:
     if pairs.min() < 0:
         raise ValueError(f"edges must hold node numbers >= 0, got {pairs.min()}")
     return pairs.astype(int)
+
+
+def heads_by_tail(pairs: np.ndarray, num_nodes: int) -> list[list[int]]:
+    """For every node those to which an edge leads from it."""
+    heads = [[] for _ in range(num_nodes)]
+    for tail, head in zip(*pairs.T.tolist(), strict=True):
+        heads[tail].append(head)
+    return heads

@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from ._scores import as_solution, constant_scores, edge_list, solution_dtype
+from ._scores import as_solution, constant_scores, edge_list, heads_by_tail, solution_dtype
 
 
 def minimum_spanning_tree(costs: ArrayLike, edges: ArrayLike) -> Array:
@@ -68,13 +68,15 @@ def minimum_spanning_tree(costs: ArrayLike, edges: ArrayLike) -> Array:
 
 def _connected(pairs: np.ndarray, num_nodes: int) -> np.ndarray:
     """Which nodes a walk along the edges from node 0 reaches."""
+    heads = heads_by_tail(np.concatenate([pairs, pairs[:, ::-1]]), num_nodes)
     reached = np.arange(num_nodes) == 0
-    while True:
-        found = reached.copy()
-        found[pairs[reached[pairs].any(axis=1)]] = True
-        if (found == reached).all():
-            return reached
-        reached = found
+    stack = [0]
+    while stack:
+        for node in heads[stack.pop()]:
+            if not reached[node]:
+                reached[node] = True
+                stack.append(node)
+    return reached
 
 
 @jax.jit
