@@ -592,8 +592,10 @@ def kruskal(costs, edges):
         solvers.lattice_edges(4, 4)[::-1],
         np.array([(3, 1), (0, 0), (1, 2), (2, 3), (2, 2), (0, 3)]),
         np.array([(1, 0)]),
+        np.concatenate([solvers.lattice_edges(6, 6), [(7, 7), (35, 0), (0, 0)]])[::-1],
+        np.stack([np.arange(40), np.arange(1, 41)], axis=1)[:, ::-1],
     ],
-    ids=["complete", "lattice", "loops", "one edge"],
+    ids=["complete", "lattice", "loops", "one edge", "sparse", "chain"],
 )
 def test_minimum_spanning_tree_is_that_of_kruskal(edges):
     costs = assorted(24, 1000, len(edges), low=-1)
@@ -618,6 +620,30 @@ def test_minimum_spanning_tree_is_nan_where_removed_edges_leave_none():
     removed = jnp.array([jnp.inf, 1.0, 2.0, 3.0])
     assert solvers.minimum_spanning_tree(removed, edges).tolist() == [0, 1, 1, 1]
     assert np.isnan(solvers.minimum_spanning_tree(removed.at[2].set(jnp.inf), edges)).all()
+
+
+def test_minimum_spanning_tree_of_a_sparse_graph_with_infinite_and_unknown_costs():
+    edges = solvers.lattice_edges(6, 6)
+    solver = functools.partial(solvers.minimum_spanning_tree, edges=edges)
+    costs = np.zeros((4, 60), np.float32)
+    costs[0, ::3], costs[0, 1::3], costs[0, [4, 25]] = -np.inf, -0.0, np.inf
+    costs[1] = -np.inf
+    costs[2, (edges == 0).any(axis=1)] = np.inf
+    costs[3, 7] = np.nan
+    solutions = solve_all(solver, costs)
+    np.testing.assert_array_equal(solutions[:2], [kruskal(row, edges) for row in costs[:2]])
+    assert np.isnan(solutions[2:]).all()
+
+
+def test_minimum_spanning_tree_of_a_large_graph_needs_little_memory():
+    """A table of all pairs of nodes was 20 GB for this one."""
+    edges = solvers.lattice_edges(200, 250)
+    costs = np.random.default_rng(27).exponential(size=len(edges)).astype(np.float32)
+    solver = jax.jit(functools.partial(solvers.minimum_spanning_tree, edges=edges))
+    compiled = solver.lower(costs).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 100 * len(edges)
+    graph = scipy.sparse.csr_matrix((costs, edges.T), shape=(50_000, 50_000))
+    assert costs @ compiled(costs) == pytest.approx(csgraph.minimum_spanning_tree(graph).sum())
 
 
 # What holds for all of them
@@ -650,6 +676,10 @@ SOLVERS = {
     "minimum_spanning_tree": (
         functools.partial(solvers.minimum_spanning_tree, edges=np.array([(0, 1), (1, 2), (0, 2)])),
         (3,),
+    ),
+    "minimum_spanning_tree, sparse": (
+        functools.partial(solvers.minimum_spanning_tree, edges=solvers.lattice_edges(6, 6)),
+        (60,),
     ),
 }
 every_solver = pytest.mark.parametrize(("solver", "shape"), SOLVERS.values(), ids=SOLVERS)
