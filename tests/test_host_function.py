@@ -196,6 +196,28 @@ def test_all_samples_arrive_together():
     assert sum(batches[2:]) == 128
 
 
+@pytest.mark.parametrize("timeout", [None, 20.0])
+def test_without_an_executor_calls_never_overlap(timeout):
+    """Programs on several devices call from a thread each."""
+    under_way, most = [], []
+
+    def fun(x):
+        under_way.append(x)
+        most.append(len(under_way))
+        time.sleep(0.01)
+        under_way.pop()
+        return x.sum()
+
+    h = px.host_function(fun, like=ONE, timeout=timeout)
+    program = jax.jit(jax.vmap(h))
+    program(jnp.ones((4, 3)))
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda v: np.asarray(program(v)), [jnp.ones((4, 3))] * 3))
+    np.testing.assert_array_equal(found, np.full((3, 4), 3.0))
+    assert len(most) == 16
+    assert max(most) == 1
+
+
 def test_layers_take_host_functions():
     def first(scores):
         return np.eye(3, dtype=np.float32)[np.argmax(scores)]

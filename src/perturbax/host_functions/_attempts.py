@@ -1,7 +1,8 @@
-"""Attempts at calling a function, and what takes them: this thread, for one."""
+"""Attempts at calling a function, and what takes them: the thread that waits, for one."""
 
 import dataclasses
 import queue
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -93,11 +94,15 @@ def run(fun: Callable[..., Any], attempt: Attempt) -> None:
 
 
 class ThisThread:
-    """Attempts are made while they are handed over."""
+    """Attempts are made while they are handed over, one after another.
+
+    Programs on several devices, and threads of the user's, wait for each other's.
+    """
 
     def __init__(self, fun: Callable[..., Any]):
         """For calls of `fun`."""
         self._fun = without_jax(fun)
+        self._turn, self._next = threading.Lock(), threading.Lock()
 
     def window(self) -> int | None:
         """One."""
@@ -109,7 +114,14 @@ class ThisThread:
 
     def submit(self, attempt: Attempt) -> None:
         """Makes the attempt."""
-        run(self._fun, attempt)
+        # All but one queue for being next, or a thread could take many turns in a row. Devices
+        # would come to their next exchange at different times, and XLA waits for 40 seconds.
+        with self._next:
+            self._turn.acquire()
+        try:
+            run(self._fun, attempt)
+        finally:
+            self._turn.release()
         attempt.events.put(attempt)
 
     def deadline(self, attempt: Attempt, timeout: float) -> float | None:

@@ -47,10 +47,11 @@ def host_function(
         numpy arrays, and numpy numbers for arrays without axes, and computes with numpy: JAX inside
         a callback can wait forever, and is an error where that is seen. Its result has to depend on
         its arguments alone (and chance), and is cast to the dtypes of `like`.
-      executor: where evaluations run. None: in this thread, one after another. An int: in so many
-        threads, for what waits or computes outside Python. `ProcessWorkers(n)`: in processes, for
-        what computes in Python or may hang or crash. Or any `concurrent.futures.Executor`, of loky
-        too, or a Dask Client.
+      executor: where evaluations run. None: one after another in the thread that waits for them,
+        and never two at a time, on several devices either. An int: in so many threads, for what
+        waits or computes outside Python. `ProcessWorkers(n)`: in processes, for what computes in
+        Python or may hang or crash. Or any `concurrent.futures.Executor`, of loky too, or a Dask
+        Client.
       like: what fun returns for one point: a pytree of `jax.ShapeDtypeStruct`, arrays or numbers,
         of which shapes and dtypes count. None asks fun, once for each kind of argument, where x is
         not traced.
