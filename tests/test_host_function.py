@@ -804,6 +804,33 @@ def test_processes_of_our_own(tmp_path):
     wait_for(lambda: threading.active_count() <= threads and descriptors() <= files)
 
 
+@pytest.mark.parametrize("starts", ["fork", "program"])
+def test_a_worker_that_dies_is_noticed_while_what_it_started_lives(starts, tmp_path):
+    """Its children had its connection, whose end is how its death is seen; they are ended too."""
+    path = tmp_path / "children"
+
+    def dies_once(x):
+        if path.exists():
+            return x.sum()
+        if starts == "program":
+            os.system(f"sleep 1000 & echo $! > {path}")
+        elif os.fork() == 0:
+            with path.open("a") as file:  # by the number that the connection had
+                os.fork()
+                file.write(f"{os.getpid()} ")
+            time.sleep(1000)
+        while not path.exists() or len(path.read_text().split()) < (1 + (starts == "fork")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with px.ProcessWorkers(1) as workers:
+        h = px.host_function(dies_once, like=ONE, executor=workers)
+        assert float(h(X)) == 1.25
+        assert h.counts == (1, 0, 0, 1, 0)
+        for child in path.read_text().split():
+            wait_for(lambda child=child: not os.path.exists(f"/proc/{child}") or is_zombie(child))
+
+
 def test_closing_ends_what_is_under_way(tmp_path):
     def sleeps(x):
         import os

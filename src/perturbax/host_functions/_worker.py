@@ -6,7 +6,8 @@ never does anything else, so that a worker takes milliseconds to start, and fork
 
 A worker is connected with the main program by a socket: requests and replies are pickles with
 their length in front. It ends, with all processes that it started, when the socket does; so does
-the nursery. That is what is left of a program that was killed.
+the nursery. That is what is left of a program that was killed. Nobody else keeps the socket: what
+the user's function starts may outlive a worker that dies, and the program has to see that it did.
 """
 
 import io
@@ -158,8 +159,17 @@ def _listen(stream: BinaryIO, inbox: "queue.SimpleQueue[bytes]") -> None:
         _end()
 
 
+def _let_go(connection: socket.socket) -> None:
+    """Closes the connection, of which streams are left; nothing if that was done before."""
+    descriptor = connection.detach()
+    if descriptor >= 0:
+        os.close(descriptor)
+
+
 def serve(connection: socket.socket) -> None:
     """Answers requests until the connection ends."""
+    connection.set_inheritable(False)  # by programs that the function starts
+    os.register_at_fork(after_in_child=lambda: _let_go(connection))
     requests, replies = connection.makefile("rb"), connection.makefile("wb")
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests, inbox), daemon=True).start()
@@ -221,8 +231,8 @@ def _fork(control: socket.socket, connection: int) -> int:
 def main() -> None:
     """Carries out orders until there can be no more."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    stream = control.makefile("rb")
-    sys.path[:], modules = pickle.loads(read_message(stream))
+    with control.makefile("rb") as stream:
+        sys.path[:], modules = pickle.loads(read_message(stream))
     for module in modules:
         __import__(module)
     control.sendall(ANSWER.pack(os.getpid()))
