@@ -4,6 +4,7 @@ Most tests compare with the same function written in JAX, or with a loop over th
 """
 
 import concurrent.futures
+import gc
 import multiprocessing
 import os
 import pickle
@@ -829,6 +830,39 @@ def test_a_worker_that_dies_is_noticed_while_what_it_started_lives(starts, tmp_p
         assert h.counts == (1, 0, 0, 1, 0)
         for child in path.read_text().split():
             wait_for(lambda child=child: not os.path.exists(f"/proc/{child}") or is_zombie(child))
+
+
+def test_workers_that_are_forgotten_end_quietly(capfd):
+    """The threads that have them began the process that starts workers anew, in order to wait."""
+    threads = threading.active_count()
+    workers = px.ProcessWorkers(2)
+    nursery = workers._nursery
+    px.host_function(lambda x: x.sum(), like=ONE, executor=workers)(X)
+    assert nursery._process is not None
+    del workers
+    jax.clear_caches()  # programs know the functions that they call
+    gc.collect()
+    wait_for(lambda: threading.active_count() <= threads)
+    assert nursery._process is None
+    assert not capfd.readouterr().err
+
+
+def test_the_process_that_starts_workers_may_die(capfd):
+    """The next one is asked for the exit status of workers that it has not started."""
+
+    def process(x):
+        time.sleep(0.05)
+        return np.int32(os.getpid())
+
+    with px.ProcessWorkers(2) as workers:
+        h = px.host_function(process, like=np.int32(0), executor=workers)
+        before = set(jax.vmap(h)(jnp.ones((8, 3))).tolist())
+        for one in (workers._nursery._process.pid, *before):
+            os.kill(one, signal.SIGKILL)
+        after = set(jax.vmap(h)(jnp.ones((8, 3))).tolist())
+    assert len(before) == 2
+    assert not before & after
+    assert not capfd.readouterr().err
 
 
 def test_closing_ends_what_is_under_way(tmp_path):

@@ -161,13 +161,14 @@ class _OnProcesses:
 
 
 class _Nursery:
-    """The process that forks worker processes; started when it is needed."""
+    """The process that forks worker processes; started when it is needed, unless it was closed."""
 
     def __init__(self, environment: dict[str, str], modules: tuple[str, ...]):
         self._environment, self._modules = environment, modules
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._closed = False
 
     def fork(self) -> tuple[int, socket.socket]:
         """A new worker: its process, and the connection with it."""
@@ -176,14 +177,17 @@ class _Nursery:
             return self._order(b"f", 0, [theirs.fileno()]), ours
 
     def wait(self, process: int) -> int | None:
-        """The exit status of a worker that ends."""
+        """The exit status of a worker that ends; None if nobody knows it any more."""
         try:
-            return self._order(b"w", process, [])
-        except OSError:  # the nursery has ended, and another one does not know the worker
+            status = self._order(b"w", process, [])
+        except OSError:  # the nursery has ended
             return None
+        return None if status == _worker.UNKNOWN else status
 
     def _order(self, order: bytes, number: int, files: list[int]) -> int:
         with self._lock:
+            if self._closed:  # by a finalizer, while a thread of the crew ends its worker
+                raise ConnectionError("the process that starts workers was closed")
             if self._control is None:
                 self._start()
             assert self._control is not None
@@ -228,6 +232,7 @@ class _Nursery:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             self._stop()
 
 

@@ -208,6 +208,8 @@ def _reply(value: Any) -> bytes:
 
 ORDER = struct.Struct("<cq")
 ANSWER = struct.Struct("<q")
+# In place of an exit status, for a worker that another nursery has started, which died.
+UNKNOWN = 256
 
 
 def _fork(control: socket.socket, connection: int) -> int:
@@ -228,6 +230,14 @@ def _fork(control: socket.socket, connection: int) -> int:
     return 0
 
 
+def _exit_status(process: int) -> int:
+    """Waits for a worker's end."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    except ChildProcessError:
+        return UNKNOWN
+
+
 def main() -> None:
     """Carries out orders until there can be no more."""
     control = socket.socket(fileno=int(sys.argv[1]))
@@ -244,7 +254,7 @@ def main() -> None:
         if order == b"f":
             answer = _fork(control, connections[0])
         else:
-            answer = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+            answer = _exit_status(number)
         control.sendall(ANSWER.pack(answer))
 
 
