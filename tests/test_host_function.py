@@ -669,6 +669,42 @@ def test_pools_of_others(make, tmp_path):
         h.close()
 
 
+class Wrapped(concurrent.futures.Executor):
+    """Threads of somebody's own, which does not tell how many there are."""
+
+    def __init__(self, count):
+        self.threads = concurrent.futures.ThreadPoolExecutor(count)
+
+    def submit(self, *args, **kwargs):
+        return self.threads.submit(*args, **kwargs)
+
+    def shutdown(self, *args, **kwargs):
+        self.threads.shutdown(*args, **kwargs)
+
+
+def test_an_executor_of_ones_own_that_has_threads():
+    """What is sent elsewhere for a time limit is called here, where it is the function itself."""
+    lock, release = threading.Lock(), threading.Event()  # which cannot be pickled
+
+    def fun(x):
+        with lock:
+            seen.append(x)
+        if x[0] > 2:
+            release.wait()
+        return jnp.sum(x) if x[0] < 0 else x.sum()
+
+    seen.clear()
+    with Wrapped(2) as executor:
+        h = px.host_function(fun, like=ONE, executor=executor, timeout=0.2, on_failure=-1.0)
+        assert float(h(X)) == 1.25
+        assert float(h(X + 4)) == -1.0
+        refusing = px.host_function(fun, like=ONE, executor=executor, timeout=0.2)
+        with pytest.raises(TypeError, match="a JAX operation"):
+            refusing(X - 4)
+        release.set()
+    assert len(seen) == 3
+
+
 def test_a_pool_that_is_busy_or_starting_is_given_nothing_while_another_is_free():
     release, events = threading.Event(), queue.SimpleQueue()
     pools = [concurrent.futures.ThreadPoolExecutor(1) for _ in range(3)]

@@ -13,7 +13,7 @@ from typing import Any
 from ..tracing._host_call import without_jax
 from . import _worker
 from ._attempts import MOST_LEFT_BEHIND, START, Attempt
-from ._pickles import Shipped, by_value
+from ._pickles import Shipped
 
 # How many threads with hung evaluations there may be in a process, which then ends itself.
 _MOST_IN_A_PROCESS = 16
@@ -133,21 +133,25 @@ class Foreign:
 
 def _call_of(executor: Any, fun: Callable[..., Any], timeout: float | None) -> tuple[Any, ...]:
     """What is submitted, in front of the arguments."""
-    here = isinstance(executor, concurrent.futures.ThreadPoolExecutor)
-    call = without_jax(fun) if here else fun
+    here = without_jax(fun)
+    if timeout is not None:
+        here = functools.partial(_worker.timed, here, timeout, MOST_LEFT_BEHIND, True)
+    if isinstance(executor, concurrent.futures.ThreadPoolExecutor):
+        return (here,)
     # In these, an exception that cannot be unpickled takes all workers with it.
     breaks = isinstance(executor, concurrent.futures.ProcessPoolExecutor)
     breaks = breaks or is_from(executor, "loky")
+    there = fun
     if timeout is not None:
-        most = MOST_LEFT_BEHIND if here else _MOST_IN_A_PROCESS
-        call = functools.partial(_worker.timed, call, timeout, most, here)
+        there = functools.partial(_worker.timed, fun, timeout, _MOST_IN_A_PROCESS, False)
     elif not breaks or importlib.util.find_spec("cloudpickle") is None:
-        return (call,)
-    if here:
-        return (call,)
-    # Pickled at the first call, by which time what it refers to is there.
-    call = functools.partial(_worker.careful, call) if breaks else call
-    return operator.call, Shipped(by_value(call))
+        return (fun,)
+    if breaks:
+        there = functools.partial(_worker.careful, there)
+    shipped = Shipped(here, there)
+    if breaks or is_from(executor, "distributed"):
+        shipped.pickle()  # now, not while something is sent: this can fail
+    return operator.call, shipped
 
 
 def _now_ready(place: _Place, future: Any) -> None:

@@ -1,5 +1,6 @@
 """Functions on their way to other processes."""
 
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -37,12 +38,20 @@ def by_value(call: Callable[..., Any]) -> bytes:
 
 
 class Shipped:
-    """A function that unpickles without perturbax, hence without JAX, in the process it goes to."""
+    """A function that unpickles without perturbax, hence without JAX, in the process it goes to.
 
-    def __init__(self, function: bytes):
-        """Of the function's pickle."""
-        self._function = function
+    There it is another one: `there`. Where it is called without having been sent, it is `here`.
+    """
+
+    def __init__(self, here: Callable[..., Any], there: Callable[..., Any]):
+        """Of both functions."""
+        self._here = here
+        self.pickle = functools.cache(lambda: by_value(there))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function in this process."""
+        return self._here(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        """Unpickles as the function itself."""
-        return pickle.loads, (self._function,)
+        """Unpickles as the function for there."""
+        return pickle.loads, (self.pickle(),)
