@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any, NamedTuple
 
 import distributed
 import jax
@@ -866,6 +867,28 @@ def test_a_worker_that_dies_is_noticed_while_what_it_started_lives(starts, tmp_p
         assert h.counts == (1, 0, 0, 1, 0)
         for child in path.read_text().split():
             wait_for(lambda child=child: not os.path.exists(f"/proc/{child}") or is_zombie(child))
+
+
+def test_pytrees_and_exceptions_of_the_scripts_own_classes():
+    """Which workers cannot import; that of the arguments comes back as the same class."""
+
+    class Pair(NamedTuple):
+        a: Any
+        b: Any
+
+    class OwnError(Exception):
+        pass
+
+    def swap(pair):
+        if pair.b > 2:
+            raise OwnError("too large")
+        return Pair(pair.b, pair.a)
+
+    with px.ProcessWorkers(1) as workers:
+        h = px.host_function(swap, executor=workers)
+        assert_trees_close(h(Pair(X, 1.0)), Pair(jnp.float32(1.0), X))
+        with pytest.raises(OwnError, match="too large"):
+            h(Pair(X, 3.0))
 
 
 def test_workers_that_are_forgotten_end_quietly(capfd):

@@ -47,7 +47,8 @@ class ProcessWorkers:
         worker; None leaves that to them. Each of them would use all cores.
 
     Functions are sent to the workers by cloudpickle, so that they may be local, lambdas, or defined
-    in a notebook. They are sent once, arguments each time.
+    in a notebook, and so may classes of pytrees and exceptions. Functions are sent once, arguments
+    each time.
 
     Raises:
       ImportError: if cloudpickle is missing: pip install 'perturbax[processes]'.
@@ -144,7 +145,7 @@ class _OnProcesses:
         return self._pool.crew().ahead()
 
     def submit(self, attempt: Attempt) -> None:
-        attempt.args = (*self._function(), pickle.dumps((attempt.args, attempt.kwargs), 5))
+        attempt.args = (*self._function(), pickled((attempt.args, attempt.kwargs), "x"))
         self._pool.crew().submit(attempt)
 
     def deadline(self, attempt: Attempt, timeout: float) -> float | None:

@@ -49,33 +49,50 @@ def _read(stream: BinaryIO, count: int) -> bytes:
     return b"".join(parts)
 
 
-class _Pickler(pickle.Pickler):
+def _reduced(obj: Any) -> Any:
     """Turns JAX arrays into numpy arrays: loading one would compute with JAX in the callback."""
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(obj, jax.Array):
+        return sys.modules["numpy"].asarray(obj).__reduce__()
+    return NotImplemented
+
+
+class _Pickler(pickle.Pickler):
+    """As executors of others pickle."""
 
     def reducer_override(self, obj: Any) -> Any:
-        jax = sys.modules.get("jax")
-        if jax is not None and isinstance(obj, jax.Array):
-            return sys.modules["numpy"].asarray(obj).__reduce__()
-        return NotImplemented
+        return _reduced(obj)
 
 
-def dump(value: Any) -> bytes:
+def _pickler_by_value() -> type[pickle.Pickler]:
+    """Sends classes of the program's script along, which is no module that one could import."""
+    import cloudpickle
+
+    class PicklerByValue(cloudpickle.Pickler):
+        def reducer_override(self, obj: Any) -> Any:
+            reduced = _reduced(obj)
+            return super().reducer_override(obj) if reduced is NotImplemented else reduced
+
+    return PicklerByValue
+
+
+def dump(value: Any, pickler: type[pickle.Pickler]) -> bytes:
     """A pickle of what a function returned or raised."""
     stream = io.BytesIO()
-    _Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    pickler(stream, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     return stream.getvalue()
 
 
-def exception_message(error: BaseException) -> bytes:
+def exception_message(error: BaseException, pickler: type[pickle.Pickler]) -> bytes:
     """The reply that carries an exception, with its traceback as text."""
     text = "".join(traceback.format_exception(error))
-    return dump(("raised", sendable(error), text))
+    return dump(("raised", sendable(error, pickler), text), pickler)
 
 
-def sendable(error: BaseException) -> BaseException:
+def sendable(error: BaseException, pickler: type[pickle.Pickler]) -> BaseException:
     """The exception, if it can be sent and made again, else one that says what it was."""
     try:
-        pickle.loads(dump(error))
+        pickle.loads(dump(error, pickler))
         return error
     except BaseException:  # of its constructor, for one, which may raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")
@@ -100,7 +117,7 @@ def careful(fun: Any, /, *args: Any, **kwargs: Any) -> Any:
     try:
         return fun(*args, **kwargs)
     except BaseException as error:
-        sent = sendable(error)
+        sent = sendable(error, _Pickler)
         if sent is error:
             raise
         text = "".join(traceback.format_exception(error))
@@ -175,7 +192,7 @@ def serve(connection: socket.socket) -> None:
     threading.Thread(target=_listen, args=(requests, inbox), daemon=True).start()
     functions: dict[int, Any] = {}
     args, kwargs = (), {}
-    process = os.getpid()
+    process, pickler = os.getpid(), _pickler_by_value()
     while True:
         kind, number, payload = pickle.loads(inbox.get())
         value = None
@@ -189,17 +206,17 @@ def serve(connection: socket.socket) -> None:
             else:
                 value = functions[number](*args, **kwargs)
                 args, kwargs = (), {}
-            reply = _reply(value)
+            reply = _reply(value, pickler)
         except BaseException as error:
-            reply = exception_message(error)
+            reply = exception_message(error, pickler)
         if os.getpid() != process:  # the function forked, and this is the copy
             os._exit(0)
         write_message(replies, reply)
 
 
-def _reply(value: Any) -> bytes:
+def _reply(value: Any, pickler: type[pickle.Pickler]) -> bytes:
     try:
-        return dump(("returned", value, ""))
+        return dump(("returned", value, ""), pickler)
     except Exception as error:
         raise TypeError(f"fun returned what cannot be pickled: {error}") from error
 
