@@ -696,14 +696,41 @@ def test_an_executor_of_ones_own_that_has_threads():
 
     seen.clear()
     with Wrapped(2) as executor:
-        h = px.host_function(fun, like=ONE, executor=executor, timeout=0.2, on_failure=-1.0)
+        h = px.host_function(fun, like=ONE, executor=executor, timeout=0.5, on_failure=-1.0)
         assert float(h(X)) == 1.25
         assert float(h(X + 4)) == -1.0
-        refusing = px.host_function(fun, like=ONE, executor=executor, timeout=0.2)
+        refusing = px.host_function(fun, like=ONE, executor=executor, timeout=0.5)
         with pytest.raises(TypeError, match="a JAX operation"):
             refusing(X - 4)
         release.set()
     assert len(seen) == 3
+
+
+def test_waiting_in_a_queue_is_not_taking_too_long(monkeypatch):
+    monkeypatch.setattr("perturbax.host_functions._foreign_executors.START", 0.0)
+
+    def fun(x):
+        time.sleep(0.05)
+        return x.sum()
+
+    with Wrapped(1) as executor:
+        h = px.host_function(fun, like=ONE, executor=executor, timeout=0.4)
+        np.testing.assert_array_equal(jax.vmap(h)(jnp.ones((30, 3))), np.full(30, 3.0))
+
+
+def test_a_worker_that_is_lost_is_noticed(monkeypatch):
+    """One that runs the call and never tells, not even that it took too long."""
+    monkeypatch.setattr("perturbax.host_functions._foreign_executors.START", 0.0)
+
+    class Lost(concurrent.futures.Executor):
+        def submit(self, *call, **kwargs):
+            future = concurrent.futures.Future()
+            future.set_running_or_notify_cancel()
+            return future
+
+    h = px.host_function(lambda x: x.sum(), like=ONE, executor=Lost(), timeout=0.05)
+    with pytest.raises(TimeoutError, match=r"more than timeout=0\.05 seconds"):
+        h(X)
 
 
 def test_a_pool_that_is_busy_or_starting_is_given_nothing_while_another_is_free():

@@ -110,8 +110,17 @@ class Foreign:
             future.add_done_callback(functools.partial(_now_ready, place))
 
     def deadline(self, attempt: Attempt, timeout: float) -> float | None:
-        """Late: the worker itself looks at the clock, and says when it gave up."""
-        return attempt.submitted + (2 * self.ahead() + 1) * timeout + START
+        """Late: the worker itself looks at the clock, and says when it gave up.
+
+        None while the attempt waits in the executor's queue, which may be long, or serve others
+        too. Pools of processes, and clusters, say of a few more than they have workers that they
+        run, so there is time for those in front.
+        """
+        if attempt.taken is None and attempt.place.running():
+            attempt.taken = time.monotonic()
+        if attempt.taken is None:
+            return None
+        return attempt.taken + (2 * self.ahead() + 1) * timeout + START
 
     def withdraw(self, attempt: Attempt) -> bool:
         """Cancels the future."""
