@@ -182,11 +182,11 @@ def minimized(problem: Problem, judge: Any, looks: np.ndarray, seeds: int) -> np
     )
     losses = []
     for key in jax.random.split(jax.random.key(1), seeds):
-        points, known = [], [0]
+        points, made = [jnp.asarray(problem.x)], []
 
-        def keep(told: Any, points: list[Any] = points, known: list[int] = known) -> None:
+        def keep(told: Any, points: list[Any] = points, made: list[int] = made) -> None:
             points.append(told.x)
-            known.append(told.evaluations)  # when the next step's point is known
+            made.append(told.evaluations)
 
         px.minimize(
             fun,
@@ -197,7 +197,9 @@ def minimized(problem: Problem, judge: Any, looks: np.ndarray, seeds: int) -> np
             callback=keep,
             progress=False,
         )
-        at = np.searchsorted(known[:-1], looks, side="right") - 1
+        # A step's point is known before its own evaluations, of which all have as many.
+        known = [0, 2 * made[0] - made[1], *made[:-1]]
+        at = np.searchsorted(known, looks, side="right") - 1
         losses.append(judged(jnp.stack(points)[at]))
     return np.mean(np.asarray(losses, np.float64), axis=0)[None]
 
@@ -444,6 +446,9 @@ def main() -> None:
     if part in (None, "updates"):
         updates = update_times(arguments.seconds)
         path.write_text(json.dumps({"cells": cells, "updates": updates}))
+    # In order, however they were measured.
+    places = [problem.name for problem in problems()]
+    cells = dict(sorted(cells.items(), key=lambda cell: places.index(cell[1]["problem"])))
     pages = {"carried": variances(cells, updates), "carried_evaluations": evaluations(cells)}
     for name, text in pages.items():
         print(text)

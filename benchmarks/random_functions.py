@@ -85,11 +85,11 @@ def functions():
 
 def trail(problem, key, optimizer):
     """Where px.minimize is, and how many evaluations it took to get there."""
-    points, known = [], [0]
+    points, made = [jnp.zeros(problem.dim)], []
 
     def keep(told):
         points.append(told.x)
-        known.append(told.evaluations)  # when the next step's point is known
+        made.append(told.evaluations)
 
     px.minimize(
         problem.fun,
@@ -101,7 +101,9 @@ def trail(problem, key, optimizer):
         callback=keep,
         progress=False,
     )
-    return points, known[:-1]
+    # A step's point is known before its own evaluations. Of all but the first, whose are as many as
+    # those of the second, that is after the step before.
+    return points, [0, 2 * made[0] - made[1], *made[:-1]]
 
 
 def trail_of_cma(problem, key):
