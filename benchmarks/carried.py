@@ -173,6 +173,23 @@ def along(problem: Problem, num_samples: int, num_keys: int, noise: Any) -> list
     return ratios
 
 
+def trail(
+    fun: Any, x0: Any, key: Any, max_evaluations: int, **options: Any
+) -> tuple[list[Any], list[int]]:
+    """The points of a run of px.minimize, and after how many evaluations each was known."""
+    points, made = [x0], []
+
+    def keep(told: Any) -> None:
+        points.append(told.x)
+        made.append(told.evaluations)
+
+    options = {"max_evaluations": max_evaluations, "callback": keep, "progress": False, **options}
+    px.minimize(fun, x0, key, **options)
+    # A step's point is known before its own evaluations. Of all but the first, whose are as many as
+    # those of the second, that is after the step before.
+    return points, [0, 2 * made[0] - made[1], *made[:-1]]
+
+
 def minimized(problem: Problem, judge: Any, looks: np.ndarray, seeds: int) -> np.ndarray:
     """Loss where px.minimize is after so many evaluations, (1, looks); means over seeds."""
     batched = problem.fun is batched_error
@@ -182,23 +199,8 @@ def minimized(problem: Problem, judge: Any, looks: np.ndarray, seeds: int) -> np
     )
     losses = []
     for key in jax.random.split(jax.random.key(1), seeds):
-        points, made = [jnp.asarray(problem.x)], []
-
-        def keep(told: Any, points: list[Any] = points, made: list[int] = made) -> None:
-            points.append(told.x)
-            made.append(told.evaluations)
-
-        px.minimize(
-            fun,
-            jnp.asarray(problem.x),
-            key,
-            takes_key=batched,
-            max_evaluations=int(looks[-1]) + 200,
-            callback=keep,
-            progress=False,
-        )
-        # A step's point is known before its own evaluations, of which all have as many.
-        known = [0, 2 * made[0] - made[1], *made[:-1]]
+        x0, most = jnp.asarray(problem.x), int(looks[-1]) + 200
+        points, known = trail(fun, x0, key, most, takes_key=batched)
         at = np.searchsorted(known, looks, side="right") - 1
         losses.append(judged(jnp.stack(points)[at]))
     return np.mean(np.asarray(losses, np.float64), axis=0)[None]

@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from carried import batched_error, trail
 from timing import ROOT, table, write
-
-import perturbax as px
 
 MOST, KEYS = 2_500, 400
 
@@ -47,15 +46,6 @@ def ellipsoid(x):
     return jnp.sum(10.0 ** (3 * jnp.arange(x.size) / x.size) * (x - 1) ** 2)
 
 
-def errors(key, weights):
-    """Of a linear classifier, on 50 rows of data that are new with each key."""
-    centres = jnp.asarray(np.random.RandomState(6).normal(0.0, 1.0, (3, 14)), jnp.float32)
-    which, other = jax.random.split(key)
-    labels = jax.random.randint(which, (50,), 0, 3)
-    inputs = centres[labels] + 1.5 * jax.random.normal(other, (50, 14))
-    return jnp.mean(jnp.argmax(inputs @ weights.reshape(14, 3), axis=1) != labels)
-
-
 def on_its_own(key, x):
     """Noise that has nothing in common with that at any other point."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -67,7 +57,7 @@ def functions():
         return x - spread * jax.random.normal(key, x.shape)
 
     return [
-        Random("errors, batches of 50", errors, 42, 0.4),
+        Random("errors, batches of 50", lambda k, x: batched_error(x, k), 42, 0.4),
         Random("sphere, and a number", lambda k, x: sphere(x) + 10 * jax.random.normal(k), 20, 0.1),
         Random("sphere, random target", lambda k, x: sphere(target(k, x, 0.5)), 20, 0.3),
         Random("stairs, random target", lambda k, x: stairs(target(k, x, 0.3)), 20, 0.35),
@@ -83,27 +73,8 @@ def functions():
     ]
 
 
-def trail(problem, key, optimizer):
-    """Where px.minimize is, and how many evaluations it took to get there."""
-    points, made = [jnp.zeros(problem.dim)], []
-
-    def keep(told):
-        points.append(told.x)
-        made.append(told.evaluations)
-
-    px.minimize(
-        problem.fun,
-        jnp.zeros(problem.dim),
-        key,
-        optimizer=optimizer,
-        takes_key=True,
-        max_evaluations=MOST,
-        callback=keep,
-        progress=False,
-    )
-    # A step's point is known before its own evaluations. Of all but the first, whose are as many as
-    # those of the second, that is after the step before.
-    return points, [0, 2 * made[0] - made[1], *made[:-1]]
+def trail_of_minimize(problem, key, **options):
+    return trail(problem.fun, jnp.zeros(problem.dim), key, MOST, takes_key=True, **options)
 
 
 def trail_of_cma(problem, key):
@@ -129,8 +100,8 @@ def main():
     parser.add_argument("--only", nargs="+", help="parts of names of functions")
     arguments = parser.parse_args()
     searches = {
-        "px.minimize": lambda p, k: trail(p, k, None),
-        "with Adam": lambda p, k: trail(p, k, optax.adam(0.05)),
+        "px.minimize": trail_of_minimize,
+        "with Adam": lambda p, k: trail_of_minimize(p, k, optimizer=optax.adam(0.05)),
         "cma": trail_of_cma,
     }
     rows, found = [], {}

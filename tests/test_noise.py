@@ -317,7 +317,13 @@ def test_student_probabilities_for_any_df(df):
 
 @pytest.mark.parametrize(
     ("df", "error"),
-    [(0.5, ValueError), (math.inf, ValueError), (2e12, ValueError), ("3", TypeError)],
+    [
+        (0.5, ValueError),
+        (math.inf, ValueError),
+        (2e12, ValueError),
+        ("3", TypeError),
+        (True, TypeError),
+    ],
 )
 def test_df_is_checked(df, error):
     with pytest.raises(error, match="df must be"):

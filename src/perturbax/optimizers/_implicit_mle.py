@@ -149,7 +149,7 @@ def _check_number(value: Any, name: str, kind: str = "", above: float = -math.in
     if np.ndim(value):
         raise ValueError(f"{name} must be one {kind}number, got shape {np.shape(value)}")
     # A larger one is infinite in single precision.
-    if not above < float(value) or not abs(float(value)) <= float(np.finfo(np.float32).max):
+    if not above < float(value) or abs(float(value)) > float(np.finfo(np.float32).max):
         raise ValueError(f"{name} must be one {kind}finite number, got {value}")
     return float(value)
 
