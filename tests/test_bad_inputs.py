@@ -223,6 +223,13 @@ class Groups:
         return self.draw(key, (group_size, dim), dtype)
 
 
+class Together(Groups):
+    """The same, which draws several groups at once."""
+
+    def sample_groups(self, key, first, count, noise, group_size, dim, dtype):
+        return self.draw(key, (count, group_size, dim))
+
+
 def with_method(name, method):
     noise = Noise()
     setattr(noise, name, method)
@@ -287,6 +294,11 @@ CALLS = {
         call(sigma=np.array([1.0, 1.0, 1e300])),
         ValueError,
         ["sigma must be within the range of float32", "got 1e+300", "rescale x"],
+    ),
+    "sigma too small, of JAX": (
+        call(sigma=jnp.float32(1e-40)),
+        ValueError,
+        ["sigma must be within the range of float32", "got 1e-40", "rescale x"],
     ),
     "several keys": (
         call(key=jax.random.split(KEY, 3)),
@@ -507,6 +519,16 @@ CALLS = {
         call(sampler=Groups(lambda key, shape, dtype: np.asarray(jax.random.key_data(key)))),
         jax.errors.TracerArrayConversionError,
         ["sampler.sample_group(key", "jax.random, not with numpy"],
+    ),
+    "groups of one shape each": (
+        call(sampler=Together(lambda key, shape: jax.random.normal(key, shape))),
+        ValueError,
+        ["sampler.sample_groups(key, first, ", "noise, 4, 3, float32) returned shape (", ", 4, 3)"],
+    ),
+    "groups drawn by numpy": (
+        call(sampler=Together(lambda key, shape: np.ones((shape[0] * 4, 3), np.float32))),
+        TypeError,
+        ["sampler.sample_groups(key, first, ", "does not depend on key", "all groups"],
     ),
     "a sampler that takes other arguments": (
         call(sampler=Groups(lambda key, shape: jax.random.normal(key, shape))),

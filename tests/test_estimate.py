@@ -139,6 +139,26 @@ def test_groups_of_independent_samples(sampler, degree, degrees_of_freedom):
     assert found.degrees_of_freedom == degrees_of_freedom
 
 
+@pytest.mark.parametrize("num_samples", [11, 14, 25])
+def test_a_last_group_of_few_samples_tells_no_less(num_samples):
+    """Errors were up to five times too small: the factor was that of groups of one size."""
+    options = {"sampler": px.Independent(block=10), "degree": 0}
+    smooth = px.make_perturbed_fun(relu, num_samples, 0.3, px.Normal(), **options)
+
+    @jax.jit
+    @jax.vmap
+    def each(key):
+        found = px.estimate(smooth, key, X)
+        return found.value, found.gradient, found.value_error, found.gradient_error
+
+    *found, value_error, gradient_error = each(jax.random.split(KEY, 8000))
+    # Of a gradient it is not quite in proportion: baselines are of few samples or of many.
+    errors = zip((value_error, gradient_error), (0.05, 0.15), strict=True)
+    for estimates, (error, far) in zip(found, errors, strict=True):
+        reported = np.sqrt(np.mean(np.square(error), axis=0))
+        np.testing.assert_allclose(reported / np.std(estimates, axis=0), 1, atol=far)
+
+
 def test_errors_do_not_depend_on_the_unit_of_the_function():
     """Squares of small numbers vanish in single precision: the errors of these were 0."""
     smooth = px.make_perturbed_fun(lambda x, unit: unit * relu(x), 200, 0.3, px.Normal())

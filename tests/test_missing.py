@@ -90,7 +90,7 @@ def test_what_is_left_is_estimated_as_if_the_rest_had_not_been_drawn(size):
         np.testing.assert_allclose(jacobian, gradient, rtol=1e-4)
     np.testing.assert_allclose(g(KEY, X)["a"], f[present].mean(), rtol=1e-5)
     groups = (shares > 0).sum()
-    spread = ((parts - shares[:, None] * gradient) ** 2).sum(axis=0) * groups / (groups - 1)
+    spread = ((parts - shares[:, None] * gradient) ** 2).sum(axis=0) / (1 - (shares**2).sum())
     np.testing.assert_allclose(found.gradient_error["a"], np.sqrt(spread), rtol=1e-4)
     assert found.missing == number - left
     assert found.empty_groups == len(shares) - groups
@@ -202,6 +202,12 @@ def test_nothing_left_is_nan_and_told(jit):
     with pytest.warns(UserWarning, match="all 10 samples are missing"):
         found = run()
     assert all(np.isnan(v).all() for v in found)
+
+
+def test_a_value_without_numbers_is_not_missing():
+    """There was a warning that all samples are missing."""
+    assert smooth(lambda y: y[:0], 10)(KEY, X).shape == (0,)
+    jax.effects_barrier()
 
 
 def test_intervals_count_the_groups_that_are_left():

@@ -555,6 +555,30 @@ def test_second_derivatives_or_an_error(noise, order, how):
             trace()
 
 
+@pytest.mark.parametrize("degree", [None, 1])
+def test_noise_for_values_only_serves_all_that_needs_no_derivative_in_x(degree):
+    """A fit needs the first derivative of the density; it raised where nobody asked for one."""
+
+    def fun(y, w):
+        return w * jnp.sum(y**2)
+
+    def seen(y, w):
+        jax.debug.callback(lambda v: None, y[0])
+        return fun(y, w)
+
+    x, w = jnp.array([0.5, -1.0, 2.0]), 3.0
+    options = {"num_samples": 100, "sigma": 0.5, "noise": px.Uniform(), "degree": degree}
+    smooth = px.make_perturbed_fun(fun, **options)
+    value = smooth(KEY, x, w)
+    slope = jax.grad(smooth, argnums=2)(KEY, x, w)
+    with_aux = px.make_perturbed_fun(lambda y, w: (fun(y, w), y), has_aux=True, **options)
+    others = [with_aux(KEY, x, w)[0], px.make_perturbed_fun(seen, **options)(KEY, x, w), w * slope]
+    np.testing.assert_allclose(others, [value] * 3, rtol=1e-6)
+    assert px.choose_sampler(100, 3, px.Uniform()).degree == 0
+    with pytest.raises(NotImplementedError, match="good for values only"):
+        jax.grad(smooth, argnums=1)(KEY, x, w)
+
+
 @pytest.mark.parametrize("noise", [px.Laplace(), px.Uniform(), TwoSided()])
 def test_derivatives_in_other_arguments_do_not_count(noise):
     fun = px.make_perturbed_fun(

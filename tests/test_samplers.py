@@ -707,6 +707,9 @@ def test_errors_name_the_remedy():
         px.make_perturbed_fun(jnp.sum, noise=px.Cauchy(), degree=1)(jax.random.key(0), x)
     with pytest.raises(ValueError, match=r"StudentT\(df=2.0\) has none: use degree=0"):
         px.make_perturbed_fun(jnp.sum, noise=px.StudentT(2), degree=1)(jax.random.key(0), x)
+    law = pytest.importorskip("numpyro.distributions").Normal(0.0, 1.0)
+    with pytest.raises(ValueError, match=r"Python numbers; mean of .* is an array: give a float"):
+        px.make_perturbed_fun(jnp.sum, noise=law, degree=1)(jax.random.key(0), x)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """One call of a perturbed function: its settings and arguments checked, planned, evaluated."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -172,13 +173,15 @@ def prepare(
     if isinstance(noise, AdaptedNoise):
         with traced_for(mesh):
             noise, noise_operands = trace_noise(noise, key, dim, dtype)
+    # A surrogate serves derivatives alone, and its fit needs the first one of the density.
+    fits = settings.use_baseline and getattr(noise, "derivatives", math.inf) >= 1
     plan = Plan(
         fun=traced,
         noise=noise,
         sampler=choice.sampler,
         num_samples=settings.num_samples,
         batch_size=settings.batch_size,
-        degree=choice.degree if settings.use_baseline else None,
+        degree=choice.degree if fits else None,
         num_outputs=num_outputs,
         shapes=tuple(v.shape for v in leaves),
         dtypes=tuple(v.dtype for v in leaves),

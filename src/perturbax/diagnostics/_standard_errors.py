@@ -366,22 +366,28 @@ def _combined(
     fit_for = plan if derive else dataclasses.replace(plan, degree=None)
     surrogates = fitted(fit_for, operands, point, noise_of, f)
     parts, number, value = surrogates.parts, surrogates.number, surrogates.value
-    groups, missing, empty = plan.num_groups, None, None
+    missing, empty = None, None
     if parts.present is not None:
         missing = plan.num_samples - jnp.sum(parts.sizes)
         empty = jnp.sum(parts.sizes == 0, dtype=np.int32)
-        groups = (plan.num_groups - empty).astype(plan.dtype)
     shares = parts.sizes.astype(f.dtype) / number
+    # Of one group alone, or of none, nothing is told; rounding aside, squares are zero too.
+    spared = 1 - jnp.sum(jnp.real(shares) ** 2)
+    spared = jnp.where(jnp.sum(parts.sizes > 0) > 1, spared, 1)
     deviations = kept(f - value[None], parts.present)
     unit = unit_of(deviations)  # lest squares overflow or vanish
 
     def squares(parts: Array, whole: Array, share: Array, unit: Array) -> Array:
-        """Sums over the groups of |C_g - n_g / N C|^2 in squared units."""
+        """Sums over the groups of |C_g - n_g / N C|^2 in squared units.
+
+        Were variances of C_g as n_g, they would add up to 1 - sum_g (n_g / N)^2 of that of C: to
+        1 - 1/G for G groups of one size.
+        """
         deviations = parts - share.reshape(-1, *[1] * whole.ndim) * whole[None]
         return jnp.sum((jnp.abs(deviations) / unit[None]) ** 2, axis=0)
 
     def error(squares: Array, unit: Array) -> Array:
-        return unit * jnp.sqrt(squares * (groups / jnp.maximum(groups - 1, 1)))
+        return unit * jnp.sqrt(squares / spared)
 
     def in_leaves(flat: Array) -> list[Array]:
         dtypes = plan.output_dtypes

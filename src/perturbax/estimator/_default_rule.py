@@ -209,10 +209,15 @@ def _check_needs(
             "use Independent() and degree=0"
         )
     if degree and not _has_moments(noise):
-        raise ValueError(
-            f"degree={degree} needs noise with a finite mean and variance, given as noise.mean and "
-            f"noise.variance; {_name(noise)} has none: use degree=0"
-        )
+        needs = f"degree={degree} needs noise with a finite mean and variance, given as noise.mean"
+        moments = ("mean", "variance")
+        arrays = [name for name in moments if hasattr(getattr(noise, name, 0.0), "ndim")]
+        if arrays:
+            raise ValueError(
+                f"{needs} and noise.variance, Python numbers; {arrays[0]} of {_name(noise)} is an "
+                "array: give a float, or use degree=0"
+            )
+        raise ValueError(f"{needs} and noise.variance; {_name(noise)} has none: use degree=0")
 
 
 def _sampler(
@@ -284,6 +289,8 @@ def _degree(
 
     Or degree 1 where each of few samples is cheaply predicted from all others.
     """
+    if getattr(noise, "derivatives", math.inf) < 1:
+        return 0, "Degree 0, because a fit serves derivatives, which the noise is not good for."
     most = _most_degree(noise)
     if not most:
         return 0, "Degree 0, because the noise has too few moments for a polynomial."

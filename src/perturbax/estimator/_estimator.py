@@ -41,8 +41,8 @@ def estimate(
     else:
         parts, aux = expectation(plan, words, x, sigma, operands), []
     value = shaped(parts, plan.outputs, plan.output_dtypes)
-    if plan.drop_missing and value:
-        unknown = [jnp.all(jnp.isnan(lax.stop_gradient(v))) for v in value]
+    if plan.drop_missing and any(v.size for v in value):
+        unknown = [jnp.all(jnp.isnan(lax.stop_gradient(v))) for v in value if v.size]
         jax.debug.callback(partial(_warn_if, plan.num_samples), _of_any(jnp.stack(unknown).all()))
     return value, aux
 

@@ -1,5 +1,6 @@
 """Draws noise group by group: the same numbers however many groups are drawn at a time."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -13,6 +14,8 @@ from ..tracing._signature import trace
 from ..tracing._user_code import explained_draw, only_leaf
 from ._protocol import Sampler
 from ._random_bits import group_keys, materialise
+
+_OURS = __name__.partition(".")[0]
 
 
 def draw(
@@ -78,7 +81,12 @@ def sample_groups(
     """What a sampler's `sample_groups` draws, or, if it has none, its `sample_group` one by one."""
     together = getattr(sampler, "sample_groups", None)
     if together is not None:
-        return together(key, first, count, noise, group_size, dim, dtype)
+        rest = noise, group_size, dim, dtype
+        if type(sampler).__module__.startswith(f"{_OURS}."):  # tested, not checked at each call
+            return together(key, first, count, *rest)
+        what = f"sampler.sample_groups(key, first, {count}, {_told(*rest)})"
+        shape = count * group_size, dim
+        return _checked(lambda key: together(key, first, count, *rest), key, what, shape, dtype)
 
     def one(key: Array) -> Array:
         return sample_group(
@@ -101,27 +109,38 @@ def sample_group(
     dim: int,
     dtype: np.dtype,
 ) -> Array:
-    """Noise of one group by a user's sampler; checks its shape, dtype and use of the key."""
-    name = np.dtype(dtype).name
-    what = f"sampler.sample_group(key, noise, {group_size}, {dim}, {name})"
+    """Noise of one group by a user's sampler."""
+    rest = noise, group_size, dim, dtype
+    what = f"sampler.sample_group(key, {_told(*rest)})"
+    return _checked(
+        lambda key: sampler.sample_group(key, *rest), key, what, (group_size, dim), dtype
+    )
+
+
+def _told(_noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype) -> str:
+    return f"noise, {group_size}, {dim}, {np.dtype(dtype).name}"
+
+
+def _checked(
+    draw: Callable[[Array], Array], key: Array, what: str, shape: tuple[int, int], dtype: np.dtype
+) -> Array:
+    """What a user's sampler draws, if its shape, its dtype and its use of the key are right."""
     with explained_draw(what, "Sampler"):
-        traced, operands = trace(
-            lambda k: sampler.sample_group(k, noise, group_size, dim, dtype), key
-        )
+        traced, operands = trace(draw, key)
     aval = only_leaf(traced, what)
-    if aval.shape != (group_size, dim):
+    if aval.shape != shape:
         raise ValueError(
-            f"{what} returned shape {aval.shape}, expected ({group_size}, {dim}): one row for each "
-            "sample of the group"
+            f"{what} returned shape {aval.shape}, expected {shape}: one row for each sample of a "
+            "group"
         )
     if not jnp.issubdtype(aval.dtype, jnp.floating):
         raise TypeError(f"{what} returned dtype {aval.dtype}, expected a floating dtype")
     if aval.dtype.itemsize < 4:
         raise TypeError(
             f"{what} returned {aval.dtype}, which holds so few numbers that the gradient would be "
-            f"far off. Draw in {name}, as asked for"
+            f"far off. Draw in {np.dtype(dtype).name}, as asked for"
         )
-    if dim != 0 and not traced.depends_on_inputs():
+    if shape[1] != 0 and not traced.depends_on_inputs():
         raise TypeError(
             f"{what} does not depend on key: all groups would share one draw. Return a traced JAX "
             "array drawn with jax.random from the key"

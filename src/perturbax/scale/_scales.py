@@ -131,7 +131,8 @@ def _check_none(path: Any, scale: Any, part: Any) -> None:
 
 
 def _check_range(scale: Any, dtype: np.dtype) -> None:
-    if isinstance(scale, np.ndarray):
+    if _is_known(scale):
+        scale = np.asarray(jax.device_get(scale), np.float64)
         range_ = np.finfo(dtype)
         wrong = (scale < range_.tiny) | (scale > range_.max)
         if wrong.any():
