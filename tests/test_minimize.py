@@ -476,6 +476,15 @@ def test_what_does_not_matter_to_the_function_stays_in_sight():
     assert (run.x[2] >= 0) & (run.x[2] <= 1)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_start_on_a_bound_that_is_rounded(dtype):
+    """The nearest number to 0.7 in single precision is below 0.7: half of all were refused."""
+    x0 = jnp.full(2, 0.7, dtype)
+    options = {"max_evaluations": 32, "num_samples": 4}
+    run = quiet(staircase, x0, jax.random.key(0), lower=0.7, upper=3.0, **options)
+    assert (run.x >= jnp.asarray(0.7, dtype)).all()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

@@ -502,6 +502,37 @@ class Declared(TwoSided):
         return -jnp.sum(jax.nn.softplus(jnp.abs(inputs)))
 
 
+class Tripled(px.Normal):
+    """Three times a law of the library, by methods of its own."""
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return 3 * super().sample(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return super().log_prob(inputs / 3)
+
+
+class Composed:
+    """The same without inheriting anything."""
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return 3 * px.Normal().sample(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return px.Normal().log_prob(inputs / 3)
+
+
+class Cut(px.Normal):
+    """With a density that jumps."""
+
+    def log_prob(self, inputs):
+        return jnp.where(jnp.abs(inputs) < 1, jnp.zeros_like(inputs), -jnp.inf)
+
+
+class Named(px.Normal):
+    """The library's own law under another name."""
+
+
 ORDERS = [
     (px.Normal(), math.inf),
     (px.Laplace(), 1),
@@ -553,6 +584,21 @@ def test_second_derivatives_or_an_error(noise, order, how):
         message = rf"order {order + 1} was asked for.*{type(noise).__name__}.*such as Normal\(\)"
         with pytest.raises(NotImplementedError, match=message):
             trace()
+
+
+def test_a_law_made_of_one_of_the_library_has_its_own_draws_and_moments():
+    """Quantiles and moments that it inherits are not its own: there was silently no factor 3."""
+
+    def estimates(noise):
+        smooth = px.make_perturbed_fun(lambda y: jnp.sum(y**2), 40, 0.5, noise)
+        return jax.value_and_grad(smooth, argnums=1)(KEY, jnp.array([0.5, -1.0]))
+
+    jax.tree.map(np.testing.assert_array_equal, estimates(Tripled()), estimates(Composed()))
+    assert px.choose_sampler(40, 2, Tripled()).sampler == px.Independent()
+    assert px.check_noise(Tripled())
+    assert px.choose_sampler(40, 2, Named()).sampler == px.choose_sampler(40, 2).sampler
+    with pytest.raises(NotImplementedError, match="Cut is good for values only"):
+        estimates(Cut())
 
 
 @pytest.mark.parametrize("degree", [None, 1])

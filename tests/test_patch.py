@@ -201,6 +201,19 @@ atexit.register(lambda: print(type(pickle.loads(pickle.dumps(Record()))) is Reco
 """
 
 
+@pytest.mark.parametrize("program", ["-m job", pytest.param("job", marks=pytest.mark.full)])
+def test_a_module_keeps_its_place_to_the_end(tmp_path, program):
+    """runpy put the former `__main__` and `sys.argv` back when the module's code had ended."""
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "__init__.py").write_text("")
+    told = "import sys\natexit.register(lambda: print(sys.argv, sys.path[0], __spec__.name))\n"
+    (tmp_path / "job" / "__main__.py").write_text(AT_EXIT + told)
+    plain = run(*program.split(), "a", cwd=tmp_path)
+    served = run("-m", "perturbax", *program.split(), "a", cwd=tmp_path)
+    assert plain.stdout.splitlines()[-1] == "True"
+    assert served.stdout == plain.stdout
+
+
 @pytest.mark.parametrize(
     ("program", "returncode"),
     [

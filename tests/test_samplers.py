@@ -60,6 +60,22 @@ def test_each_sample_has_the_law_of_the_noise(name, noise):
         assert_distributed_as(np.asarray(z[:, row, column]), law)
 
 
+@pytest.mark.parametrize("kind", [px.Independent, px.Orthogonal])
+def test_a_sampler_made_of_one_of_the_library_draws_by_its_own_method(kind):
+    """What it inherits draws several groups at once, and was taken instead."""
+    drawn = []
+
+    class Own(kind):
+        def sample_group(self, *args):
+            drawn.append(1)
+            return super().sample_group(*args)
+
+    options = {"sampler": Own(), "degree": 1}
+    fun = smooth(lambda y: y[0], None, 1.0, px.Normal(), 32, **options)
+    jax.eval_shape(fun, jax.random.key(0), jnp.zeros(3))
+    assert drawn
+
+
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "blocks"])
 def test_groups_are_independent(name):
     """Of two independent normal numbers the sum and the difference are normal again, of variance 2.

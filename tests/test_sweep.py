@@ -216,6 +216,12 @@ def test_picture_along_a_line(ax):
     assert (high - low) / (right - left) == pytest.approx(slope, abs=0.3)
 
 
+def test_picture_of_a_host_function_that_was_not_called_before(ax):
+    """The picture is drawn under jit, where a host function cannot find out what it returns."""
+    g = px.make_perturbed_fun(px.host_function(lambda y: np.round(y).sum()), 8, 0.3, **OPTIONS)
+    px.plot_smoothing(g, KEY, X, np.ones(3), num_points=3, ax=ax)
+
+
 def test_keys_that_are_used_again_on_purpose(ax):
     """With JAX's check for it noise was "not valid", and no line was drawn."""
     with jax.debug_key_reuse(True):

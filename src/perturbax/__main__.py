@@ -48,7 +48,7 @@ def main() -> None:
         case ["-m", module, *arguments]:
             _serve()
             sys.argv[:] = ["-m", *arguments]  # runpy puts the module's file in the first place
-            _run(runpy.run_module, module, run_name="__main__", alter_sys=True)
+            _run(_run_module, module, alter_argv=True)
         case [option, *_] if option.startswith("-"):
             _refuse(f"unknown option {option!r}; options of the script come after its name")
         case [script, *arguments]:
@@ -56,12 +56,19 @@ def main() -> None:
                 _refuse(f"there is no file {script!r}")
             _serve()
             sys.argv[:] = [script, *arguments]
-            if not sys.flags.safe_path:
-                sys.path[0] = os.path.dirname(os.path.realpath(script))
             path = os.path.abspath(script)
-            is_source = pkgutil.get_importer(path) is None and not path.endswith(".pyc")
-            # The other kinds are folders, archives and compiled files.
-            _run(_run_source if is_source else runpy.run_path, path, run_name="__main__")
+            is_source = pkgutil.get_importer(path) is None
+            place = os.path.dirname(os.path.realpath(script)) if is_source else path
+            if not sys.flags.safe_path:
+                sys.path[0] = place
+            elif not is_source:
+                sys.path.insert(0, place)
+            if not is_source:  # a folder or an archive
+                _run(_run_module, "__main__", alter_argv=False)
+            elif path.endswith(".pyc"):
+                _run(runpy.run_path, path, run_name="__main__")
+            else:
+                _run(_run_source, path)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -89,8 +96,19 @@ def _run(runner: Callable[..., object], program: str, **options: Any) -> None:
         raise
 
 
-def _run_source(path: str, run_name: str) -> None:
+def _run_module(name: str, alter_argv: bool) -> None:
+    """Runs a module as Python does, in a `__main__` that stays.
+
+    What runpy has for others puts the former `__main__` and `sys.argv` back once the module's code
+    has ended, while threads still run, and before what is registered for the end.
+    """
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    runpy._run_module_as_main(name, alter_argv)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _run_source(path: str) -> None:
     """Runs a file of source; runpy would replace `sys.argv[0]`, and knows no loader."""
+    run_name = "__main__"
     with io.open_code(path) as file:
         code = compile(file.read(), path, "exec", dont_inherit=True)
     module = types.ModuleType(run_name)

@@ -14,8 +14,10 @@ kernel's second term, which is there under Normal noise only.
 Reference: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -141,17 +143,19 @@ def renew(
     rest = centred(values[None] - matmul(absorbed, phi.T), counted)
     wild = jnp.sum(rest**2, axis=1, keepdims=True) > _WILD * jnp.sum(told**2)
     absorbed, rest = jnp.where(wild, 0, absorbed), jnp.where(wild, told, rest)
-    coefficients = _solve(u, phi, told, rest, counted, before[:, : points.shape[0]], noise)
+    coefficients = _solve(u, phi, told, rest, counted, before[:, : points.shape[0]], _smooth(noise))
     weights = absorbed + matmul(coefficients, phi)
     return Fit(middle, scale, u, coefficients, absorbed, weights)
 
 
+# Jitted, for where a step is not, each call would compile the loop.
+@partial(jax.jit, static_argnums=6)
 def _solve(
-    u: Array, phi: Array, told: Array, rest: Array, counted: Array, before: Array, noise: Any
+    u: Array, phi: Array, told: Array, rest: Array, counted: Array, before: Array, smooth: bool
 ) -> Array:
     """alpha, (R, M), by conjugate gradients from `before`, for `rest`, in the unit of `told`."""
     gram = matmul(phi, phi.T)
-    if _smooth(noise):
+    if smooth:
         gram = gram + smooth_kernel(u, u) * counted[:, None] * counted[None]
     ridge = np.array(NOISE_LEVELS, gram.dtype)[:, None] * max(u.shape[1], 1)
     unit = jnp.sqrt(jnp.sum(told**2) / jnp.maximum(jnp.sum(counted), 1))

@@ -131,6 +131,9 @@ def plot_smoothing(
     fine = np.linspace(-reach, reach, _FINER * num_points | 1)
     dtype = _checks.noise_dtype(leaves)
 
+    # Outside of jit, where a host function finds out what it returns.
+    g.prepare(jax.random.clone(key), x, args, kwargs)
+
     def along(one: Callable[[Array], Any], t: np.ndarray) -> Any:
         return own_exceptions(jax.jit(lambda t: jax.lax.map(one, t)))(t.astype(dtype))
 

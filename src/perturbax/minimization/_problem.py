@@ -263,6 +263,8 @@ def _check_between(low: np.ndarray, high: np.ndarray, leaf: Array, name: str) ->
     if _checks.is_traced(leaf):
         return
     known = np.asarray(leaf).astype(np.float64)
+    # Bounds are rounded as x0 was: a start at 0.7 in single precision lies below 0.7.
+    low, high = (v.astype(leaf.dtype).astype(np.float64) for v in (low, high))
     if not np.isfinite(known).all():
         raise ValueError(f"x0 must be finite, but {name} is not")
     inside = (known >= low) & (known <= high)

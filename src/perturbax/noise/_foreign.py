@@ -40,6 +40,7 @@ _DISCRETE = (
 # Laws with a density but for one point, by how their names begin.
 _MIXED = ("Hurdle", "ZeroInflated")
 _OPTIONAL = ("derivatives", "from_bits", "icdf", "mean", "variance")
+_OURS = __name__.partition(".")[0]
 
 
 def as_noise(noise: Any) -> Any:
@@ -52,7 +53,7 @@ def as_noise(noise: Any) -> Any:
       ValueError: if the law is discrete, of vectors, or a batch of laws.
       TypeError: if `derivatives` is not a number.
     """
-    if _root(noise) == __name__.split(".")[0]:
+    if _root(type(noise)) == _OURS:
         return noise
     law = _name(noise)
     _check_shapes(noise, law)
@@ -69,8 +70,8 @@ def as_noise(noise: Any) -> Any:
 class AdaptedNoise:
     """A distribution of any convention as noise of this library's.
 
-    It has the optional attributes of `NoiseDistribution` that the distribution has; `quantile`
-    serves as `icdf`.
+    It has the optional attributes of `NoiseDistribution` that the distribution has of its own law;
+    `quantile` serves as `icdf`.
 
     Attributes:
       noise: the distribution.
@@ -129,6 +130,8 @@ class AdaptedNoise:
     def __getattr__(self, name: str) -> Any:
         if name not in _OPTIONAL:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        if _is_of_another_law(self.noise, name):
+            raise AttributeError(f"{self.law} has another law than the class it has {name!r} from")
         if name == "derivatives" and self.limit is not None:
             return self.limit.derivatives
         if name == "icdf":
@@ -148,13 +151,27 @@ def _name(noise: Any) -> str:
     return f"{library}.{type(noise).__name__}" if library else type(noise).__name__
 
 
-def _root(noise: Any) -> str:
-    """The package that the class is from."""
-    return type(noise).__module__.split(".")[0]
+def _root(kind: type) -> str:
+    """The package that a class is from."""
+    return kind.__module__.partition(".")[0]
+
+
+def _is_of_another_law(noise: Any, name: str) -> bool:
+    """Whether an attribute is of a law of this library, of which the noise is another version.
+
+    That is what a class of a user's own makes of `Normal` by methods of its own: three times its
+    draws, say, and the density of these. Quantiles and moments, which it inherits, are Normal's.
+    Of a density of its own it has other derivatives as well.
+    """
+    told = ("log_prob",) if name == "derivatives" else ("log_prob", "sample")
+    kinds = type(noise).__mro__
+    owner = next((i for i, kind in enumerate(kinds) if name in vars(kind)), 0)
+    theirs = [vars(kind) for kind in kinds[:owner] if _root(kind) != _OURS]
+    return _root(kinds[owner]) == _OURS and any(name in kind for kind in theirs for name in told)
 
 
 def _library(noise: Any) -> str | None:
-    root = _root(noise)
+    root = _root(type(noise))
     return root if root in ("numpyro", "distrax", "tensorflow_probability") else None
 
 
@@ -211,7 +228,7 @@ def _is_discrete(noise: Any) -> bool:
 def _limit(noise: Any, law: str) -> Limit | None:
     """What is known of the smoothness of the density: by its own word, or by name."""
     declared = getattr(noise, "derivatives", None)
-    if declared is not None:
+    if declared is not None and not _is_of_another_law(noise, "derivatives"):
         if isinstance(declared, bool) or not isinstance(declared, int | float | np.number):
             raise TypeError(
                 f"{law}.derivatives must be a number, how many derivatives the noise is good for, "

@@ -36,7 +36,9 @@ class Independent:
 
     def in_groups(self, num_samples: int, count: int) -> "Independent":
         """The same samples in so many groups, unless `block` says how many make one."""
-        return self if self.block > 1 else Independent(-(-num_samples // count))
+        if self.block > 1:
+            return self
+        return dataclasses.replace(self, block=-(-num_samples // count))
 
     def sample_group(
         self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
