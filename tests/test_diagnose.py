@@ -152,7 +152,7 @@ def test_an_alternative_that_surely_has_less_variance_is_named(slope):
     best = min(found.alternatives, key=lambda one: one.ratio)
     assert best.high < 1e-3
     assert best.degree == 2
-    advice = "pass sampler=Independent(block=1), degree=2 to make_straight_through_fun"
+    advice = "pass sampler=px.Independent(block=1), degree=2 to make_straight_through_fun"
     [told] = [text for text in (*found.problems, *found.notes) if "samples" in text][:1]
     assert advice in told
     assert ("cannot be told from zero" in told) == (slope < 1)

@@ -14,6 +14,8 @@ from jax import Array
 from .. import _checks
 from .._types import Fun
 from ..sampling._independent import Antithetic, Independent
+from ..sampling._nets import OrthogonalArray, Sobol
+from ..sampling._orthogonal import Orthogonal
 from . import _plots, _variance_law
 from ._subject import Pilot, Subject
 from ._variance_law import Runs
@@ -38,6 +40,8 @@ _SETTLED = 2.86
 _NINETY = 1.645
 # Standard errors that the error of the suggested number stays below what is asked for.
 _CAUTION = 1.0
+# What a user finds in perturbax.
+_SAMPLERS = [s.__name__ for s in (Independent, Antithetic, Orthogonal, Sobol, OrthogonalArray)]
 # By how much the number of samples of whole nets may be short, rather than half as large again.
 _SHORT = 1.1
 
@@ -591,7 +595,9 @@ def _better(subject: Subject, found: Diagnosis) -> str:
     if not surely:
         return ""
     one = min(surely, key=lambda one: one.ratio)
-    return f"sampler={one.sampler}, degree={one.degree} to {subject.maker}"
+    ours = one.sampler.partition("(")[0] in _SAMPLERS
+    sampler = f"px.{one.sampler}" if ours else one.sampler
+    return f"sampler={sampler}, degree={one.degree} to {subject.maker}"
 
 
 def _way(sampler: str, degree: int | None) -> str:
