@@ -371,7 +371,7 @@ def _combined(
         missing = plan.num_samples - jnp.sum(parts.sizes)
         empty = jnp.sum(parts.sizes == 0, dtype=np.int32)
     shares = parts.sizes.astype(f.dtype) / number
-    # Of one group alone, or of none, nothing is told; rounding aside, squares are zero too.
+    # One group alone, or none, tells nothing: squares are zero too.
     spared = 1 - jnp.sum(jnp.real(shares) ** 2)
     spared = jnp.where(jnp.sum(parts.sizes > 0) > 1, spared, 1)
     deviations = kept(f - value[None], parts.present)
