@@ -212,11 +212,11 @@ def run(call: Call, program: Callable[..., Any], *static: Any) -> Any:
 def _untold(
     mesh: Mesh, program: Callable[..., Any], static: tuple[Any, ...], *inputs: Any
 ) -> Any:
-    """program(*static, *inputs), which derivative rules too see as of types that tell no mesh.
+    """program(*static, *inputs), where neither arguments nor cotangents tell a mesh.
 
     Arrays of an eager call tell where they are, whatever has become of them before.
     """
-    return program(*static, *replicated(mesh, inputs))
+    return replicated(mesh, program(*static, *replicated(mesh, inputs)))
 
 
 def evaluate(call: Call) -> PyTree:

@@ -173,10 +173,12 @@ def _placed_type(aval: Any, *, mesh: Mesh, type_sharding: Any) -> Any:
 
 
 def _placed_transpose(cotangent: Any, value: Any, *, mesh: Mesh, type_sharding: Any) -> list[Any]:
-    told = value.aval.sharding
-    if type(cotangent) is ad.Zero or told.mesh.empty:
+    if type(cotangent) is ad.Zero:
         return [cotangent]
-    return [_placed.bind(cotangent, mesh=mesh, type_sharding=told)]
+    if _tells_mesh(value.aval):
+        return [_placed.bind(cotangent, mesh=mesh, type_sharding=value.aval.sharding)]
+    # A cotangent has the type of what the value was added to, if that told more.
+    return [replicated(mesh, cotangent) if _tells_mesh(jax.typeof(cotangent)) else cotangent]
 
 
 def _placed_batch(args: Any, axes: Any, *, mesh: Mesh, type_sharding: Any) -> Any:
