@@ -209,9 +209,7 @@ def run(call: Call, program: Callable[..., Any], *static: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _untold(
-    mesh: Mesh, program: Callable[..., Any], static: tuple[Any, ...], *inputs: Any
-) -> Any:
+def _untold(mesh: Mesh, program: Callable[..., Any], static: tuple[Any, ...], *inputs: Any) -> Any:
     """program(*static, *inputs), where neither arguments nor cotangents tell a mesh.
 
     Arrays of an eager call tell where they are, whatever has become of them before.
