@@ -15,6 +15,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
@@ -211,16 +212,74 @@ def check_meshes_that_are_set_and_explicit_axes():
             assert_trees_close(one, expected, rtol=1e-4, atol=1e-5)
 
 
+def on_explicit_axes(x, count, spec):
+    """The array on the first devices, in a type that tells of them."""
+    where = jax.make_mesh((count,), ("a",), axis_types=(AxisType.Explicit,))
+    return jax.device_put(x, NamedSharding(where, spec))
+
+
 def check_arguments_elsewhere():
-    """An array that was put on another device, or is split over the mesh, is replicated first."""
-    where, x = mesh(2), jnp.arange(4.0) - 1.5
-    gradient = jax.value_and_grad(smooth(where, **INDEPENDENT), argnums=1)
-    expected = jax.value_and_grad(smooth(None, **INDEPENDENT), argnums=1)(KEY, x)
+    """An array that was put on another device, or is split over the mesh, is replicated first.
+
+    Types of arrays on the mesh tell of it in eager calls. They met those of shard_map in all that
+    is more than a gradient: second derivatives, estimate, and functions with aux, as of carry.
+    """
+    x, wide = jnp.arange(4.0) - 1.5, {**INDEPENDENT, "degree": 1}
+
+    def run(where, x):
+        g = smooth(where, **wide)
+        with_aux = smooth(where, lambda y: (fun(y), y), has_aux=True, **wide)
+        return (
+            jax.value_and_grad(g, argnums=1)(KEY, x),
+            jax.jacrev(jax.grad(g, argnums=1), argnums=1)(KEY, x),
+            jax.grad(with_aux, argnums=1, has_aux=True)(KEY, x),
+            errors(where, x, **wide),
+        )
+
+    where, expected = mesh(2), jax.jit(functools.partial(run, None))(x)
     for placed in (
         jax.device_put(x, jax.devices()[5]),
         jax.device_put(x, NamedSharding(where, P("a"))),
+        on_explicit_axes(x, 2, P("a")),
     ):
-        assert_trees_close(gradient(KEY, placed), expected, rtol=1e-4, atol=1e-5)
+        assert_trees_close(run(where, placed), expected, rtol=1e-3, atol=1e-4)
+
+
+def check_points_on_explicit_axes():
+    """Types that told how x is split did not fit those of what is computed from it, or its shapes.
+
+    Steps of px.minimize without an optimizer are traced alone: of LAPACK's operations on as many
+    devices as there are cores, XLA finishes none.
+    """
+    x = jnp.arange(4.0) - 1.5
+
+    def stairs(y):
+        return jnp.sum(jnp.floor(3 * y) ** 2)
+
+    def run(x):
+        g = smooth(None, stairs, **{**INDEPENDENT, "degree": 1})
+        found = px.estimate(g, KEY, x)
+        return found.value_error, found.gradient, found.gradient_error, jax.hessian(g, 1)(KEY, x)
+
+    settings = {"optimizer": optax.sgd(0.01), "sigma": 0.5, "num_samples": 8, "degree": 0}
+
+    def found(x):
+        result = px.minimize(
+            stairs, x, KEY, max_evaluations=60, sampler=px.Independent(), **settings
+        )
+        return result.x, result.value
+
+    expected, lowest = jax.jit(run)(x), found(x)
+    for spec in (P(), P("a")):
+        placed = on_explicit_axes(x, 2, spec)
+        assert_trees_close(jax.jit(run)(placed), expected, rtol=1e-3, atol=1e-4)
+        for where in (None, mesh(2)):
+            carried = px.carry(smooth(where, stairs))
+            jax.jit(carried.value_and_grad).lower(carried.init(placed), KEY, placed)
+        actual = found(placed)
+        assert_trees_close(actual, lowest, rtol=1e-4, atol=1e-5)
+        assert jax.typeof(actual[0]) == jax.typeof(placed)
+        jax.jit(lambda x: px.minimize(stairs, x, KEY, max_evaluations=60)).lower(placed)
 
 
 def check_functions_of_arrays_on_the_mesh():

@@ -1,6 +1,7 @@
 """One call of a perturbed function: its settings and arguments checked, planned, evaluated."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -201,8 +202,19 @@ def run(call: Call, program: Callable[..., Any], *static: Any) -> Any:
     """
     explained = _user_code.explained_vmap(call.settings.batch_size)
     with explained, traced_for(call.plan.mesh):
+        if call.plan.mesh is not None:
+            program, static = _untold, (call.plan.mesh, program, static)
         found = called(call.plan.fun.hosts, program, *static, *call.inputs)
     return in_told_types(call.plan.mesh, found)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _untold(mesh: Mesh, program: Callable[..., Any], static: tuple[Any, ...], *inputs: Any) -> Any:
+    """program(*static, *inputs), where neither arguments nor cotangents tell a mesh.
+
+    Arrays of an eager call tell where they are, whatever has become of them before.
+    """
+    return replicated(mesh, program(*static, *replicated(mesh, inputs)))
 
 
 def evaluate(call: Call) -> PyTree:

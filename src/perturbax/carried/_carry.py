@@ -20,6 +20,7 @@ from jax import Array, lax
 from .. import _checks
 from .._perturb import PerturbedFun, kind_of_fun
 from ..scale import _scales
+from ..tracing._mesh_axes import with_explicit_axes, without_explicit_axes
 from . import _regression
 from ._regression import Fit
 
@@ -126,7 +127,7 @@ class Carried:
         dtype = _checks.noise_dtype(leaves)
         sigma, noise = _spread(scales, leaves, names, dtype), settings.noise
         mean, _ = _moments(noise)
-        state = lax.stop_gradient(state)
+        state = lax.stop_gradient(without_explicit_axes(state))
         centre = lax.stop_gradient(_offset(leaves, state.origin) + sigma * mean)
         near = _near(state.fit, centre, lax.stop_gradient(sigma))
         best, share = _best(state)
@@ -143,7 +144,8 @@ class Carried:
             q = _regression.predict(chosen, point[None], noise)[0, 0]
             with jax.numpy_dtype_promotion("standard"):
                 kind = jnp.promote_types(jnp.result_type(value), dtype)
-            return _scalar(value).astype(kind) - q.astype(kind), (value, point, aux)
+            number = _scalar(value).astype(kind)
+            return number - with_explicit_axes(q.astype(kind), number), (value, point, aux)
 
         smoothed = PerturbedFun(residual, dataclasses.replace(settings, has_aux=True))
 
@@ -152,11 +154,11 @@ class Carried:
             # A coordinate at an infinity stays there, whatever is added to it.
             moving = jnp.where(jnp.isfinite(_flat(values, dtype)), sigma, 0)
             q = _regression.expect(chosen, _offset(values, state.origin), moving, noise)[0]
-            return rest + q.astype(rest.dtype), seen
+            return rest + with_explicit_axes(q.astype(rest.dtype), rest), seen
 
         (value, seen), parts = jax.value_and_grad(estimate, has_aux=True)(leaves)
         values, points, aux = seen
-        values = jnp.asarray(values).astype(dtype)
+        values = without_explicit_axes(jnp.asarray(values).astype(dtype))
         after = _learn(state, points, values, centre, lax.stop_gradient(sigma), noise)
         rest = iter(parts)
         gradient = jax.tree.map(
@@ -327,7 +329,9 @@ def _scalar(value: Any) -> Array:
 
 
 def _flat(leaves: list[Array], dtype: Any) -> Array:
-    flat = [jnp.asarray(v).astype(dtype).reshape(-1) for v in leaves]
+    # The regression mixes coordinates, however x is split over devices.
+    arrays = without_explicit_axes([jnp.asarray(v) for v in leaves])
+    flat = [v.astype(dtype).reshape(-1) for v in arrays]
     return jnp.concatenate(flat) if flat else jnp.zeros((0,), dtype)
 
 

@@ -24,6 +24,7 @@ from ..sampling._protocol import Sampler
 from ..scale._matrices import is_matrix
 from ..scale._scales import check_sigma, scale_leaves
 from ..tracing._host_call import called
+from ..tracing._mesh_axes import without_explicit_axes
 from ._checkpoint import Checkpoint
 from ._descent import Optimizer
 from ._problem import Objective, Problem, make_problem
@@ -207,6 +208,7 @@ def minimize(
         sigma=numbers,
         tol=jnp.asarray(-1.0 if tol is None else _tolerance(tol)),
     )
+    key, operands = without_explicit_axes((key, operands))
     method = setup.method
     kept = int(_final_evaluations(setup, max_evaluations)[int(takes_key)])
     least = 2 + method.init_evaluations + method.most_evaluations + kept

@@ -12,6 +12,11 @@ import numpy as np
 from jax import Array, lax
 
 from .. import _checks
+from ..tracing._mesh_axes import (
+    has_explicit_axes,
+    with_explicit_axes,
+    without_explicit_axes,
+)
 from ..tracing._signature import TracedFunction
 from ..tracing._user_code import trace_fun
 
@@ -120,7 +125,8 @@ def make_problem(
 
     def inside(u: Any) -> Any:
         parts = zip(jax.tree.leaves(u), low, high, strict=True)
-        return merge([_reflected(*part) for part in parts])
+        inner = [_reflected(*part) for part in parts]
+        return merge([with_explicit_axes(v, leaf) for v, leaf in zip(inner, leaves, strict=True)])
 
     def value(key_and_leaves: list[Array]) -> Array:
         x = inside(merge(key_and_leaves[1:]))
@@ -150,6 +156,11 @@ def make_problem(
 
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     traced, operands, *_ = trace_fun(value, [key, *leaves], False)
+    free = leaves
+    if any(map(has_explicit_axes, jax.tree.leaves((key, leaves, operands)))):
+        # A step mixes coordinates, however x0 is split over devices; fun was told.
+        traced = traced.without_told_meshes()
+        free, operands = without_explicit_axes((leaves, operands))
     objective = Objective(
         traced=traced,
         tree=jax.tree.structure(x0),
@@ -158,9 +169,9 @@ def make_problem(
         dtype=dtype,
         takes_key=takes_key,
     )
-    parts = zip(*map(widths, leaves, low, high), strict=True)
+    parts = zip(*map(widths, free, low, high), strict=True)
     scale, widest = (merge(list(part)) for part in parts)
-    return Problem(objective, operands, inside, merge(leaves), scale, widest)
+    return Problem(objective, operands, inside, merge(free), scale, widest)
 
 
 def _check_call(fun: Callable[..., Any], takes_key: bool, args: tuple[Any, ...]) -> None:

@@ -95,6 +95,37 @@ def in_told_types(mesh: Mesh | None, values: Any) -> Any:
     return jax.tree.map(lambda v: _placed.bind(v, mesh=mesh, type_sharding=like), values)
 
 
+def without_explicit_axes(values: Any) -> Any:
+    """A pytree with the same arrays in the same places, of which explicit types tell nothing.
+
+    Where types tell how arrays are split, operations that mix coordinates need to be told as well.
+    Without, XLA chooses.
+    """
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Array) or not has_explicit_axes(value):
+            return value
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            data, impl = one(jax.random.key_data(value)), jax.random.key_impl(value)
+            return jax.random.wrap_key_data(data, impl=impl)
+        return _placed.bind(value, mesh=None, type_sharding=None)
+
+    return jax.tree.map(one, values)
+
+
+def with_explicit_axes(value: Array, like: Any) -> Array:
+    """The value, with the explicit type of `like`, if that has one; of the same shape."""
+    if not has_explicit_axes(like):
+        return value
+    return _placed.bind(value, mesh=None, type_sharding=jax.typeof(like).sharding)
+
+
+def has_explicit_axes(value: Any) -> bool:
+    """Whether the type of an array tells how it is split over a mesh, if only that it is not."""
+    sharding: Any = getattr(jax.typeof(value), "sharding", None)
+    return bool(getattr(getattr(sharding, "mesh", None), "explicit_axes", ()))
+
+
 def without_told_meshes(jaxpr: core.Jaxpr) -> core.Jaxpr:
     """The same operations, of types that tell no mesh; the same object if none does.
 
@@ -156,10 +187,15 @@ def _tells_mesh(aval: Any) -> bool:
     return isinstance(aval, ShapedArray) and mesh is not None and not mesh.empty
 
 
-def _place(value: Array, *, mesh: Mesh, type_sharding: Any) -> Array:
+def _place(value: Array, *, mesh: Mesh | None, type_sharding: Any) -> Array:
     if not getattr(value, "committed", False):
         return value
     spec = PartitionSpec()
+    if mesh is None:
+        found = value.sharding
+        if not isinstance(found, NamedSharding) or not isinstance(found.mesh, Mesh):
+            return value
+        mesh, spec = Mesh(found.mesh.devices, found.mesh.axis_names), found.spec
     if type_sharding is not None:
         told, spec = type_sharding.mesh, type_sharding.spec
         devices = mesh.devices.reshape(told.axis_sizes)
@@ -167,19 +203,24 @@ def _place(value: Array, *, mesh: Mesh, type_sharding: Any) -> Array:
     return jax.device_put(value, NamedSharding(mesh, spec))
 
 
-def _placed_type(aval: Any, *, mesh: Mesh, type_sharding: Any) -> Any:
+def _placed_type(aval: Any, *, mesh: Mesh | None, type_sharding: Any) -> Any:
     kind: Any = ShapedArray
     return kind(aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=type_sharding)
 
 
-def _placed_transpose(cotangent: Any, value: Any, *, mesh: Mesh, type_sharding: Any) -> list[Any]:
-    told = value.aval.sharding
-    if type(cotangent) is ad.Zero or told.mesh.empty:
+def _placed_transpose(
+    cotangent: Any, value: Any, *, mesh: Mesh | None, type_sharding: Any
+) -> list[Any]:
+    if type(cotangent) is ad.Zero:
         return [cotangent]
-    return [_placed.bind(cotangent, mesh=mesh, type_sharding=told)]
+    if _tells_mesh(value.aval):
+        return [_placed.bind(cotangent, mesh=mesh, type_sharding=value.aval.sharding)]
+    # A cotangent has the type of what the value was added to, if that told more.
+    told = _tells_mesh(jax.typeof(cotangent))
+    return [_placed.bind(cotangent, mesh=mesh, type_sharding=None) if told else cotangent]
 
 
-def _placed_batch(args: Any, axes: Any, *, mesh: Mesh, type_sharding: Any) -> Any:
+def _placed_batch(args: Any, axes: Any, *, mesh: Mesh | None, type_sharding: Any) -> Any:
     (value,), (axis,) = args, axes
     if type_sharding is not None:
         spec = list(type_sharding.spec)
@@ -188,8 +229,8 @@ def _placed_batch(args: Any, axes: Any, *, mesh: Mesh, type_sharding: Any) -> An
     return _placed.bind(value, mesh=mesh, type_sharding=type_sharding), axis
 
 
-# The same array on all devices of the mesh, with a type that does not tell it, or tells
-# `type_sharding`. Under jit it is XLA that sees to where it is.
+# The same array on all devices of the mesh (where it is, for None), with a type that does not tell
+# it, or tells `type_sharding`. Under jit it is XLA that sees to where it is.
 _placed = core.Primitive("placed")
 _placed.def_impl(_place)
 _placed.def_abstract_eval(_placed_type)
