@@ -248,8 +248,8 @@ def check_arguments_elsewhere():
 def check_points_on_explicit_axes():
     """Types that told how x is split did not fit those of what is computed from it, or its shapes.
 
-    Steps of px.minimize without an optimizer are traced alone: of LAPACK's operations on as many
-    devices as there are cores, XLA finishes none.
+    Steps of px.minimize without an optimizer are traced alone: on a busy machine XLA may bring
+    LAPACK's operations on several devices to a standstill (see `tracing/_linear_algebra.py`).
     """
     x = jnp.arange(4.0) - 1.5
 
