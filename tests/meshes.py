@@ -237,8 +237,10 @@ def check_arguments_elsewhere():
         )
 
     where, expected = mesh(2), jax.jit(functools.partial(run, None))(x)
+    gradient = jax.value_and_grad(smooth(where, **wide), argnums=1)
+    found = gradient(KEY, jax.device_put(x, jax.devices()[5]))
+    assert_trees_close(found, expected[0], rtol=1e-4, atol=1e-5)
     for placed in (
-        jax.device_put(x, jax.devices()[5]),
         jax.device_put(x, NamedSharding(where, P("a"))),
         on_explicit_axes(x, 2, P("a")),
     ):
@@ -270,16 +272,15 @@ def check_points_on_explicit_axes():
         return result.x, result.value
 
     expected, lowest = jax.jit(run)(x), found(x)
-    for spec in (P(), P("a")):
+    for spec, where in ((P(), None), (P("a"), mesh(2))):
         placed = on_explicit_axes(x, 2, spec)
         assert_trees_close(jax.jit(run)(placed), expected, rtol=1e-3, atol=1e-4)
-        for where in (None, mesh(2)):
-            carried = px.carry(smooth(where, stairs))
-            jax.jit(carried.value_and_grad).lower(carried.init(placed), KEY, placed)
-        actual = found(placed)
-        assert_trees_close(actual, lowest, rtol=1e-4, atol=1e-5)
-        assert jax.typeof(actual[0]) == jax.typeof(placed)
+        carried = px.carry(smooth(where, stairs))
+        jax.jit(carried.value_and_grad).lower(carried.init(placed), KEY, placed)
         jax.jit(lambda x: px.minimize(stairs, x, KEY, max_evaluations=60)).lower(placed)
+    actual = found(placed)
+    assert_trees_close(actual, lowest, rtol=1e-4, atol=1e-5)
+    assert jax.typeof(actual[0]) == jax.typeof(placed)
 
 
 def check_functions_of_arrays_on_the_mesh():
