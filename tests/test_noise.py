@@ -533,6 +533,32 @@ class Named(px.Normal):
     """The library's own law under another name."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaled(px.Normal):
+    """One with a number of its own."""
+
+    variance: float
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return self.variance**0.5 * super().sample(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -(inputs**2) / (2 * self.variance)
+
+    def mean(self):
+        return 0.0
+
+
+class Quantiles(px.Normal):
+    """Three times the law, by its quantiles and its density."""
+
+    def icdf(self, u):
+        return 3 * super().icdf(u)
+
+    def log_prob(self, inputs):
+        return super().log_prob(inputs / 3)
+
+
 ORDERS = [
     (px.Normal(), math.inf),
     (px.Laplace(), 1),
@@ -596,6 +622,8 @@ def test_a_law_made_of_one_of_the_library_has_its_own_draws_and_moments():
     jax.tree.map(np.testing.assert_array_equal, estimates(Tripled()), estimates(Composed()))
     assert px.choose_sampler(40, 2, Tripled()).sampler == px.Independent()
     assert px.check_noise(Tripled())
+    assert px.choose_sampler(40, 2, Scaled(9.0), degree=1).degree == 1
+    assert px.check_noise(Quantiles())
     assert px.choose_sampler(40, 2, Named()).sampler == px.choose_sampler(40, 2).sampler
     with pytest.raises(NotImplementedError, match="Cut is good for values only"):
         estimates(Cut())

@@ -66,14 +66,31 @@ def test_a_sampler_made_of_one_of_the_library_draws_by_its_own_method(kind):
     drawn = []
 
     class Own(kind):
+        def __init__(self):
+            super().__init__()
+
         def sample_group(self, *args):
             drawn.append(1)
             return super().sample_group(*args)
 
-    options = {"sampler": Own(), "degree": 1}
-    fun = smooth(lambda y: y[0], None, 1.0, px.Normal(), 32, **options)
-    jax.eval_shape(fun, jax.random.key(0), jnp.zeros(3))
-    assert drawn
+    class Wrapped:
+        """Hands on what it does not have itself."""
+
+        def __init__(self, sampler):
+            self.sampler = sampler
+
+        def __getattr__(self, name):
+            return getattr(self.sampler, name)
+
+        def sample_group(self, *args):
+            drawn.append(1)
+            return self.sampler.sample_group(*args)
+
+    for sampler, degree in ((Own(), 1), (Wrapped(kind()), 0)):
+        drawn.clear()
+        fun = smooth(lambda y: y[0], None, 1.0, px.Normal(), 32, sampler=sampler, degree=degree)
+        jax.eval_shape(fun, jax.random.key(0), jnp.zeros(3))
+        assert drawn
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "blocks"])

@@ -57,18 +57,16 @@ def main() -> None:
             _serve()
             sys.argv[:] = [script, *arguments]
             path = os.path.abspath(script)
-            is_source = pkgutil.get_importer(path) is None
-            place = os.path.dirname(os.path.realpath(script)) if is_source else path
+            is_file = pkgutil.get_importer(path) is None  # no folder, no archive
+            place = os.path.dirname(os.path.realpath(script)) if is_file else path
             if not sys.flags.safe_path:
                 sys.path[0] = place
-            elif not is_source:
+            elif not is_file:
                 sys.path.insert(0, place)
-            if not is_source:  # a folder or an archive
-                _run(_run_module, "__main__", alter_argv=False)
-            elif path.endswith(".pyc"):
-                _run(runpy.run_path, path, run_name="__main__")
+            if is_file:
+                _run(_run_file, path)
             else:
-                _run(_run_source, path)
+                _run(_run_module, "__main__", alter_argv=False)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -106,15 +104,18 @@ def _run_module(name: str, alter_argv: bool) -> None:
     runpy._run_module_as_main(name, alter_argv)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _run_source(path: str) -> None:
-    """Runs a file of source; runpy would replace `sys.argv[0]`, and knows no loader."""
-    run_name = "__main__"
-    with io.open_code(path) as file:
-        code = compile(file.read(), path, "exec", dont_inherit=True)
-    module = types.ModuleType(run_name)
-    loader = importlib.machinery.SourceFileLoader(run_name, path)
+def _run_file(path: str) -> None:
+    """Runs a file, source or compiled; runpy would replace `sys.argv[0]`, and knows no loader."""
+    if path.endswith(".pyc"):
+        loader = importlib.machinery.SourcelessFileLoader("__main__", path)
+        code: Any = loader.get_code("__main__")
+    else:
+        loader = importlib.machinery.SourceFileLoader("__main__", path)
+        with io.open_code(path) as file:
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+    module = types.ModuleType("__main__")
     vars(module).update(__file__=path, __loader__=loader, __cached__=None)
-    sys.modules[run_name] = module
+    sys.modules["__main__"] = module
     exec(code, vars(module))
 
 

@@ -372,22 +372,22 @@ def _combined(
         empty = jnp.sum(parts.sizes == 0, dtype=np.int32)
     shares = parts.sizes.astype(f.dtype) / number
     # One group alone, or none, tells nothing: squares are zero too.
-    spared = 1 - jnp.sum(jnp.real(shares) ** 2)
-    spared = jnp.where(jnp.sum(parts.sizes > 0) > 1, spared, 1)
+    told_of = 1 - jnp.sum(jnp.real(shares) ** 2)
+    told_of = jnp.where(jnp.sum(parts.sizes > 0) > 1, told_of, 1)
     deviations = kept(f - value[None], parts.present)
     unit = unit_of(deviations)  # lest squares overflow or vanish
 
     def squares(parts: Array, whole: Array, share: Array, unit: Array) -> Array:
         """Sums over the groups of |C_g - n_g / N C|^2 in squared units.
 
-        Were variances of C_g as n_g, they would add up to 1 - sum_g (n_g / N)^2 of that of C: to
-        1 - 1/G for G groups of one size.
+        If variances of C_g are in proportion to n_g, the mean of this is 1 - sum_g (n_g / N)^2 of
+        that of C: 1 - 1/G for G groups of one size.
         """
         deviations = parts - share.reshape(-1, *[1] * whole.ndim) * whole[None]
         return jnp.sum((jnp.abs(deviations) / unit[None]) ** 2, axis=0)
 
     def error(squares: Array, unit: Array) -> Array:
-        return unit * jnp.sqrt(squares / spared)
+        return unit * jnp.sqrt(squares / told_of)
 
     def in_leaves(flat: Array) -> list[Array]:
         dtypes = plan.output_dtypes

@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ._derivative_limit import Limit, limit_derivatives, visible_limit
+from ._inverse import from_words
 from ._protocol import Shape
 
 _JUMP = "jumps, for example at an end of its support"
@@ -90,6 +91,9 @@ class AdaptedNoise:
 
     def sample(self, key: Array, sample_shape: Shape = (), dtype: DTypeLike = float) -> Array:
         """Independent draws; consumes `key`."""
+        if _is_of_another_law(self.noise, "sample"):
+            words = jnp.uint64 if np.dtype(dtype).itemsize > 4 else jnp.uint32
+            return from_words(self, jax.random.bits(key, sample_shape, words)).astype(dtype)
         if self.convention == "seed":
             z = self.noise.sample(seed=key, sample_shape=sample_shape)
         elif self.convention == "key":
@@ -161,13 +165,16 @@ def _is_of_another_law(noise: Any, name: str) -> bool:
 
     That is what a class of a user's own makes of `Normal` by methods of its own: three times its
     draws, say, and the density of these. Quantiles and moments, which it inherits, are Normal's.
-    Of a density of its own it has other derivatives as well.
+    Of a density of its own it has other derivatives as well, of quantiles of its own other draws.
     """
-    told = ("log_prob",) if name == "derivatives" else ("log_prob", "sample")
-    kinds = type(noise).__mro__
+    told = {"derivatives": ("log_prob",), "sample": ("icdf", "from_bits")}
+    own, kinds = getattr(noise, "__dict__", {}), type(noise).__mro__
     owner = next((i for i, kind in enumerate(kinds) if name in vars(kind)), 0)
-    theirs = [vars(kind) for kind in kinds[:owner] if _root(kind) != _OURS]
-    return _root(kinds[owner]) == _OURS and any(name in kind for kind in theirs for name in told)
+    if name in own or _root(kinds[owner]) != _OURS:
+        return False
+    theirs = [own, *(vars(kind) for kind in kinds[:owner] if _root(kind) != _OURS)]
+    changes = told.get(name, ("log_prob", "sample"))
+    return any(change in kind for kind in theirs for change in changes)
 
 
 def _library(noise: Any) -> str | None:

@@ -80,7 +80,7 @@ def sample_groups(
 ) -> Array:
     """What a sampler's `sample_groups` draws, or, if it has none, its `sample_group` one by one."""
     together = getattr(sampler, "sample_groups", None)
-    if together is not None and _is_newer(type(sampler), "sample_groups", "sample_group"):
+    if together is not None and _is_newer(sampler, "sample_groups", "sample_group"):
         rest = noise, group_size, dim, dtype
         if type(sampler).__module__.startswith(f"{_OURS}."):  # tested, not checked at each call
             return together(key, first, count, *rest)
@@ -101,10 +101,11 @@ def sample_groups(
     return jax.vmap(one)(group_keys(key, first, count)).reshape(count * group_size, dim)
 
 
-def _is_newer(kind: type, one: str, other: str) -> bool:
-    """Whether no class that a class inherits from has `other` anew after it had `one`."""
+def _is_newer(value: object, one: str, other: str) -> bool:
+    """Whether of two methods none is defined by what overrides the other alone."""
+    places = [getattr(value, "__dict__", {}), *map(vars, type(value).__mro__)]
     ages = [
-        next((age for age, parent in enumerate(kind.__mro__) if name in vars(parent)), 0)
+        next((age for age, place in enumerate(places) if name in place), len(places))
         for name in (one, other)
     ]
     return ages[0] <= ages[1]

@@ -1,5 +1,6 @@
 """Independent samples, and pairs of opposite ones."""
 
+import copy
 import dataclasses
 from typing import ClassVar
 
@@ -38,7 +39,9 @@ class Independent:
         """The same samples in so many groups, unless `block` says how many make one."""
         if self.block > 1:
             return self
-        return dataclasses.replace(self, block=-(-num_samples // count))
+        grouped = copy.copy(self)  # of a user's class, too, whatever that is made of
+        object.__setattr__(grouped, "block", -(-num_samples // count))
+        return grouped
 
     def sample_group(
         self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype

@@ -20,7 +20,7 @@ def knapsack(
     .. math:: y^*(\theta) = \arg\max \{\langle \theta, y \rangle :
         y \in \{0, 1\}^n, \; W y \le c\}
 
-    Maximises, exactly up to the rounding of sums of values (of integers from 2**24 on, in single
+    Maximises, exactly up to the rounding of sums (for integers: only from 2**24 on, in single
     precision), by dynamic programming over the capacities left. Items of negative value
     stay out; -inf keeps an item out. Among solutions of equal value the one that takes the
     first item wins, then the one that takes the second, and so on (so an item of value 0 is

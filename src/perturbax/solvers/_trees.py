@@ -17,10 +17,10 @@ def minimum_spanning_tree(costs: ArrayLike, edges: ArrayLike) -> Array:
     .. math:: y^*(\theta) = \arg\min \{\langle \theta, y \rangle :
         y \text{ marks the edges of a spanning tree}\}
 
-    Minimises, exactly up to the rounding of costs to a floating dtype (integers from 2**24 on,
-    in single precision), for costs of either sign; for the maximum spanning tree pass
-    `-scores`. Among edges of equal cost those that stand first in `edges` are preferred, as
-    in Kruskal's algorithm with a stable sort. A cost of inf removes an edge.
+    Minimises, exactly (integers from 2**24 on are rounded in single precision), for costs of
+    either sign; for the maximum spanning tree pass `-scores`. Among edges of equal cost those
+    that stand first in `edges` are preferred, as in Kruskal's algorithm with a stable sort. A
+    cost of inf removes an edge.
 
     Args:
       costs: Shape (num_edges,).
