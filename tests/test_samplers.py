@@ -415,7 +415,8 @@ def test_squares_are_doubted_apart_from_slopes():
         gradients = jax.jit(
             lambda keys: jax.lax.map(
                 lambda key: jax.grad(perturbed, argnums=1)(key, jnp.full(dim, 0.3)), keys
-            )
+            ),
+            compiler_options=FOR_LONG_RUNS,
         )(keys)
         return float(np.sum(np.var(gradients, axis=0)))
 
