@@ -615,7 +615,7 @@ def test_low_precision(dtype):
         args=(jnp.asarray(x, dtype),),
         promise=promises(exact),
         seed=51,
-        num_keys=2**14,
+        num_keys=5 * 2**10,
     )
 
 
