@@ -14,9 +14,11 @@ import numpy as np
 import perturbax as px
 from perturbax.minimization import _checkpoint, _minimize
 
+pause = 0.0  # seconds for each evaluation
+
 
 def slow(x):
-    time.sleep(0.003)
+    time.sleep(pause)
     return np.float32(np.sum(np.round(4 * (x - 1)) ** 2))
 
 
@@ -42,4 +44,5 @@ def run(checkpoint=None):
 
 
 if __name__ == "__main__":
+    pause = 0.003  # so that there is time to kill it
     run(sys.argv[1])

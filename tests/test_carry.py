@@ -229,7 +229,7 @@ def test_unbiased_after_thirty_steps(noise, sampler):
         exact,
         args=(state,),
         seed=4,
-        num_keys=3 * 2**11,
+        num_keys=2**11,
         promise={"value": 0.01, "gradient": 0.05},
     )
 
@@ -418,7 +418,7 @@ def test_unbiased_where_sigma_changes():
         return {"value": value, "gradient": gradient}
 
     exact, promise = exact_of_bumpy(X, sigma), {"value": 0.01, "gradient": 0.05}
-    assert_unbiased(twice, exact, args=(state,), seed=20, num_keys=6144, promise=promise)
+    assert_unbiased(twice, exact, args=(state,), seed=20, num_keys=2048, promise=promise)
 
 
 @pytest.mark.filterwarnings("ignore:sigma is below the spacing")

@@ -152,7 +152,7 @@ def run_protocol(check, noise_name, names=tuple(PROMISES), **options):
 
 @pytest.mark.parametrize("noise_name", ["normal", "gumbel"])
 def test_derivatives_are_unbiased(noise_name):
-    run_protocol(assert_unbiased, noise_name, num_keys=2**19, promise=PROMISES)
+    run_protocol(assert_unbiased, noise_name, num_keys=5 * 2**16, promise=PROMISES)
 
 
 @pytest.mark.parametrize("noise_name", ["normal", "gumbel"])

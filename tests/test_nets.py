@@ -12,6 +12,7 @@ import scipy
 from scipy.stats import qmc
 
 import perturbax as px
+from helpers import FOR_LONG_RUNS
 from perturbax.sampling import _generators, _nets
 
 KINDS = [_nets.scrambled_sobol, _nets.scrambled_array]
@@ -202,7 +203,7 @@ def test_products_of_signs_are_about_as_precise_as_by_leave_one_out(dim, size, m
         fun = px.make_perturbed_fun(products, size, 1.0, px.Normal(), **options)
         jacobian, x = jax.jacrev(fun, argnums=1), jnp.zeros(dim)
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=FOR_LONG_RUNS)
         def jacobians(keys):
             # Batch by batch: the residuals of all at once take gigabytes.
             return jax.lax.map(lambda key: jacobian(key, x), keys, batch_size=50)
