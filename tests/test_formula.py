@@ -127,8 +127,8 @@ def test_gradient_and_standard_errors_are_those_of_the_groups():
     found = px.estimate(px.make_perturbed_fun(bumps, 22, sigma, **options), KEY, X)
     np.testing.assert_allclose(found.gradient, parts.sum(axis=0), rtol=1e-4)
     shares = np.array([6, 6, 6, 4])[:, None] / 22
-    spread = ((parts - shares * parts.sum(axis=0)) ** 2).sum(axis=0)
-    np.testing.assert_allclose(found.gradient_error, np.sqrt(4 / 3 * spread), rtol=1e-4)
+    spread = ((parts - shares * parts.sum(axis=0)) ** 2).sum(axis=0) / (1 - (shares**2).sum())
+    np.testing.assert_allclose(found.gradient_error, np.sqrt(spread), rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 4, 22])
