@@ -21,6 +21,24 @@ def check_fun(fun: object, name: str = "fun") -> None:
         raise TypeError(f"{name} must be callable, got {type(fun).__name__}")
 
 
+def package_of(kind: type) -> str:
+    """The package that a class is from."""
+    return kind.__module__.partition(".")[0]
+
+
+def is_ours(kind: type) -> bool:
+    """Whether a class is of this library."""
+    return package_of(kind) == __name__.partition(".")[0]
+
+
+def defined_at(value: object, name: str) -> tuple[int, type]:
+    """How far up a value has an attribute from, 0 if of its own, and from which class."""
+    kinds = type(value).__mro__
+    places = [(type(value), getattr(value, "__dict__", {})), *((k, vars(k)) for k in kinds)]
+    found = ((far, kind) for far, (kind, place) in enumerate(places) if name in place)
+    return next(found, (len(places), object))
+
+
 def _check_static(value: Any, name: str, kind: str) -> None:
     """Raises TypeError if `value`, which a program is compiled for, is not known yet."""
     if isinstance(value, Tracer):

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from .._checks import defined_at, is_ours, package_of
 from ._derivative_limit import Limit, limit_derivatives, visible_limit
 from ._inverse import from_words
 from ._protocol import Shape
@@ -41,7 +42,6 @@ _DISCRETE = (
 # Laws with a density but for one point, by how their names begin.
 _MIXED = ("Hurdle", "ZeroInflated")
 _OPTIONAL = ("derivatives", "from_bits", "icdf", "mean", "variance")
-_OURS = __name__.partition(".")[0]
 
 
 def as_noise(noise: Any) -> Any:
@@ -54,7 +54,7 @@ def as_noise(noise: Any) -> Any:
       ValueError: if the law is discrete, of vectors, or a batch of laws.
       TypeError: if `derivatives` is not a number.
     """
-    if _root(type(noise)) == _OURS:
+    if is_ours(type(noise)):
         return noise
     law = _name(noise)
     _check_shapes(noise, law)
@@ -155,11 +155,6 @@ def _name(noise: Any) -> str:
     return f"{library}.{type(noise).__name__}" if library else type(noise).__name__
 
 
-def _root(kind: type) -> str:
-    """The package that a class is from."""
-    return kind.__module__.partition(".")[0]
-
-
 def _is_of_another_law(noise: Any, name: str) -> bool:
     """Whether an attribute is of a law of this library, of which the noise is another version.
 
@@ -168,17 +163,13 @@ def _is_of_another_law(noise: Any, name: str) -> bool:
     Of a density of its own it has other derivatives as well, of quantiles of its own other draws.
     """
     told = {"derivatives": ("log_prob",), "sample": ("icdf", "from_bits")}
-    own, kinds = getattr(noise, "__dict__", {}), type(noise).__mro__
-    owner = next((i for i, kind in enumerate(kinds) if name in vars(kind)), 0)
-    if name in own or _root(kinds[owner]) != _OURS:
-        return False
-    theirs = [own, *(vars(kind) for kind in kinds[:owner] if _root(kind) != _OURS)]
     changes = told.get(name, ("log_prob", "sample"))
-    return any(change in kind for kind in theirs for change in changes)
+    far, owner = defined_at(noise, name)
+    return is_ours(owner) and any(defined_at(noise, change)[0] < far for change in changes)
 
 
 def _library(noise: Any) -> str | None:
-    root = _root(type(noise))
+    root = package_of(type(noise))
     return root if root in ("numpyro", "distrax", "tensorflow_probability") else None
 
 

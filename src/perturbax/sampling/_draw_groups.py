@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from .._checks import defined_at, is_ours
 from ..noise._protocol import NoiseDistribution
 from ..tracing._mesh_axes import in_told_mesh
 from ..tracing._signature import trace
 from ..tracing._user_code import explained_draw, only_leaf
 from ._protocol import Sampler
 from ._random_bits import group_keys, materialise
-
-_OURS = __name__.partition(".")[0]
 
 
 def draw(
@@ -80,11 +79,14 @@ def sample_groups(
 ) -> Array:
     """What a sampler's `sample_groups` draws, or, if it has none, its `sample_group` one by one."""
     together = getattr(sampler, "sample_groups", None)
-    if together is not None and _is_newer(sampler, "sample_groups", "sample_group"):
+    # Not what a class inherits that draws by another `sample_group`.
+    newest = defined_at(sampler, "sample_groups")[0] <= defined_at(sampler, "sample_group")[0]
+    if together is not None and newest:
         rest = noise, group_size, dim, dtype
-        if type(sampler).__module__.startswith(f"{_OURS}."):  # tested, not checked at each call
+        if is_ours(type(sampler)):  # tested, not checked at each call
             return together(key, first, count, *rest)
-        what = f"sampler.sample_groups(key, first, {count}, {_told(*rest)})"
+        name = np.dtype(dtype).name
+        what = f"sampler.sample_groups(key, first, {count}, noise, {group_size}, {dim}, {name})"
         shape = count * group_size, dim
         return _checked(lambda key: together(key, first, count, *rest), key, what, shape, dtype)
 
@@ -101,16 +103,6 @@ def sample_groups(
     return jax.vmap(one)(group_keys(key, first, count)).reshape(count * group_size, dim)
 
 
-def _is_newer(value: object, one: str, other: str) -> bool:
-    """Whether of two methods none is defined by what overrides the other alone."""
-    places = [getattr(value, "__dict__", {}), *map(vars, type(value).__mro__)]
-    ages = [
-        next((age for age, place in enumerate(places) if name in place), len(places))
-        for name in (one, other)
-    ]
-    return ages[0] <= ages[1]
-
-
 def sample_group(
     sampler: Sampler,
     key: Array,
@@ -120,15 +112,12 @@ def sample_group(
     dtype: np.dtype,
 ) -> Array:
     """Noise of one group by a user's sampler."""
-    rest = noise, group_size, dim, dtype
-    what = f"sampler.sample_group(key, {_told(*rest)})"
-    return _checked(
-        lambda key: sampler.sample_group(key, *rest), key, what, (group_size, dim), dtype
-    )
+    what = f"sampler.sample_group(key, noise, {group_size}, {dim}, {np.dtype(dtype).name})"
 
+    def draw(key: Array) -> Array:
+        return sampler.sample_group(key, noise, group_size, dim, dtype)
 
-def _told(_noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype) -> str:
-    return f"noise, {group_size}, {dim}, {np.dtype(dtype).name}"
+    return _checked(draw, key, what, (group_size, dim), dtype)
 
 
 def _checked(

@@ -75,15 +75,15 @@ def replicated(mesh: Mesh | None, values: Any) -> Any:
     if mesh is None:
         return values
 
-    def one(value: Any) -> Any:
-        if not isinstance(value, Array):
-            return value
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            data, impl = one(jax.random.key_data(value)), jax.random.key_impl(value)
-            return jax.random.wrap_key_data(data, impl=impl)
-        return _placed.bind(value, mesh=mesh, type_sharding=None)
+    return jax.tree.map(lambda v: _untold(v, mesh) if isinstance(v, Array) else v, values)
 
-    return jax.tree.map(one, values)
+
+def _untold(value: Array, mesh: Mesh | None) -> Array:
+    """The array on all devices of the mesh, or where it is, with a type that tells no mesh."""
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        data, impl = _untold(jax.random.key_data(value), mesh), jax.random.key_impl(value)
+        return jax.random.wrap_key_data(data, impl=impl)
+    return _placed.bind(value, mesh=mesh, type_sharding=None)
 
 
 def in_told_types(mesh: Mesh | None, values: Any) -> Any:
@@ -103,12 +103,8 @@ def without_explicit_axes(values: Any) -> Any:
     """
 
     def one(value: Any) -> Any:
-        if not isinstance(value, Array) or not has_explicit_axes(value):
-            return value
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            data, impl = one(jax.random.key_data(value)), jax.random.key_impl(value)
-            return jax.random.wrap_key_data(data, impl=impl)
-        return _placed.bind(value, mesh=None, type_sharding=None)
+        told = isinstance(value, Array) and has_explicit_axes(value)
+        return _untold(value, None) if told else value
 
     return jax.tree.map(one, values)
 
