@@ -404,6 +404,16 @@ def assert_biased(
     return measurements
 
 
+def twice(fun: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """The function, with its value as aux beside it: one pass gives it with a derivative."""
+
+    def both(*args: Any) -> tuple[Any, Any]:
+        value = fun(*args)
+        return value, value
+
+    return both
+
+
 def derivatives(estimate: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
     """What a test of unbiasedness runs: named derivatives of an estimate, all by one pass.
 
@@ -419,11 +429,7 @@ def derivatives(estimate: Callable[..., Any], names: Sequence[str]) -> Callable[
 
     def first(key: Any, p: Any) -> tuple[Any, Any]:
         # One vector of all variables; its last entry is sigma.
-        def twice(p: Any) -> tuple[Any, Any]:
-            value = estimate(key, p[:-1], p[-1])
-            return value, value
-
-        return jax.jacrev(twice, has_aux=True)(p)
+        return jax.jacrev(twice(lambda p: estimate(key, p[:-1], p[-1])), has_aux=True)(p)
 
     def second(key: Any, p: Any) -> tuple[Any, Any]:
         def gradient(p: Any) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import scipy.special
 
 import closed_forms as cf
 import perturbax as px
-from helpers import assert_biased, assert_trees_close, assert_unbiased, enable_x64
+from helpers import assert_biased, assert_trees_close, assert_unbiased, enable_x64, twice
 from perturbax.estimator import _formula
 from perturbax.optimizers import _distribution
 from test_argmax import KEY, SAMPLERS, SCORES, SIGMA, HostSolver, X, one_hot, two_way
@@ -104,12 +104,8 @@ def test_mean_permutation_matrix_and_its_derivatives(sampler):
         layer = make(cf.permutation, sigma=sigma, noise=noise, sampler=SAMPLERS[sampler])
         return layer(key, x).expectation(lambda y: y)
 
-    def twice(key, x, sigma):
-        value = mean(key, x, sigma)
-        return value, value
-
     def estimates(key, x, sigma):
-        dsigma, value = jax.jacfwd(twice, argnums=2, has_aux=True)(key, x, sigma)
+        dsigma, value = jax.jacfwd(twice(mean), argnums=2, has_aux=True)(key, x, sigma)
         gradient = jax.jacrev(mean, argnums=1)(key, x, sigma)
         return {"value": value, "gradient": gradient, "dsigma": dsigma}
 

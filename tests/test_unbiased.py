@@ -25,6 +25,7 @@ from helpers import (
     assert_unbiased,
     derivatives,
     find_biased,
+    twice,
 )
 from reference import MUTATIONS, differentiate_samples, make_reference_fun
 
@@ -300,13 +301,11 @@ def differentiate_pairs(make, noise, num_samples):
         return make(pairs_of_steps, num_samples, sigma, noise)(key, x)
 
     def estimator(key, x, sigma):
-        def twice(x, sigma):
-            value = estimate(key, x, sigma)
-            return value, value
+        both = twice(functools.partial(estimate, key))
 
         def along_a(a):
             moved = {**x, "a": a}
-            jacobian, value = jax.jacrev(twice, argnums=(0, 1), has_aux=True)(moved, sigma)
+            jacobian, value = jax.jacrev(both, argnums=(0, 1), has_aux=True)(moved, sigma)
             return jacobian["ab"], (jacobian, value)
 
         (hessian, mixed), (jacobian, value) = jax.jacfwd(along_a, has_aux=True)(x["a"])
@@ -399,14 +398,11 @@ def differentiate_mixture(make, noise, num_samples, use_baseline=True):
         return make(mixture, num_samples, sigma, noise, use_baseline)(key, x, theta)
 
     def estimator(key, x, sigma, theta):
-        def twice(x, theta, sigma):
-            value = estimate(key, x, sigma, theta)
-            return value, value
+        both = twice(lambda x, theta, sigma: estimate(key, x, sigma, theta))
 
         def first(x, theta, sigma):
-            (gradient, in_theta), value = jax.grad(twice, argnums=(0, 1), has_aux=True)(
-                x, theta, sigma
-            )
+            derive = jax.grad(both, argnums=(0, 1), has_aux=True)
+            (gradient, in_theta), value = derive(x, theta, sigma)
             return in_theta, (value, gradient, in_theta)
 
         second, (value, gradient, in_theta) = jax.jacfwd(first, argnums=(0, 1), has_aux=True)(
@@ -481,20 +477,13 @@ def test_nested():
     def estimator(key, x):
         outer_key, inner_key = jax.random.split(key)
         once = functools.partial(px.make_perturbed_fun(case.fun, 8, inner, noise), inner_key)
-        twice = functools.partial(px.make_perturbed_fun(once, 8, outer, noise), outer_key)
+        nested = functools.partial(px.make_perturbed_fun(once, 8, outer, noise), outer_key)
         slope = px.make_perturbed_fun(jax.grad(once), 8, outer, noise)
-
-        def value_twice(x):
-            value = twice(x)
-            return value, value
+        inner_gradient = twice(functools.partial(slope, outer_key))
 
         def gradient(x):
-            one, value = jax.grad(value_twice, has_aux=True)(x)
+            one, value = jax.grad(twice(nested), has_aux=True)(x)
             return one, (one, value)
-
-        def inner_gradient(x):
-            one = slope(outer_key, x)
-            return one, one
 
         hessian, (one, value) = jax.jacfwd(gradient, has_aux=True)(x)
         inner_hessian, inner_slope = jax.jacfwd(inner_gradient, has_aux=True)(x)
