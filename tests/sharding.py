@@ -84,6 +84,14 @@ def check_own_noise():
     agrees(jax.value_and_grad(px.make_perturbed_fun(fun, 10, 0.5, OwnNoise()), argnums=1))
 
 
+def check_a_host_function():
+    h = px.host_function(lambda y: np.float32(np.sum(y**2) + np.sum(y > 0)), like=np.float32(0))
+    g = px.make_perturbed_fun(h, 10, 0.5, px.Normal())
+    expected = one_by_one(jax.jit(jax.value_and_grad(smooth(), argnums=1)))
+    found = each_on_a_device(jax.value_and_grad(g, argnums=1))
+    assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def check_what_only_some_arguments_differ_in():
     """Only x differs from device to device, or only the key: types then do, too."""
 

@@ -29,6 +29,7 @@ from helpers import assert_trees_close
 from perturbax.host_functions import _worker
 from perturbax.host_functions._attempts import Attempt
 from perturbax.host_functions._foreign_executors import Foreign, _Place
+from perturbax.tracing import _host_call
 from test_trace import compilations
 
 KEY = jax.random.key(0, impl="threefry2x32")
@@ -810,7 +811,98 @@ def test_a_dask_cluster(tmp_path):
             )
             np.testing.assert_array_equal(jax.vmap(h)(FAULTY_POINTS), [0, -1, -1, 9, 12, 15])
             assert (h.counts.evaluations, h.counts.failures, h.counts.timeouts) == (4, 2, 1)
+        # A worker that has ended stands for a cluster without an answer.
+        assert_exceptions_that_cannot_be_sent_are_told(client)
+        for end, text in ((sys.exit, r"called sys.exit\(3\)"), (iter, "cannot be pickled")):
+
+            def ends(x, end=end):
+                return end(3) if end is sys.exit else (v for v in x)
+
+            h = px.host_function(ends, like=ONE, executor=client)
+            with pytest.raises((RuntimeError, TypeError), match=text):
+                h(X)
+        assert_arguments_by_name_are_the_functions_own(client)
     wait_for(lambda: threading.active_count() <= before + 3)
+    with pytest.raises(RuntimeError, match="the Dask client of executor is closed"):
+        h(X)
+
+
+def assert_arguments_by_name_are_the_functions_own(executor):
+    """Executors have some too: with `key`, Dask took the first result for all others."""
+
+    def named(x, key="none", fn=0.0, priority=1.0):
+        return float(x.sum() * priority + fn + len(key))
+
+    h = px.host_function(named, like=ONE, executor=executor)
+    xs = jnp.arange(6.0, dtype=jnp.float32).reshape(2, 3)
+    found = jax.vmap(lambda x: h(x, key="ab", fn=100.0, priority=3.0))(xs)
+    np.testing.assert_array_equal(found, 3 * xs.sum(axis=1) + 102)
+
+
+GO_ON = threading.Event()
+
+
+def hangs(x):
+    return GO_ON.wait(60.0) and float(x.sum())
+
+
+def test_dask_workers_that_are_threads_of_this_program():
+    """They count as such: too many that hung ended the program, and JAX was let in."""
+    with distributed.Client(processes=False, dashboard_address=None, silence_logs=50) as client:
+        h = px.host_function(hangs, like=ONE, executor=client, timeout=0.02, on_failure=-1.0)
+        points = jnp.zeros((20, 3))  # more than a process of others may have
+        np.testing.assert_array_equal(jax.vmap(h)(points), np.full(20, -1.0))
+        GO_ON.set()
+        h = px.host_function(lambda x: float(jnp.sum(x)), like=ONE, executor=client)
+        with pytest.raises(TypeError, match="a JAX operation"):
+            h(X)
+        assert_arguments_by_name_are_the_functions_own(client)
+
+
+def test_executors_of_ones_own_keep_jax_out():
+    class Own(concurrent.futures.Executor):
+        def __init__(self):
+            self.pool = concurrent.futures.ThreadPoolExecutor(2)
+
+        def submit(self, fn, /, *args, **kwargs):
+            return self.pool.submit(fn, *args, **kwargs)
+
+    own = Own()
+    with own.pool:
+        assert_arguments_by_name_are_the_functions_own(own)
+        assert_arguments_by_name_are_the_functions_own(own.pool)
+        with pytest.raises(TypeError, match="a JAX operation"):
+            px.host_function(lambda x: float(jnp.sum(x)), like=ONE, executor=own)(X)
+    with pytest.raises(RuntimeError, match="after shutdown") as caught:
+        px.host_function(steps, like=ONE, executor=own.pool)(X)
+    assert "has to stay open" in caught.value.__notes__[0]
+
+
+def test_an_exception_is_put_off_for_programs_that_may_have_called(monkeypatch, capsys):
+    """Of several devices. It was raised in another thread's, and the one that failed went on."""
+    called, another = object(), object()
+    programs = [_host_call._Running(hosts) for hosts in ([called], [another], None)]
+    monkeypatch.setattr(_host_call, "_running", programs)
+    error = ArithmeticError("my own")
+    assert _host_call._put_off(error, called)
+    assert [one.put_off for one in programs] == [[error], [], [error]]
+    monkeypatch.setattr(_host_call, "_running", programs[1:2])
+    assert not _host_call._put_off(error, called)
+    assert not programs[1].put_off
+    assert "my own" in capsys.readouterr().err
+
+
+def test_closing_during_a_call_that_takes_too_long():
+    """What is left behind was looked for among threads that had been dismissed."""
+    go_on = threading.Event()
+    h = px.host_function(
+        lambda x: go_on.wait(60.0) and 1.0, like=ONE, executor=1, timeout=0.3, on_failure=-1.0
+    )
+    timer = threading.Timer(0.1, h.close)
+    timer.start()
+    assert float(h(X)) == -1.0
+    timer.join()
+    go_on.set()
 
 
 def test_processes_of_our_own(tmp_path):

@@ -114,8 +114,9 @@ class Crew:
             if attempt.taken is None or attempt.ended or attempt.place.kill():
                 return
             attempt.left_behind = True
-            thread = next(t for t, caller in shared.threads.items() if caller is attempt.place)
-            del shared.threads[thread]
+            # None, if the crew was closed meanwhile.
+            for thread in [t for t, caller in shared.threads.items() if caller is attempt.place]:
+                del shared.threads[thread]
             shared.left_behind += 1
         self._grow()
         if shared.left_behind > MOST_LEFT_BEHIND:

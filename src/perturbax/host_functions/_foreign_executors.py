@@ -48,12 +48,15 @@ class Foreign:
         self._places = [_Place(executor, ready=True)]
         self._lock = threading.Lock()
         self._call = functools.cache(functools.partial(_call_of, executor, fun, timeout))
+        self._sealed = is_from(executor, "distributed")
         self._made: list[Any] = []  # executors, to be shut down
         self._end = weakref.finalize(self, _shut_down, self._made)
 
     def window(self) -> int | None:
         """Two for each worker, if the executor tells how many there are."""
         if self._client is not None:
+            if getattr(self._client, "status", "") in ("closing", "closed"):
+                raise RuntimeError("the Dask client of executor is closed: make a new one")
             # The cluster may grow and shrink. To ask takes as long as a few evaluations.
             if time.monotonic() > self._count_again:
                 self._count = max(1, sum(self._client.nthreads().values()))
@@ -74,17 +77,30 @@ class Foreign:
                 place.load += 1
             executor = place.executor
             try:
-                attempt.place = executor.submit(*self._call(), *attempt.args, **attempt.kwargs)
+                # In one piece: executors have arguments by name of their own, as Dask's `key`.
+                call = functools.partial(*self._call(), *attempt.args, **attempt.kwargs)
+                attempt.place = executor.submit(call)
                 break
             except concurrent.futures.BrokenExecutor as error:
                 place.load = 0
                 self._renew(place, executor, error)
+            except RuntimeError as error:
+                with self._lock:
+                    place.load -= 1
+                error.add_note("executor of a host function has to stay open while it is called")
+                raise
         attempt.place.add_done_callback(functools.partial(self._done, place, attempt))
 
     def _done(self, place: _Place, attempt: Attempt, future: Any) -> None:
         with self._lock:
             place.load -= 1
-        _report(attempt, future)
+        _report(attempt, future, self._sealed)
+        broken = isinstance(attempt.error, concurrent.futures.BrokenExecutor)
+        if broken and place.executor in self._made:
+            # Its exception holds this object, which would never be forgotten, nor end its workers.
+            with self._lock:
+                self._made[:] = [v for v in self._made if v is not place.executor]
+            place.executor.shutdown(wait=False)
 
     def _renew(self, place: _Place, broken: Any, error: Exception) -> None:
         """Takes what is new in the place of an executor that broke."""
@@ -153,12 +169,15 @@ def _call_of(executor: Any, fun: Callable[..., Any], timeout: float | None) -> t
     there = fun
     if timeout is not None:
         there = functools.partial(_worker.timed, fun, timeout, _MOST_IN_A_PROCESS, False)
-    elif not breaks or importlib.util.find_spec("cloudpickle") is None:
+    elif importlib.util.find_spec("cloudpickle") is None:
         return (fun,)
     if breaks:
         there = functools.partial(_worker.careful, there)
+    sealed = is_from(executor, "distributed")
+    if sealed:
+        here, there = (functools.partial(_worker.sealed, one) for one in (here, there))
     shipped = Shipped(here, there)
-    if breaks or is_from(executor, "distributed"):
+    if breaks or sealed:
         shipped.pickle()  # now, not while something is sent: this can fail
     return operator.call, shipped
 
@@ -173,7 +192,9 @@ def _shut_down(executors: list[Any]) -> None:
         executors.pop().shutdown(wait=False)
 
 
-def _report(attempt: Attempt, future: "concurrent.futures.Future[Any]") -> None:
+def _report(
+    attempt: Attempt, future: "concurrent.futures.Future[Any]", sealed: bool = False
+) -> None:
     """Keeps what became of a future."""
     if attempt.given_up:
         return
@@ -184,6 +205,8 @@ def _report(attempt: Attempt, future: "concurrent.futures.Future[Any]") -> None:
         attempt.error = future.exception()
         if attempt.error is None:
             attempt.value = future.result()
+            if sealed:
+                attempt.value, attempt.error = _worker.unsealed(attempt.value)
         # Dask tells of lost workers by exceptions of its own.
         broken = isinstance(attempt.error, concurrent.futures.BrokenExecutor)
         attempt.died = broken or is_from(attempt.error, "distributed")

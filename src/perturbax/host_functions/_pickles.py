@@ -1,7 +1,10 @@
 """Functions on their way to other processes."""
 
 import functools
+import os
 import pickle
+import uuid
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -37,15 +40,22 @@ def by_value(call: Callable[..., Any]) -> bytes:
         cloudpickle().unregister_pickle_by_value(_worker)
 
 
+# What was made in this process, by tokens of their own.
+SHIPPED: "weakref.WeakValueDictionary[str, Shipped]" = weakref.WeakValueDictionary()
+
+
 class Shipped:
     """A function that unpickles without perturbax, hence without JAX, in the process it goes to.
 
-    There it is another one: `there`. Where it is called without having been sent, it is `here`.
+    There it is another one: `there`. Where it is called without having been sent, or was sent to
+    the same process, it is `here`.
     """
 
     def __init__(self, here: Callable[..., Any], there: Callable[..., Any]):
         """Of both functions."""
-        self._here = here
+        self._here, token = here, uuid.uuid4().hex
+        SHIPPED[token] = self
+        there = functools.partial(_worker.at_home, os.getpid(), token, there)
         self.pickle = functools.cache(lambda: by_value(there))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

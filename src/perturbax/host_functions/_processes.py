@@ -296,16 +296,10 @@ class _Process:
         _worker.write_message(self._stream, pickle.dumps(message, 5))
 
     def _reply(self) -> Any:
-        message = _worker.read_message(self._stream)
-        try:
-            kind, value, text = pickle.loads(message)
-        except Exception as error:
-            error.add_note("Raised by unpickling what a worker process has sent")
-            raise _RaisedThereError(error) from None
-        if kind != "raised":
-            return value
-        value.add_note(f"Raised in a worker process:\n\n{text}")
-        raise _RaisedThereError(value)
+        value, error = _worker.unsealed(_worker.read_message(self._stream))
+        if error is not None:
+            raise _RaisedThereError(error)
+        return value
 
     def kill(self) -> bool:
         with self._lock:

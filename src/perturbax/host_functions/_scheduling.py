@@ -200,7 +200,9 @@ class Schedule:
             self.tally.add(evaluations=len(task.rows))
             return
         if isinstance(error, SystemExit):  # of a worker, where it ends nothing
-            reason, error = error, RuntimeError(f"the function called sys.exit({error.code!r})")
+            # Not its `code`, which is lost where tblib unpickles exceptions, as with Dask.
+            reason, code = error, error.args[0] if error.args else None
+            error = RuntimeError(f"the function called sys.exit({code!r})")
             error.__cause__ = reason
         if not isinstance(error, Exception) or attempt.fatal:
             raise error

@@ -69,7 +69,8 @@ def _pickler_by_value() -> type[pickle.Pickler]:
     import cloudpickle
 
     class PicklerByValue(cloudpickle.Pickler):
-        def reducer_override(self, obj: Any) -> Any:
+        # Without types: where this function is sent by value, a class body misses global names.
+        def reducer_override(self, obj):
             reduced = _reduced(obj)
             return super().reducer_override(obj) if reduced is NotImplemented else reduced
 
@@ -123,6 +124,42 @@ def careful(fun: Any, /, *args: Any, **kwargs: Any) -> Any:
         text = "".join(traceback.format_exception(error))
     sent.add_note(f"Raised in a worker process:\n\n{text}")
     raise sent
+
+
+def sealed(fun: Any, /, *args: Any, **kwargs: Any) -> bytes:
+    """A pickle of what becomes of fun(*args, **kwargs), for Dask.
+
+    It would wait forever for a result that cannot be pickled, lose a worker to `sys.exit`, and keep
+    of an exception that cannot be sent no more than its text.
+    """
+    pickler = _pickler_by_value()
+    try:
+        return _reply(fun(*args, **kwargs), pickler)
+    except BaseException as error:
+        return exception_message(error, pickler)
+
+
+def unsealed(message: bytes) -> tuple[Any, BaseException | None]:
+    """What a worker process says that a function returned, or the exception that it raised."""
+    try:
+        kind, value, text = pickle.loads(message)
+    except Exception as error:
+        error.add_note("Raised by unpickling what a worker process has sent")
+        return None, error
+    if kind == "returned":
+        return value, None
+    value.add_note(f"Raised in a worker process:\n\n{text}")
+    return None, value
+
+
+def at_home(process: int, token: str, there: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Calls `there`, or what it stands for where it came from, if it never left that process.
+
+    Dask pickles functions for workers that are threads of the program too.
+    """
+    pickles = sys.modules.get("perturbax.host_functions._pickles")
+    shipped = pickles.SHIPPED.get(token) if pickles and os.getpid() == process else None
+    return (there if shipped is None else shipped)(*args, **kwargs)
 
 
 def timed(fun: Any, timeout: float, most: int, in_main: bool, /, *args: Any, **kwargs: Any) -> Any:

@@ -27,6 +27,7 @@ from jax._src.callback import _callback_op_sharding
 from jax.core import Tracer
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .._checks import check_fun
 from ._mesh_axes import varying, varying_axes
@@ -122,10 +123,12 @@ def _axes_of(aval: Any) -> frozenset[Any]:
 
 
 def _with_axes(aval: Any, axes: frozenset[Any]) -> Any:
+    # Of types that tell no mesh, JAX does not believe that they vary over its axes.
+    told = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(*[None] * aval.ndim))
     if hasattr(aval, "manual_axis_type"):
         kind = type(aval.manual_axis_type)
-        return aval.update(manual_axis_type=kind(varying=axes))
-    return aval.update(vma=axes)
+        return aval.update(sharding=told, manual_axis_type=kind(varying=axes))
+    return aval.update(sharding=told, vma=axes)
 
 
 def _batch(
@@ -186,7 +189,7 @@ def _lower(ctx: Any, *operands: Any, callback: Host, mapped: Any, size: Any, res
         try:
             return tuple(callback.evaluate(arrays, mapped, size, results))
         except BaseException as error:
-            if several and _put_off(error):
+            if several and _put_off(error, callback):
                 return tuple(_nothing_like(v) for v in ctx.avals_out)
             raise _carried(error) from None
 
@@ -240,21 +243,31 @@ _numbers = itertools.count(1)
 _MOST = 32
 
 
-# Of those programs that `own_exceptions` runs, what is raised at their end.
-_running: dict[int, list[BaseException]] = {}
+class _Running:
+    """A program that `own_exceptions` runs: what it calls, if that is known, and is to raise."""
+
+    def __init__(self, hosts: Sequence[Host] | None):
+        self.hosts = hosts
+        self.put_off: list[BaseException] = []
 
 
-def _put_off(error: BaseException) -> bool:
-    """Keeps an exception until the program's end, if somebody will raise it there.
+_running: list[_Running] = []
+
+
+def _put_off(error: BaseException, host: Host) -> bool:
+    """Keeps an exception until the end of each program that may have called, if there is one.
 
     Of a program of several devices. Where one of them ends early, the others wait for it in the
     next collective operation, and XLA ends the process after some time; so all are to go on.
     """
-    if not _running:
+    # Threads run programs side by side, and what a user's own one calls nobody here waits for.
+    callers = [one for one in list(_running) if one.hosts is None or host in one.hosts]
+    if not callers:
         # The process may end without another word.
         traceback.print_exception(error)
         return False
-    list(_running.values())[-1].append(error)
+    for one in callers:
+        one.put_off.append(error)
     return True
 
 
@@ -300,26 +313,33 @@ def own_exceptions(program: Callable[..., Any]) -> Callable[..., Any]:
       ...
     """
     check_fun(program, "program")
+    return _with_own_exceptions(program, None)
+
+
+def _with_own_exceptions(
+    program: Callable[..., Any], hosts: Sequence[Host] | None
+) -> Callable[..., Any]:
+    """`own_exceptions` of a program that calls these hosts; None if that is not known."""
 
     @functools.wraps(program)
     def raising(*args: Any, **kwargs: Any) -> Any:
-        put_off: list[BaseException] = []
-        _running[id(put_off)] = put_off
+        running = _Running(hosts)
+        _running.append(running)
         try:
             # A program whose inputs are ready runs at once, unless something else is in its way.
             _wait((args, kwargs))
             result = program(*args, **kwargs)
             _wait(result)
-            if not put_off:
+            if not running.put_off:
                 return result
-            original = put_off[0]
+            original = running.put_off[0]
         except Exception as error:
             found = re.search(r"host function, exception (\d+):", str(error))
             original = _exceptions.pop(int(found.group(1)), None) if found else None
             if original is None:
                 raise
         finally:
-            del _running[id(put_off)]
+            _running.remove(running)
         # Here, not above: the exception keeps the context that it had.
         raise original
 
@@ -328,7 +348,7 @@ def own_exceptions(program: Callable[..., Any]) -> Callable[..., Any]:
 
 def called(hosts: Sequence[Host], program: Callable[..., Any], *args: Any) -> Any:
     """program(*args); where it calls any hosts, with exceptions as they were raised."""
-    return (own_exceptions(program) if hosts else program)(*args)
+    return (_with_own_exceptions(program, hosts) if hosts else program)(*args)
 
 
 def _wait(values: Any) -> None:
