@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from typing import Any, NamedTuple
 
 import distributed
@@ -748,6 +749,30 @@ def test_a_pool_that_is_busy_or_starting_is_given_nothing_while_another_is_free(
     release.set()
     for pool in pools:
         pool.shutdown()
+
+
+def test_what_comes_in_place_of_a_pool_that_broke_ends_with_the_function():
+    """The exception of the pool that broke kept the function, and so the other pool, for ever."""
+
+    def dies(x):
+        import os
+
+        os._exit(3)
+
+    pool = loky.ProcessPoolExecutor(1)
+    h = px.host_function(dies, like=ONE, executor=pool)
+    try:
+        h(X)
+    except concurrent.futures.BrokenExecutor:  # pytest.raises would keep it too
+        workers = weakref.ref(h._workers)
+    pool.shutdown()
+    del h, pool
+
+    def forgotten():
+        gc.collect()
+        return workers() is None
+
+    wait_for(forgotten)
 
 
 def test_workers_of_others_end_with_their_program():
