@@ -911,6 +911,11 @@ def test_an_exception_is_put_off_for_programs_that_may_have_called(monkeypatch, 
     error = ArithmeticError("my own")
     assert _host_call._put_off(error, called)
     assert [one.put_off for one in programs] == [[error], [], [error]]
+    # Around the first, which raises it, the last would raise it once more; not so in another thread.
+    assert programs[0].take() is error
+    assert programs[2].put_off == []
+    programs[2].put_off, programs[2].thread = [error], None
+    assert programs[0].take() is programs[2].put_off[0]
     monkeypatch.setattr(_host_call, "_running", programs[1:2])
     assert not _host_call._put_off(error, called)
     assert not programs[1].put_off

@@ -247,8 +247,15 @@ class _Running:
     """A program that `own_exceptions` runs: what it calls, if that is known, and is to raise."""
 
     def __init__(self, hosts: Sequence[Host] | None):
-        self.hosts = hosts
+        self.hosts, self.thread = hosts, threading.get_ident()
         self.put_off: list[BaseException] = []
+
+    def take(self) -> BaseException:
+        """The first exception; programs around this one see it raised, and need not raise it."""
+        for one in list(_running):
+            if one is not self and one.thread == self.thread:
+                one.put_off = [error for error in one.put_off if error not in self.put_off]
+        return self.put_off[0]
 
 
 _running: list[_Running] = []
@@ -332,7 +339,7 @@ def _with_own_exceptions(
             _wait(result)
             if not running.put_off:
                 return result
-            original = running.put_off[0]
+            original = running.take()
         except Exception as error:
             found = re.search(r"host function, exception (\d+):", str(error))
             original = _exceptions.pop(int(found.group(1)), None) if found else None
