@@ -911,7 +911,7 @@ def test_an_exception_is_put_off_for_programs_that_may_have_called(monkeypatch, 
     error = ArithmeticError("my own")
     assert _host_call._put_off(error, called)
     assert [one.put_off for one in programs] == [[error], [], [error]]
-    # Around the first, which raises it, the last would raise it once more; not so in another thread.
+    # Around the first, which raises it, the last need not; in another thread it has to.
     assert programs[0].take() is error
     assert programs[2].put_off == []
     programs[2].put_off, programs[2].thread = [error], None
