@@ -27,7 +27,7 @@ from ._function_names import name_of
 
 # "pxJ1": says whose database it is.
 _APPLICATION = 0x70784A31
-_VERSION = 1
+_VERSION = 2
 _HEADER = b"SQLite format 3\x00"
 _SCHEMA = """
 CREATE TABLE results (key BLOB PRIMARY KEY, function TEXT NOT NULL, value BLOB NOT NULL);
