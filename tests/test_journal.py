@@ -11,9 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
@@ -660,6 +661,111 @@ def test_functions_that_cannot_be_told_apart_need_a_name(journal):
         px.host_function(measured, journal=3)
     with pytest.raises(TypeError, match="name must be a string or None, got int"):
         px.Journal(journal, name=1)
+
+
+# --- Arguments
+
+
+@jax.tree_util.register_pytree_node_class
+class Node:
+    """A structure with a number beside what is in its class."""
+
+    def __init__(self, x, beside):
+        self.x, self.beside = x, beside
+
+    def tree_flatten(self):
+        return (self.x,), self.beside
+
+    @classmethod
+    def tree_unflatten(cls, beside, children):
+        return cls(children[0], beside)
+
+
+class Law:
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __repr__(self):
+        return "Law()"
+
+    def __eq__(self, other):
+        return self.rate == other.rate
+
+    def __hash__(self):
+        return hash(self.rate)
+
+
+class Unequal:
+    """Python's own `__repr__` and `__eq__`: of an address."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Measured:
+    x: float
+    law: Law = field(metadata={"static": True})
+
+
+def of_one_name(rate):
+    """A class; all that this makes have one name."""
+
+    @jax.tree_util.register_pytree_node_class
+    class Same(Node):
+        def worth(self):
+            return rate * self.x
+
+    return Same
+
+
+def of_texts(rate):
+    class Text(enum.StrEnum):
+        A = "a"
+
+        def worth(self):
+            return rate
+
+    return Text.A
+
+
+ARGUMENTS = {
+    "static field": lambda rate: Measured(1.0, Law(rate)),
+    "beside arrays, of an address": lambda rate: Node(1.0, Unequal(rate)),
+    "function beside arrays": lambda rate: Node(1.0, lambda x: rate * x),
+    "structure beside arrays": lambda rate: Node(1.0, jax.tree.structure(Node(0, Law(rate)))),
+    "inside others": lambda rate: {"a": [Node((Measured(1.0, Law(rate)), None), "b")]},
+    "namedtuple": lambda rate: namedtuple("Pair", "a b" if rate == 2.0 else "b a")(1.0, 2.0),
+    "classes of one name": lambda rate: of_one_name(rate)(1.0, None),
+    "text": lambda rate: (1.0, of_texts(rate)),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_keys_tell_arguments_apart(case, journal):
+    """Their `repr` was taken: results of others were recalled, or none where it has an address."""
+    file = JournalFile(px.Journal(journal, "fun"), measured)
+
+    def key(rate):
+        leaves, tree = jax.tree.flatten(ARGUMENTS[case](rate))
+        return file.key_prefix(tree, tuple(v if isinstance(v, str) else None for v in leaves))
+
+    two, three, again = map(key, (2.0, 3.0, 2.0))
+    file.close()
+    assert two != three
+    assert two == again
+
+
+def test_results_of_other_arguments_are_not_recalled(journal):
+    like = np.float32(0)
+    with px.host_function(lambda a: a.x * a.law.rate, journal=journal, like=like) as h:
+        found = [float(h(Measured(1.0, Law(rate)))) for rate in (2.0, 3.0, 2.0)]
+        assert found == [2.0, 3.0, 2.0]
+        assert counted(h) == (2, 1)
+    with px.host_function(lambda a: a.x, journal=journal, like=like) as h:
+        with pytest.raises(ValueError, match="hold an object of the class object: pass dicts"):
+            h(Node(1.0, object()))
 
 
 # --- Files

@@ -59,6 +59,35 @@ def name_of(fun: Callable[..., Any]) -> str:
     return f"{module}.{getattr(fun, '__qualname__', type(fun).__name__)}:{digest[:32]}"
 
 
+def name_of_arguments(tree: Any, fixed: tuple[Any, ...], kinds: dict[type, bytes]) -> str:
+    """A name that changes with what arguments hold beside arrays, and with the classes in them.
+
+    Args:
+      tree: their structure.
+      fixed: their leaves, None where an array is.
+      kinds: what was made of classes before, which takes time; what is made here is added.
+    """
+    try:
+        return _joined(_structure(tree, kinds), [_content(fixed, {})]).hex()
+    except _Unnamed as error:
+        raise ValueError(
+            f"journal cannot tell arguments from others, for beside arrays they hold {error}: pass "
+            "dicts, lists and tuples"
+        ) from None
+
+
+def _structure(tree: Any, kinds: dict[type, bytes]) -> bytes:
+    node = tree.node_data()
+    if node is None:
+        return b"leaf"
+    kind, data = node
+    if kind not in kinds:
+        fields = getattr(kind, "_fields", None)  # of a namedtuple, of which no more may be known
+        kinds[kind] = _joined(b"node", (_content(v, {}) for v in (kind, fields)))
+    inner = (_structure(child, kinds) for child in tree.children())
+    return _joined(kinds[kind], [_content(data, {}), *inner])
+
+
 def _content(value: Any, seen: dict[int, tuple[int, Any]], strict: bool = True) -> bytes:
     """Bytes that are equal only for what acts alike.
 
@@ -131,6 +160,8 @@ def _content(value: Any, seen: dict[int, tuple[int, Any]], strict: bool = True) 
     if isinstance(value, np.vectorize):
         parts = (value.pyfunc, value.otypes, value.excluded, value.signature)
         return _joined(kind, map(inner, parts))
+    if isinstance(value, jax.tree_util.PyTreeDef):
+        return _structure(value, {})
     data = _data(value, seen, strict)
     if data is not None:
         return kind + data
