@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import sqlite3
+import statistics
 import subprocess
 import sys
 import threading
@@ -202,6 +203,8 @@ def test_names_tell_functions_apart(monkeypatch):
         lambda: closing_over(3.0),
         lambda: closing_over(np.arange(4)),
         lambda: closing_over(Settings(2.0)),
+        lambda: closing_over(statistics.NormalDist(1.0)),
+        lambda: closing_over(statistics.NormalDist(2.0)),
         lambda: functools.partial(measured, scale=3.0),
     ]
     names = [name_of(make()) for make in alike]
@@ -518,6 +521,26 @@ class Used:
 @Used
 def fun(x):
     return x
+""",
+    "object of a package in place of a method": """
+class Around:
+    def __init__(self, function):
+        self.__wrapped__ = function
+
+    def __get__(self, value, kind):
+        return functools.partial(self.__wrapped__, value)
+
+Around.__module__ = "numpy"
+
+class Used:
+    @Around
+    def of(self, x):
+        return x * NUMBER
+
+used = Used()
+
+def fun(x):
+    return used.of(x)
 """,
     "static method of Python's own name": """
 class Used:

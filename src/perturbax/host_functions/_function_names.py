@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import operator
 import os
 import re
@@ -121,7 +122,8 @@ def _content(value: Any, seen: dict[int, tuple[int, Any]], strict: bool = True) 
         certain = strict and not isinstance(value, enum.Enum)
         data = _data(value, seen, certain)
         if data is None:
-            data = b"" if _is_open(value) else _of_kind(b"", _told(value), strict)
+            known = hasattr(value, "__dict__") or _is_slotted(value)
+            data = b"" if known else _of_kind(b"", _told(value), strict)
         return _joined(
             kind, [inner(type(value)), _content(_attributes(value), seen, certain), data]
         )
@@ -177,6 +179,11 @@ def _content(value: Any, seen: dict[int, tuple[int, Any]], strict: bool = True) 
     plain = isinstance(value, types.SimpleNamespace) or _is_class_of_user(type(value))
     if plain and hasattr(value, "__dict__"):
         return _joined(kind, map(inner, (type(value), _attributes(value))))
+    if strict and _is_slotted(value):
+        return _joined(kind, map(inner, (type(value), _attributes(value))))
+    # Looked for so that nothing runs: in a module may be anything.
+    if inspect.getattr_static(value, "__wrapped__", None) is not None:
+        kind = _joined(kind, [_content(getattr(value, "__wrapped__", None), seen, strict=False)])
     return _of_kind(kind, _told(value), strict)
 
 
@@ -242,10 +249,10 @@ def _attributes(value: Any) -> dict[str, Any]:
     return held
 
 
-def _is_open(value: Any) -> bool:
-    """Whether Python keeps the attributes of an object; compiled classes keep theirs elsewhere."""
-    slotted = all("__slots__" in vars(c) for c in type(value).__mro__ if c is not object)
-    return slotted or hasattr(value, "__dict__")
+def _is_slotted(value: Any) -> bool:
+    """Whether all that an object holds is in slots; compiled classes keep it elsewhere."""
+    *classes, _ = type(value).__mro__
+    return bool(classes) and all("__slots__" in vars(c) for c in classes)
 
 
 def _told(value: Any) -> str:
