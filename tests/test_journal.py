@@ -1,16 +1,21 @@
 """The journal: nothing finished is evaluated twice, nothing else is taken for a result."""
 
+import _random
+import enum
 import functools
 import importlib
 import os
 import signal
 import sqlite3
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections import namedtuple
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
@@ -198,6 +203,8 @@ def test_names_tell_functions_apart(monkeypatch):
         lambda: closing_over(3.0),
         lambda: closing_over(np.arange(4)),
         lambda: closing_over(Settings(2.0)),
+        lambda: closing_over(statistics.NormalDist(1.0)),
+        lambda: closing_over(statistics.NormalDist(2.0)),
         lambda: functools.partial(measured, scale=3.0),
     ]
     names = [name_of(make()) for make in alike]
@@ -305,6 +312,348 @@ def test_names_tell_what_other_modules_hold_apart(tmp_path, monkeypatch):
     assert name([10] * 4) == names[-1]
 
 
+USED = {
+    "decorated by numpy": "@np.errstate(all='ignore')\ndef fun(x):\n    return x * NUMBER",
+    "decorated by a closure of contextlib": """
+@contextlib.contextmanager
+def used():
+    yield NUMBER
+
+def fun(x):
+    with used() as v:
+        return x * v
+""",
+    "singledispatch": """
+@functools.singledispatch
+def used(x):
+    return x * NUMBER
+
+def fun(x):
+    return used(x)
+""",
+    "registered with singledispatch": """
+@functools.singledispatch
+def used(x):
+    return x
+
+@used.register(float)
+def of_floats(x):
+    return x * NUMBER
+
+def fun(x):
+    return used(x)
+""",
+    "registered with singledispatchmethod": """
+class Used:
+    @functools.singledispatchmethod
+    def of(self, x):
+        return x
+
+    @of.register
+    def of_floats(self, x: float):
+        return x * NUMBER
+
+    del of_floats
+
+used = Used()
+
+def fun(x):
+    return used.of(x)
+""",
+    "derivative": """
+def used(x):
+    return x * NUMBER
+
+fun = jax.grad(used)
+""",
+    "derivative that was set": """
+@jax.custom_jvp
+def used(x):
+    return x
+
+used.defjvps(lambda tangent, _, x: tangent * NUMBER)
+fun = jax.grad(used)
+""",
+    "np.vectorize": "fun = np.vectorize(lambda x: x * NUMBER)",
+    "method of a namedtuple": """
+class Used(typing.NamedTuple):
+    a: float
+
+    def of(self, x):
+        return x * NUMBER
+
+used = Used(1.0)
+
+def fun(x):
+    return used.of(x)
+""",
+    "method of a member of an enumeration": """
+class Used(enum.Enum):
+    A = object()
+
+    def of(self, x):
+        return x * NUMBER
+
+used = Used.A
+
+def fun(x):
+    return used.of(x)
+""",
+    "value of a member of an enumeration": """
+class Used(float, enum.Enum):
+    A = NUMBER
+
+    def __repr__(self):
+        return "A"
+
+used = Used.A
+
+def fun(x):
+    return x * used
+""",
+    "method of an array": """
+class Used(np.ndarray):
+    def of(self, x):
+        return x * NUMBER
+
+used = np.zeros(2).view(Used)
+
+def fun(x):
+    return used.of(x)
+""",
+    "entries of an array": """
+class Used(np.ndarray):
+    pass
+
+used = np.full(2, NUMBER).view(Used)
+
+def fun(x):
+    return used * x
+""",
+    "method of a dict": """
+class Used(dict):
+    def of(self, x):
+        return x * NUMBER
+
+used = Used(a=1)
+
+def fun(x):
+    return used.of(x)
+""",
+    "attribute of a dict": """
+class Used(dict):
+    pass
+
+used = Used(a=1)
+used.factor = NUMBER
+
+def fun(x):
+    return x * used.factor
+""",
+    "entry of a dict": """
+class Used(dict):
+    pass
+
+used = Used(a=NUMBER)
+
+def fun(x):
+    return x * used["a"]
+""",
+    "number that shows nothing": """
+class Used(float):
+    def __repr__(self):
+        return "Used"
+
+used = Used(NUMBER)
+
+def fun(x):
+    return x * used
+""",
+    "slots": """
+class Base:
+    __slots__ = ("__a",)
+
+    def __init__(self, a):
+        self.__a = a
+
+    def of(self, x):
+        return self.__a * x
+
+class Used(Base):
+    __slots__ = "b"
+
+used = Used(NUMBER)
+
+def fun(x):
+    return used.of(x)
+""",
+    "method of an object with slots": """
+class Used:
+    __slots__ = ()
+
+    def of(self, x):
+        return x * NUMBER
+
+used = Used()
+
+def fun(x):
+    return used.of(x)
+""",
+    "more than the fields of a dataclass": """
+@dataclasses.dataclass
+class Used:
+    a: float = 1.0
+
+used = Used()
+used.b = NUMBER
+
+def fun(x):
+    return x * used.b
+""",
+    "object in place of a function": """
+class Used:
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+
+    def __call__(self, x):
+        return self.__wrapped__(x) * NUMBER
+
+@Used
+def fun(x):
+    return x
+""",
+    "object of a package in place of a method": """
+class Around:
+    def __init__(self, function):
+        self.__wrapped__ = function
+
+    def __get__(self, value, kind):
+        return functools.partial(self.__wrapped__, value)
+
+Around.__module__ = "numpy"
+
+class Used:
+    @Around
+    def of(self, x):
+        return x * NUMBER
+
+used = Used()
+
+def fun(x):
+    return used.of(x)
+""",
+    "static method of Python's own name": """
+class Used:
+    __call__ = staticmethod(lambda x: x * NUMBER)
+
+fun = Used()
+""",
+    "partialmethod": """
+class Used:
+    def of(self, a, x):
+        return x * a
+
+    with_a = functools.partialmethod(of, NUMBER)
+
+used = Used()
+
+def fun(x):
+    return used.with_a(x)
+""",
+    "metaclass": """
+class Meta(type):
+    @property
+    def a(cls):
+        return NUMBER
+
+class Used(metaclass=Meta):
+    pass
+
+def fun(x):
+    return x * Used.a
+""",
+    "attribute of a function": "def fun(x):\n    return x * fun.factor\n\nfun.factor = NUMBER",
+    "deque": "used = collections.deque([NUMBER])",
+    "mapping proxy": "used = types.MappingProxyType({0: NUMBER})",
+    "default of a dict": "used = collections.defaultdict(lambda: NUMBER)",
+    "array.array": "used = array.array('d', [NUMBER])",
+    "bytearray": "used = bytearray([int(NUMBER)])",
+    "slice": "used = slice(0, NUMBER)",
+    "pattern": "used = re.compile('a' * 300 + 'NUMBER')",
+    "methodcaller": "used = operator.methodcaller('__mul__', NUMBER)",
+    "array of objects": "used = np.array([NUMBER, 'a'], object)",
+    "masked array": "used = np.ma.masked_array([1, 2], [False, NUMBER > 2.5])",
+    "byte order": "used = np.full(1, 257, '<i2' if NUMBER == 2.0 else '>i2')",
+    "key of JAX": "used = jax.random.key(int(NUMBER))",
+}
+HEAD = """
+import array, collections, contextlib, dataclasses, enum, functools, operator, re, types, typing
+import jax
+import numpy as np
+"""
+
+
+@pytest.mark.parametrize("case", USED)
+def test_names_tell_what_packages_and_builtin_classes_hold_apart(case, tmp_path, monkeypatch):
+    """The user's code counted neither under a decorator of a package nor in such a class."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    source = USED[case] if "fun" in USED[case] else f"{USED[case]}\ndef fun(x):\n    return x, used"
+
+    def name(number):
+        (tmp_path / "of_users.py").write_text(HEAD + source.replace("NUMBER", number))
+        importlib.invalidate_caches()
+        sys.modules.pop("of_users", None)
+        return name_of(importlib.import_module("of_users").fun)
+
+    two, three, again = map(name, ("2.0", "3.0", "2.0"))
+    assert two != three
+    assert two == again
+
+
+def test_names_tell_signatures_apart():
+    """They differ in no instruction."""
+    signatures = ("a, b", "a, *b", "a, /, b", "a, *, b", "a, **b")
+    names = {name_of(eval(f"lambda {signature}: (a, b)")) for signature in signatures}
+    assert len(names) == len(signatures)
+
+
+class Flags(enum.Flag):
+    A = enum.auto()
+    B = enum.auto()
+
+
+@functools.singledispatch
+def dispatched(x):
+    return x
+
+
+@dispatched.register(Sequence)
+def of_sequences(x):
+    return x[0]
+
+
+class Caching:
+    @functools.cached_property
+    def half(self):
+        return 0.5
+
+
+CACHING = Caching()
+
+
+def with_caches(x):
+    return dispatched(x) * CACHING.half, Flags.A
+
+
+def test_names_stay_where_python_remembers_what_was_asked_for():
+    before = name_of(with_caches)
+    with_caches(1.0), with_caches([1.0]), Flags.A | Flags.B
+    Sequence.register(Caching)  # which dispatched takes notice of
+    with_caches((1.0,))
+    assert name_of(with_caches) == before
+
+
 def test_a_name_is_found_at_once_where_functions_refer_to_each_other(monkeypatch):
     """All ways through them were followed: of nine, for seconds, of twelve, for hours."""
     number = range(12)
@@ -317,14 +666,129 @@ def test_a_name_is_found_at_once_where_functions_refer_to_each_other(monkeypatch
     assert before != name_of(space["mutual0"])
 
 
+class Closed(_random.Random):
+    """What it holds is not among its attributes."""
+
+    __slots__ = ()
+
+
 def test_functions_that_cannot_be_told_apart_need_a_name(journal):
     with pytest.raises(ValueError, match=r"object of the class object.*Journal\(path, name="):
         px.host_function(closing_over(object()), journal=journal)
+    with pytest.raises(ValueError, match=r"object of the class Closed: give it a name"):
+        px.host_function(closing_over(Closed()), journal=journal)
+    with pytest.raises(ValueError, match=r"a function of numpy.frompyfunc: give it a name"):
+        px.host_function(np.frompyfunc(lambda x: x, 1, 1), journal=journal)
     px.host_function(closing_over(object()), journal=px.Journal(journal, name="v1")).close()
     with pytest.raises(TypeError, match="journal must be None, a path or"):
         px.host_function(measured, journal=3)
     with pytest.raises(TypeError, match="name must be a string or None, got int"):
         px.Journal(journal, name=1)
+
+
+# --- Arguments
+
+
+@jax.tree_util.register_pytree_node_class
+class Node:
+    """A structure with a number beside what is in its class."""
+
+    def __init__(self, x, beside):
+        self.x, self.beside = x, beside
+
+    def tree_flatten(self):
+        return (self.x,), self.beside
+
+    @classmethod
+    def tree_unflatten(cls, beside, children):
+        return cls(children[0], beside)
+
+
+class Law:
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __repr__(self):
+        return "Law()"
+
+    def __eq__(self, other):
+        return self.rate == other.rate
+
+    def __hash__(self):
+        return hash(self.rate)
+
+
+class Unequal:
+    """Python's own `__repr__` and `__eq__`: of an address."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Measured:
+    x: float
+    law: Law = field(metadata={"static": True})
+
+
+def of_one_name(rate):
+    """A class; all that this makes have one name."""
+
+    @jax.tree_util.register_pytree_node_class
+    class Same(Node):
+        def worth(self):
+            return rate * self.x
+
+    return Same
+
+
+def of_texts(rate):
+    class Text(enum.StrEnum):
+        A = "a"
+
+        def worth(self):
+            return rate
+
+    return Text.A
+
+
+ARGUMENTS = {
+    "static field": lambda rate: Measured(1.0, Law(rate)),
+    "beside arrays, of an address": lambda rate: Node(1.0, Unequal(rate)),
+    "function beside arrays": lambda rate: Node(1.0, lambda x: rate * x),
+    "structure beside arrays": lambda rate: Node(1.0, jax.tree.structure(Node(0, Law(rate)))),
+    "inside others": lambda rate: {"a": [Node((Measured(1.0, Law(rate)), None), "b")]},
+    "namedtuple": lambda rate: namedtuple("Pair", "a b" if rate == 2.0 else "b a")(1.0, 2.0),
+    "classes of one name": lambda rate: of_one_name(rate)(1.0, None),
+    "text": lambda rate: (1.0, of_texts(rate)),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_keys_tell_arguments_apart(case, journal):
+    """Their `repr` was taken: results of others were recalled, or none where it has an address."""
+    file = JournalFile(px.Journal(journal, "fun"), measured)
+
+    def key(rate):
+        leaves, tree = jax.tree.flatten(ARGUMENTS[case](rate))
+        return file.key_prefix(tree, tuple(v if isinstance(v, str) else None for v in leaves))
+
+    two, three, again = map(key, (2.0, 3.0, 2.0))
+    file.close()
+    assert two != three
+    assert two == again
+
+
+def test_results_of_other_arguments_are_not_recalled(journal):
+    like = np.float32(0)
+    with px.host_function(lambda a: a.x * a.law.rate, journal=journal, like=like) as h:
+        found = [float(h(Measured(1.0, Law(rate)))) for rate in (2.0, 3.0, 2.0)]
+        assert found == [2.0, 3.0, 2.0]
+        assert counted(h) == (2, 1)
+    with px.host_function(lambda a: a.x, journal=journal, like=like) as h:
+        with pytest.raises(ValueError, match="hold an object of the class object: pass dicts"):
+            h(Node(1.0, object()))
 
 
 # --- Files

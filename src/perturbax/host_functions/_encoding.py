@@ -1,6 +1,7 @@
 """Results as bytes: arrays, the structure that they are in, and a checksum."""
 
 import hashlib
+import itertools
 import json
 import sqlite3
 import struct
@@ -38,20 +39,23 @@ def leaf_digest(array: np.ndarray) -> bytes:
 
 def skeleton_of(tree: Any) -> Any:
     """A structure as JSON knows it; None for one with nodes of other kinds than Python's own."""
+    leaves = itertools.count()
 
-    def described(node: Any) -> Any:
-        if isinstance(node, int):
-            return node
+    def described(tree: Any) -> Any:
+        node = tree.node_data()
         if node is None:
+            return next(leaves)
+        kind, data = node
+        if kind is type(None):
             return {"none": 0}
-        if type(node) in (list, tuple):
-            return {type(node).__name__: [described(v) for v in node]}
-        if type(node) is dict and all(type(k) is str for k in node):
-            return {"dict": {k: described(v) for k, v in node.items()}}
+        if kind is dict and all(type(k) is str for k in data):
+            return {"dict": dict(zip(data, map(described, tree.children()), strict=True))}
+        if kind in (list, tuple):
+            return {kind.__name__: [*map(described, tree.children())]}
         raise TypeError
 
     try:
-        return described(jax.tree.unflatten(tree, range(tree.num_leaves)))
+        return described(tree)
     except TypeError:
         return None
 

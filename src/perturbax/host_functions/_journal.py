@@ -8,7 +8,6 @@ shape and bytes. A key is a hash of the exact bytes of a point and arguments, an
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import socket
 import sqlite3
@@ -22,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from ._encoding import decode, encode, skeleton_of
-from ._function_names import name_of
+from ._encoding import decode, encode
+from ._function_names import name_of, name_of_arguments
 
 # "pxJ1": says whose database it is.
 _APPLICATION = 0x70784A31
-_VERSION = 1
+_VERSION = 2
 _HEADER = b"SQLite format 3\x00"
 _SCHEMA = """
 CREATE TABLE results (key BLOB PRIMARY KEY, function TEXT NOT NULL, value BLOB NOT NULL);
@@ -85,6 +84,7 @@ class JournalFile:
         """Opens or makes the file; an error if it is damaged, or something else."""
         self.path = Path(journal.path)
         self.name = name_of(fun) if journal.name is None else f"name:{journal.name}"
+        self._kinds: dict[type, bytes] = {}
         self._lock = threading.RLock()
         self._durable: sqlite3.Connection | None = None
         with self._lock, self._explained():
@@ -197,11 +197,10 @@ class JournalFile:
                 self._durable = None
                 self._close()
 
-    def key_prefix(self, tree: Any, fixed: Any) -> bytes:
+    def key_prefix(self, tree: Any, fixed: tuple[Any, ...]) -> bytes:
         """What keys of all points of a call have in common."""
-        skeleton = skeleton_of(tree)
-        structure = str(tree) if skeleton is None else json.dumps(skeleton)
-        return hashlib.sha256(repr((self.name, structure, fixed)).encode()).digest()
+        arguments = name_of_arguments(tree, fixed, self._kinds)
+        return hashlib.sha256(repr((self.name, arguments)).encode()).digest()
 
     def lookup(self, keys: Iterable[bytes]) -> dict[bytes, tuple[list[np.ndarray], Any]]:
         """The results that are there."""
