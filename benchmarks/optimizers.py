@@ -423,14 +423,14 @@ def report():
         lines += [
             f"### {words}",
             "",
-            table(head, cells),
-            "",
             f"Geometric mean of the last column: **{mean_gain(told):.2f}**; `px.minimize` is "
             f"ahead on {ahead} of {len(told)} problems.",
             "",
             "Where a rival is better:",
             "",
             *better_rivals(part),
+            "",
+            table(head, cells),
             "",
         ]
     counts = [len(found) for row in rows for found in row.reached.values()]
