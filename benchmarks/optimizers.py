@@ -312,6 +312,13 @@ SHORT = {
     OURS: "`px.`<br>`minimize`",
 }
 COLOURS = {OURS: "#1f4e8c", "cma": "#b3400e", "nevergrad": "#3a7d44", "evosax SNES": "#8a5aa8"}
+GREYS = {
+    "evosax CMA-ES": ("--", "0.3"),
+    "evosax OpenES": (":", "0.2"),
+    "scipy DE": ("-.", "0.4"),
+    "scipy Nelder-Mead": ((0, (1, 4)), "0.2"),
+    "optax + Adam": ((0, (8, 2, 1, 2, 1, 2)), "0.5"),
+}
 MANY = 40
 
 
@@ -475,7 +482,7 @@ def draw(runs, rows):
     for axis, (title, holds) in zip(axes[0], parts, strict=True):
         mine = [r for r in runs if r["label"] in labels and holds(r["dim"])]
         most = max(r["most"] / math.sqrt(r["dim"]) for r in mine)
-        for i, method in enumerate(METHODS):
+        for method in METHODS:
             of = [r for r in mine if r["method"] == method]
             if not of or method == "px.minimize, Adam":
                 continue
@@ -484,10 +491,9 @@ def draw(runs, rows):
             ]
             grid = np.geomspace(1, most, 400)
             share = np.searchsorted(np.sort(effort), grid, side="right") / len(effort)
-            colour = COLOURS.get(method, str(0.3 + 0.05 * (i % 5)))
-            style = "-" if method in COLOURS else ["--", ":", "-."][i % 3]
+            style, colour = GREYS.get(method) or ("-", COLOURS[method])
             width = 2.4 if method == OURS else 1.2
-            axis.plot(grid, share, style, color=colour, label=method, linewidth=width)
+            axis.plot(grid, share, linestyle=style, color=colour, label=method, linewidth=width)
         axis.set(xscale="log", xlim=(3, most), ylim=(0, 1), title=title)
         axis.set_xlabel("evaluations / √coordinates")
     axes[0, 0].set_ylabel("share of runs and targets reached")
