@@ -908,12 +908,23 @@ def test_an_exception_is_put_off_for_programs_that_may_have_called(monkeypatch, 
     called, another = object(), object()
     programs = [_host_call._Running(hosts) for hosts in ([called], [another], None)]
     monkeypatch.setattr(_host_call, "_running", programs)
-    error = ArithmeticError("my own")
+
+    class NeitherEqualNorNotError(ArithmeticError):
+        """As one that holds an array."""
+
+        def __eq__(self, other):
+            raise ValueError("ambiguous")
+
+        __hash__ = None
+
+    error = NeitherEqualNorNotError("my own")
+    assert _host_call._put_off(NeitherEqualNorNotError(), called)
     assert _host_call._put_off(error, called)
-    assert [one.put_off for one in programs] == [[error], [], [error]]
+    assert [len(one.put_off) for one in programs] == [2, 0, 2]
+    programs[0].put_off.reverse()
     # Around the first, which raises it, the last need not; in another thread it has to.
     assert programs[0].take() is error
-    assert programs[2].put_off == []
+    assert not programs[2].put_off
     programs[2].put_off, programs[2].thread = [error], None
     assert programs[0].take() is programs[2].put_off[0]
     monkeypatch.setattr(_host_call, "_running", programs[1:2])

@@ -672,11 +672,37 @@ class Closed(_random.Random):
     __slots__ = ()
 
 
+class Open(_random.Random):
+    """Nor is what this one holds, though it may have some."""
+
+
+@dataclass
+class Guarded:
+    """A lock, and what was computed before, are beside what tells it from others."""
+
+    factor: float
+
+    def __post_init__(self):
+        self.lock = threading.Lock()
+
+    def fun(self, x):
+        return self.factor * x
+
+
+def test_what_a_dataclass_holds_beside_its_fields_is_no_obstacle():
+    assert name_of(Guarded(1.0).fun) == name_of(Guarded(1.0).fun) != name_of(Guarded(2.0).fun)
+    changed = Guarded(1.0)
+    changed.offset = 3.0
+    assert name_of(changed.fun) != name_of(Guarded(1.0).fun)
+
+
 def test_functions_that_cannot_be_told_apart_need_a_name(journal):
     with pytest.raises(ValueError, match=r"object of the class object.*Journal\(path, name="):
         px.host_function(closing_over(object()), journal=journal)
     with pytest.raises(ValueError, match=r"object of the class Closed: give it a name"):
         px.host_function(closing_over(Closed()), journal=journal)
+    with pytest.raises(ValueError, match=r"object of the class Open: give it a name"):
+        px.host_function(closing_over(Open()), journal=journal)
     with pytest.raises(ValueError, match=r"a function of numpy.frompyfunc: give it a name"):
         px.host_function(np.frompyfunc(lambda x: x, 1, 1), journal=journal)
     px.host_function(closing_over(object()), journal=px.Journal(journal, name="v1")).close()

@@ -71,14 +71,14 @@ class Foreign:
 
     def submit(self, attempt: Attempt) -> None:
         """Submits the call; where workers died before, to an executor made anew."""
+        # In one piece: executors have arguments by name of their own, as Dask's `key`.
+        call = functools.partial(*self._call(), *attempt.args, **attempt.kwargs)
         while True:
             with self._lock:
                 place = min(self._places, key=lambda one: (not one.ready, one.load))
                 place.load += 1
             executor = place.executor
             try:
-                # In one piece: executors have arguments by name of their own, as Dask's `key`.
-                call = functools.partial(*self._call(), *attempt.args, **attempt.kwargs)
                 attempt.place = executor.submit(call)
                 break
             except concurrent.futures.BrokenExecutor as error:

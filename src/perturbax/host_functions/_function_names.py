@@ -17,6 +17,7 @@ import inspect
 import operator
 import os
 import re
+import struct
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -122,11 +123,14 @@ def _content(value: Any, seen: dict[int, tuple[int, Any]], strict: bool = True) 
         certain = strict and not isinstance(value, enum.Enum)
         data = _data(value, seen, certain)
         if data is None:
-            known = hasattr(value, "__dict__") or _is_slotted(value)
-            data = b"" if known else _of_kind(b"", _told(value), strict)
-        return _joined(
-            kind, [inner(type(value)), _content(_attributes(value), seen, certain), data]
-        )
+            data = b"" if _is_open(value) else _of_kind(b"", _told(value), strict)
+        held, beside = _attributes(value), {}
+        if dataclasses.is_dataclass(value):  # locks and caches
+            fields = {field.name for field in dataclasses.fields(value)}
+            beside = {name: held.pop(name) for name in {*held} - fields if "." not in name}
+            beside = dict(sorted(beside.items()))
+        parts = _content(held, seen, certain), _content(beside, seen, strict=False)
+        return _joined(kind, [inner(type(value)), *parts, data])
     if isinstance(value, type):
         name = kind + f"{value.__module__}.{value.__qualname__}".encode()
         if not _is_class_of_user(value):
@@ -226,6 +230,10 @@ def _data(value: Any, seen: dict[int, tuple[int, Any]], strict: bool) -> bytes |
         return _joined(b"", (value.typecode.encode(), value.tobytes()))
     if isinstance(value, bytearray):
         return bytes(value)
+    if isinstance(value, BaseException):
+        return _joined(b"", [inner(value.args)])
+    if isinstance(value, jax.Device | jax.sharding.Mesh):
+        return repr(value).encode()
     if isinstance(value, re.Pattern):
         return _joined(b"", map(inner, (value.pattern, value.flags)))
     if isinstance(value, _REDUCED):
@@ -247,6 +255,18 @@ def _attributes(value: Any) -> dict[str, Any]:
             if isinstance(descriptor, functools.cached_property):  # there once it was asked for
                 held.pop(name, None)
     return held
+
+
+def _is_open(value: Any) -> bool:
+    """Whether attributes and slots are all that an object of a class of the user's holds.
+
+    What it derives from a compiled class makes it larger.
+    """
+    cls = type(value)
+    slots = [v for c in cls.__mro__ if "__slots__" in vars(c) for v in vars(c).values()]
+    count = sum(isinstance(v, types.MemberDescriptorType) for v in slots)
+    most = type("Plain", (), {}).__basicsize__ + struct.calcsize("P") * count
+    return cls.__basicsize__ <= most and (hasattr(value, "__dict__") or _is_slotted(value))
 
 
 def _is_slotted(value: Any) -> bool:

@@ -137,7 +137,10 @@ class JournalFile:
         if found[0] != _APPLICATION:
             raise self._foreign("it is a SQLite database of another program")
         if found[1] != _VERSION:
-            raise self._foreign(f"it has the format {found[1]}, and this release has {_VERSION}")
+            raise ValueError(
+                f"journal: {self.path} is of another release: it has the format {found[1]}, this "
+                f"one {_VERSION}. It was left as it is; give another path"
+            )
         [(verdict,), *_] = database.execute("PRAGMA quick_check(1)").fetchall()
         if verdict != "ok":
             raise sqlite3.DatabaseError(verdict)

@@ -252,9 +252,10 @@ class _Running:
 
     def take(self) -> BaseException:
         """The first exception; programs around this one see it raised, and need not raise it."""
+        own = {id(error) for error in self.put_off}  # what they are equal to is the user's affair
         for one in list(_running):
             if one is not self and one.thread == self.thread:
-                one.put_off = [error for error in one.put_off if error not in self.put_off]
+                one.put_off = [error for error in one.put_off if id(error) not in own]
         return self.put_off[0]
 
 
@@ -296,7 +297,8 @@ def own_exceptions(program: Callable[..., Any]) -> Callable[..., Any]:
 
     Under `jax.jit`, an exception inside a host function ends the program with an error of JAX's
     own, which has the exception and its traceback as text. Around the jitted function, this raises
-    the exception itself. Perturbed functions that are called outside `jit` need no help.
+    the exception itself. Perturbed functions that are called outside `jit` need no help. Where
+    several threads run such programs side by side, on several devices, it may be raised in each.
 
     Args:
       program: a function, jitted or not.
