@@ -838,12 +838,12 @@ def test_a_dask_cluster(tmp_path):
             assert (h.counts.evaluations, h.counts.failures, h.counts.timeouts) == (4, 2, 1)
         # A worker that has ended stands for a cluster without an answer.
         assert_exceptions_that_cannot_be_sent_are_told(client)
-        for end, text in ((sys.exit, r"called sys.exit\(3\)"), (iter, "cannot be pickled")):
-
-            def ends(x, end=end):
-                return end(3) if end is sys.exit else (v for v in x)
-
-            h = px.host_function(ends, like=ONE, executor=client)
+        ends = {
+            r"called sys.exit\(3\)": lambda x: sys.exit(3),
+            "cannot be pickled": lambda x: (v for v in x),
+        }
+        for text, fun in ends.items():
+            h = px.host_function(fun, like=ONE, executor=client)
             with pytest.raises((RuntimeError, TypeError), match=text):
                 h(X)
         assert_arguments_by_name_are_the_functions_own(client)

@@ -47,8 +47,9 @@ class Foreign:
         self._count, self._count_again = 1, 0.0
         self._places = [_Place(executor, ready=True)]
         self._lock = threading.Lock()
-        self._call = functools.cache(functools.partial(_call_of, executor, fun, timeout))
         self._sealed = is_from(executor, "distributed")
+        call = functools.partial(_call_of, executor, fun, timeout, self._sealed)
+        self._call = functools.cache(call)
         self._made: list[Any] = []  # executors, to be shut down
         self._end = weakref.finalize(self, _shut_down, self._made)
 
@@ -92,15 +93,38 @@ class Foreign:
         attempt.place.add_done_callback(functools.partial(self._done, place, attempt))
 
     def _done(self, place: _Place, attempt: Attempt, future: Any) -> None:
+        """Keeps what became of a future."""
         with self._lock:
             place.load -= 1
-        _report(attempt, future, self._sealed)
-        broken = isinstance(attempt.error, concurrent.futures.BrokenExecutor)
-        if broken and place.executor in self._made:
-            # Its exception holds this object, which would never be forgotten, nor end its workers.
-            with self._lock:
-                self._made[:] = [v for v in self._made if v is not place.executor]
-            place.executor.shutdown(wait=False)
+        if attempt.given_up:
+            return
+        if future.cancelled():
+            attempt.error = RuntimeError("the executor withdrew an evaluation")
+            attempt.died = True
+        else:
+            attempt.error = future.exception()
+            if attempt.error is None:
+                attempt.value = future.result()
+                if self._sealed:
+                    attempt.value, attempt.error = _worker.unsealed(attempt.value)
+            broken = isinstance(attempt.error, concurrent.futures.BrokenExecutor)
+            # Dask tells of lost workers by exceptions of its own.
+            attempt.died = broken or is_from(attempt.error, "distributed")
+            if broken:
+                self._forget(place.executor)
+        attempt.ended = True
+        attempt.events.put(attempt)
+
+    def _forget(self, broken: Any) -> None:
+        """Ends what was made here and broke.
+
+        Its exception holds this object, which would never be forgotten, nor end its workers.
+        """
+        with self._lock:
+            if broken not in self._made:
+                return
+            self._made.remove(broken)
+        broken.shutdown(wait=False)
 
     def _renew(self, place: _Place, broken: Any, error: Exception) -> None:
         """Takes what is new in the place of an executor that broke."""
@@ -156,7 +180,9 @@ class Foreign:
             _shut_down(self._made)
 
 
-def _call_of(executor: Any, fun: Callable[..., Any], timeout: float | None) -> tuple[Any, ...]:
+def _call_of(
+    executor: Any, fun: Callable[..., Any], timeout: float | None, sealed: bool
+) -> tuple[Any, ...]:
     """What is submitted, in front of the arguments."""
     here = without_jax(fun)
     if timeout is not None:
@@ -173,7 +199,6 @@ def _call_of(executor: Any, fun: Callable[..., Any], timeout: float | None) -> t
         return (fun,)
     if breaks:
         there = functools.partial(_worker.careful, there)
-    sealed = is_from(executor, "distributed")
     if sealed:
         here, there = (functools.partial(_worker.sealed, one) for one in (here, there))
     shipped = Shipped(here, there)
@@ -190,28 +215,6 @@ def _now_ready(place: _Place, future: Any) -> None:
 def _shut_down(executors: list[Any]) -> None:
     while executors:
         executors.pop().shutdown(wait=False)
-
-
-def _report(
-    attempt: Attempt, future: "concurrent.futures.Future[Any]", sealed: bool = False
-) -> None:
-    """Keeps what became of a future."""
-    if attempt.given_up:
-        return
-    if future.cancelled():
-        attempt.error = RuntimeError("the executor withdrew an evaluation")
-        attempt.died = True
-    else:
-        attempt.error = future.exception()
-        if attempt.error is None:
-            attempt.value = future.result()
-            if sealed:
-                attempt.value, attempt.error = _worker.unsealed(attempt.value)
-        # Dask tells of lost workers by exceptions of its own.
-        broken = isinstance(attempt.error, concurrent.futures.BrokenExecutor)
-        attempt.died = broken or is_from(attempt.error, "distributed")
-    attempt.ended = True
-    attempt.events.put(attempt)
 
 
 def _like(executor: Any) -> Any:

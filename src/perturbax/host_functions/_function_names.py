@@ -127,8 +127,8 @@ def _content(value: Any, seen: dict[int, tuple[int, Any]], strict: bool = True) 
         held, beside = _attributes(value), {}
         if dataclasses.is_dataclass(value):  # locks and caches
             fields = {field.name for field in dataclasses.fields(value)}
-            beside = {name: held.pop(name) for name in {*held} - fields if "." not in name}
-            beside = dict(sorted(beside.items()))
+            others = sorted(name for name in {*held} - fields if "." not in name)
+            beside = {name: held.pop(name) for name in others}
         parts = _content(held, seen, certain), _content(beside, seen, strict=False)
         return _joined(kind, [inner(type(value)), *parts, data])
     if isinstance(value, type):
@@ -181,9 +181,7 @@ def _content(value: Any, seen: dict[int, tuple[int, Any]], strict: bool = True) 
             held += ["jvp", "fwd", "bwd"]
         return _joined(kind + name, map(inner, (getattr(value, v, None) for v in held)))
     plain = isinstance(value, types.SimpleNamespace) or _is_class_of_user(type(value))
-    if plain and hasattr(value, "__dict__"):
-        return _joined(kind, map(inner, (type(value), _attributes(value))))
-    if strict and _is_slotted(value):
+    if (plain and hasattr(value, "__dict__")) or (strict and _is_slotted(value)):
         return _joined(kind, map(inner, (type(value), _attributes(value))))
     # Looked for so that nothing runs: in a module may be anything.
     if inspect.getattr_static(value, "__wrapped__", None) is not None:

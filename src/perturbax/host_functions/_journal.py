@@ -137,9 +137,8 @@ class JournalFile:
         if found[0] != _APPLICATION:
             raise self._foreign("it is a SQLite database of another program")
         if found[1] != _VERSION:
-            raise ValueError(
-                f"journal: {self.path} is of another release: it has the format {found[1]}, this "
-                f"one {_VERSION}. It was left as it is; give another path"
+            raise self._refused(
+                f"is of another release: it has the format {found[1]}, this one {_VERSION}"
             )
         [(verdict,), *_] = database.execute("PRAGMA quick_check(1)").fetchall()
         if verdict != "ok":
@@ -156,10 +155,10 @@ class JournalFile:
         return [name for (name,) in rows]
 
     def _foreign(self, why: str) -> ValueError:
-        return ValueError(
-            f"journal: {self.path} is not a journal of perturbax: {why}. It was left as it is; "
-            "give another path"
-        )
+        return self._refused(f"is not a journal of perturbax: {why}")
+
+    def _refused(self, why: str) -> ValueError:
+        return ValueError(f"journal: {self.path} {why}. It was left as it is; give another path")
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -112,14 +112,8 @@ def _describe(
         raise callback.no_result()
     front = () if size is None else (size,)
     made = [inner_core.ShapedArray((*front, *v.shape), v.dtype) for v in results]
-    axes = frozenset().union(*map(_axes_of, avals))
+    axes = frozenset().union(*map(varying_axes, avals))
     return [_with_axes(v, axes) for v in made] if axes else made
-
-
-def _axes_of(aval: Any) -> frozenset[Any]:
-    """The mesh axes that what an aval describes varies over."""
-    kind = getattr(aval, "manual_axis_type", aval)  # its name since jax 0.10
-    return frozenset(getattr(kind, "varying", None) or getattr(kind, "vma", None) or ())
 
 
 def _with_axes(aval: Any, axes: frozenset[Any]) -> Any:

@@ -47,7 +47,8 @@ def varying(value: Array, axes: frozenset[Any]) -> Array:
 
 def varying_axes(value: Any) -> frozenset[Any]:
     """The mesh axes that an array, or a described one, varies over inside `shard_map`."""
-    kind: Any = value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
+    described = isinstance(value, jax.ShapeDtypeStruct | ShapedArray)
+    kind: Any = value if described else jax.typeof(value)
     kind = getattr(kind, "manual_axis_type", kind)  # its name since jax 0.10
     return frozenset(getattr(kind, "varying", None) or getattr(kind, "vma", None) or ())
 
