@@ -3,7 +3,7 @@
 Eager calls trace the function afresh, so a value that it closes over is never stale, and still meet
 the program compiled for the call before: a trace equal in structure is an equal argument to
 `jax.jit`. Everything that the function closes over, tracers included, becomes an explicit operand;
-so do the floating-point numbers among its operations.
+so do most floating-point numbers among its operations.
 
 JAX's own jaxprs are each equal to itself alone (jax#1221 made them equal for a while).
 """
@@ -11,7 +11,7 @@ JAX's own jaxprs are each equal to itself alone (jax#1221 made them equal for a 
 import enum
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,8 @@ from ._callbacks import along_one_axis, takes_many
 from ._dependence import reached
 from ._host_call import Host, NoResultError, asking, hosts_of
 from ._mesh_axes import without_told_meshes
+
+_COMPARISONS = ("max", "min", "eq", "ne", "ge", "gt", "le", "lt")
 
 
 class TracedFunction:
@@ -110,29 +112,32 @@ def _with_numbers_as_operands(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, list[jax.A
 
     So functions that differ in a number alone, such as a rate that decays from call to call, are
     equal. Numbers inside loops, branches and jitted functions stay where they are. So do exponents,
-    for which XLA has better programs where it knows them: a square root for 0.5.
+    for which XLA has better programs where it knows them: a square root for 0.5. So do zeros that
+    something is compared with, for rectifiers are many and theirs do not change.
     """
 
-    def atoms(eqn: Any) -> Any:
-        return () if eqn.primitive.name == "pow" else eqn.invars
+    def lifted(eqn: Any) -> list[bool]:
+        name = eqn.primitive.name
+        return [
+            _is_number(v) and name != "pow" and not (name in _COMPARISONS and v.val == 0)
+            for v in eqn.invars
+        ]
 
-    literals: list[Any] = [v for eqn in jaxpr.eqns for v in atoms(eqn) if _is_number(v)]
+    literals: list[Any] = [
+        v for eqn in jaxpr.eqns for v, lift in zip(eqn.invars, lifted(eqn), strict=True) if lift
+    ]
     literals += [v for v in jaxpr.outvars if _is_number(v)]
     if not literals:
         return jaxpr, []
     variables = [core.Var(v.aval) for v in literals]
     rest = iter(variables)
 
-    def lift(values: Any) -> list[Any]:
-        return [next(rest) if _is_number(v) else v for v in values]
+    def replaced(values: Any, which: Iterable[bool]) -> list[Any]:
+        return [next(rest) if lift else v for v, lift in zip(values, which, strict=True)]
 
-    eqns = [
-        eqn.replace(invars=lift(eqn.invars)) if any(map(_is_number, atoms(eqn))) else eqn
-        for eqn in jaxpr.eqns
-    ]
-    jaxpr = jaxpr.replace(
-        constvars=[*jaxpr.constvars, *variables], eqns=eqns, outvars=lift(jaxpr.outvars)
-    )
+    eqns = [eqn.replace(invars=replaced(eqn.invars, lifted(eqn))) for eqn in jaxpr.eqns]
+    outvars = replaced(jaxpr.outvars, map(_is_number, jaxpr.outvars))
+    jaxpr = jaxpr.replace(constvars=[*jaxpr.constvars, *variables], eqns=eqns, outvars=outvars)
     # A Python number becomes an array of weak type.
     numbers = [
         np.asarray(v.val).item() if v.aval.weak_type else np.asarray(v.val, v.aval.dtype)
