@@ -1,6 +1,7 @@
 """px.diagnose: it finds what is wrong, finds nothing where nothing is, and keeps to its budget."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 import perturbax as px
 from perturbax.diagnostics import _diagnose, _variance_law
-from perturbax.diagnostics._subject import Subject
+from perturbax.diagnostics._subject import Subject, equal_rows
 
 KEY = jax.random.key(5)
 X = np.float32([-0.1, 0.05, 0.2])
@@ -386,6 +387,28 @@ def test_evaluations_of_a_layer():
     layer = px.make_perturbed_argmax(solver, 64, 0.5, sampler=px.Independent(), degree=0)
     found = px.diagnose(layer, KEY, SCORES)
     assert 3 * 64 < len(calls) <= found.num_evaluations <= 65 + 4 * 64
+
+
+@pytest.mark.parametrize("num_samples", [64, 100])
+def test_each_size_of_runs_of_a_layer_is_of_several(num_samples):
+    """One run of a layer tells no spread: at these numbers it was once divided by zero of them."""
+    layer = px.make_perturbed_max(choice, num_samples=num_samples, sigma=0.1)
+    assert math.isfinite(px.diagnose(layer, KEY, SCORES).gradient_length)
+
+
+def test_arguments_of_layers_by_name():
+    options = {"num_samples": 32, "sigma": 0.5, "sampler": px.Independent(), "degree": 0}
+    loss = px.make_fenchel_young_loss(choice, **options)
+    found = px.diagnose(loss, KEY, SCORES, y_true=Y_TRUE)
+    np.testing.assert_allclose(found.value_at_x, 0.5 - 0.0625, rtol=1e-6)
+    # An argument of the solver, of a layer that is no loss.
+    layer = px.make_perturbed_argmax(lambda scores, y_true: choice(scores - y_true), **options)
+    assert px.diagnose(layer, KEY, SCORES, Y_TRUE).value_at_x.tolist() == [1, 0, 0]
+
+
+def test_a_finite_value_is_not_near_an_infinite_one():
+    values = np.array([[np.inf], [1.0], [np.nan], [-np.inf]])
+    assert equal_rows(values, [np.float32(np.inf)]).tolist() == [True, False, False, False]
 
 
 def test_a_multiplicative_layer_is_sampled_as_it_perturbs():

@@ -405,6 +405,7 @@ def test_jax_inside_is_refused():
         ),
         ({"executor": True}, TypeError, ["executor must be an int, got bool"]),
         ({"timeout": 0.0}, ValueError, ["timeout must be None or a positive number"]),
+        ({"timeout": "5"}, TypeError, ["timeout must be None or a positive number", "'5'"]),
         ({"retries": -1}, ValueError, ["retries must be >= "]),
         ({"on_failure": "drop"}, ValueError, ["on_failure", "'missing'", "'drop'"]),
         ({"on_failure": "missing", "like": 1}, TypeError, ["missing", "NaN", "int64"]),

@@ -94,6 +94,7 @@ LAYERS = [
     "optimizers/_distribution",
     "minimization/_states",
     "minimization/_problem",
+    "minimization/_setup",
     "minimization/_schedules",
     "minimization/_descent",
     "minimization/_surrogate_search",

@@ -68,7 +68,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Checks all that can be checked before a call."""
-        count = _checks.check_count(self.num_samples, "num_samples", _MAX_SAMPLES)
+        remedy = "; average calls with different keys instead"
+        count = _checks.check_count(self.num_samples, "num_samples", _MAX_SAMPLES, remedy=remedy)
         checked: dict[str, Any] = {"num_samples": count}
         checked["sigma"] = _scales.check_sigma(self.sigma)
         _checks.check_noise(self.noise)
@@ -151,23 +152,26 @@ def prepare(
     scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
     key, leaves, scales = replicated(mesh, share_axes(key, leaves, scales))
 
-    def trace_at(merge: Callable[[Any], Any]) -> Any:
+    def trace_at(merge: Callable[[Any], Any]) -> _user_code.Traced:
         with traced_for(mesh):
-            traced, *rest = _user_code.trace_fun(
+            found = _user_code.trace_fun(
                 lambda values: fun(merge(values)), leaves, settings.has_aux
             )
-        return traced if mesh is None else traced.without_told_meshes(), *rest
+        if mesh is None:
+            return found
+        return found._replace(function=found.function.without_told_meshes())
 
-    traced, operands, num_outputs, value_tree, aux_tree = trace_at(merge)
-    own_operands = ()
-    if traced.takes_many:  # callbacks, which see numbers and other leaves of x at each point too
+    traced, own_operands = trace_at(merge), ()
+    # Callbacks of many points see numbers and other leaves of x at each point too.
+    if traced.function.takes_many:
         x = jax.tree.map(lambda v: v if isinstance(v, Array | float) else jnp.asarray(v), x)
-        traced, operands, *_ = trace_at(_checks.perturbed_leaves(x)[2])
-        own_operands = _user_code.leaves_among(operands, x)
+        traced = trace_at(_checks.perturbed_leaves(x)[2])
+        own_operands = _user_code.leaves_among(traced.operands, x)
+    num_outputs = traced.value_tree.num_leaves
     dtype = _checks.noise_dtype(leaves)
     dim = _checks.num_elements(leaves)
     noise, noise_operands = settings.noise, None
-    num_numbers = sum(v.size for v in traced.out_avals[:num_outputs])
+    num_numbers = sum(v.size for v in traced.function.out_avals[:num_outputs])
     choice = _default_rule.choose(
         settings.num_samples, dim, noise, settings.sampler, settings.degree, num_nets, num_numbers
     )
@@ -177,7 +181,7 @@ def prepare(
     # A surrogate serves derivatives alone, and its fit needs the first one of the density.
     fits = settings.use_baseline and getattr(noise, "derivatives", math.inf) >= 1
     plan = Plan(
-        fun=traced,
+        fun=traced.function,
         noise=noise,
         sampler=choice.sampler,
         num_samples=settings.num_samples,
@@ -191,8 +195,8 @@ def prepare(
         own_operands=own_operands,
         mesh=mesh,
     )
-    both = replicated(mesh, Operands(operands, noise_operands))
-    return Call(settings, plan, key, leaves, scales, both, value_tree, aux_tree)
+    both = replicated(mesh, Operands(traced.operands, noise_operands))
+    return Call(settings, plan, key, leaves, scales, both, traced.value_tree, traced.aux_tree)
 
 
 def run(call: Call, program: Callable[..., Any], *static: Any) -> Any:

@@ -48,7 +48,9 @@ def _check_static(value: Any, name: str, kind: str) -> None:
         )
 
 
-def check_count(value: Any, name: str, most: int | None = None, least: int = 1) -> int:
+def check_count(
+    value: Any, name: str, most: int | None = None, least: int = 1, remedy: str = ""
+) -> int:
     """A static integer of at least `least`, and at most `most`."""
     _check_static(value, name, "int")
     if isinstance(value, bool | np.bool_):
@@ -63,9 +65,7 @@ def check_count(value: Any, name: str, most: int | None = None, least: int = 1) 
     if count < least:
         raise ValueError(f"{name} must be >= {least}, got {count}")
     if most is not None and count > most:
-        raise ValueError(
-            f"{name} must be <= {most}, got {count}; average calls with different keys instead"
-        )
+        raise ValueError(f"{name} must be <= {most}, got {count}{remedy}")
     return count
 
 

@@ -17,7 +17,7 @@ from ..sampling._independent import Antithetic, Independent
 from ..sampling._nets import OrthogonalArray, Sobol
 from ..sampling._orthogonal import Orthogonal
 from . import _plots, _variance_law
-from ._subject import Pilot, Subject
+from ._subject import FEW_SPACINGS, PLATEAU, Pilot, Subject
 from ._variance_law import Runs
 from ._words import count_of, numbers_of, one_digit, percent, seconds_of, wrapped
 
@@ -27,12 +27,10 @@ _FURTHER = 4
 _MOST_RUNS = 64
 # With fewer samples for each, other samplers and degrees are not compared.
 _FEWEST = 24
-# From this share of samples on that equal fun(x), it is a plateau.
-_PLATEAU = 0.95
 # Standard errors that the squared length of a gradient must be from zero.
 _SIGNIFICANT = 2.0
-# Spacings of the numbers of x that sigma should be at least, and those of a wide dtype is.
-_FEW_SPACINGS, _MANY_SPACINGS = 8, 1000
+# Spacings of the numbers of x that sigma is at least, where their dtype is wide.
+_MANY_SPACINGS = 1000
 # Ratio of the ends of the suggested range from which on the suggestion is a rough one: 1.69 each
 # way, which is 1.3 in the relative error.
 _SETTLED = 2.86
@@ -288,7 +286,7 @@ def _examine(subject: Subject, wanted: float) -> Diagnosis:
             others = []
         runs += _further_runs(subject, pilot.runs, budget - len(others) * (share + 1), wanted)
         alternatives = list(_alternatives(subject, pilot, runs, others, share))
-    squares, squares_error, _ = _variance_law.signal_of(runs)
+    squares, squares_error = _variance_law.signal_of(runs)
     length = math.sqrt(max(squares, 0.0)) if finite else math.nan
     significant = finite and squares > _SIGNIFICANT * squares_error
     number, ends = _suggestion(subject, runs, wanted, significant)
@@ -353,11 +351,11 @@ def _further_runs(subject: Subject, pilot: Runs, budget: int, wanted: float) -> 
             # What follows another law tells little: rather a single run that follows this one.
             same = (n for n in _POWERS if n > number and subject.law(n) == subject.law(guess))
             larger = next(same, budget)
-            number = larger if larger < budget else number
+            number = larger if larger * subject.least_runs < budget else number
         if number >= subject.least_samples():
             # As many as make a whole block may be a single group, whose spread tells nothing.
             number = next(n for n in _POWERS if n >= number and subject.choose(n).num_groups > 1)
-        count = max(min(share // (number + 1), _MOST_RUNS), 1)
+        count = max(min(share // (number + 1), _MOST_RUNS), subject.least_runs)
         if number < subject.least_samples() or count * (number + 1) > budget:
             break
         found.append(subject.runs(number, count))
@@ -376,7 +374,7 @@ def _nearest_power(number: int) -> int:
 
 def _enough(subject: Subject, runs: list[Runs], wanted: float) -> tuple[int | None, float]:
     """How many samples give the relative error wanted, and the error of the number's logarithm."""
-    squares, error, _ = _variance_law.signal_of(runs)
+    squares, error = _variance_law.signal_of(runs)
     target = wanted**2 * max(squares, error)
     return _variance_law.smallest(runs, subject.law, subject.least_samples(), target)
 
@@ -396,7 +394,7 @@ def _suggestion(
     subject: Subject, runs: list[Runs], wanted: float, significant: bool
 ) -> tuple[int | None, tuple[float, float]]:
     """The number of samples, and a 90 % interval; its lower end alone where there is no signal."""
-    squares, error, _ = _variance_law.signal_of(runs)
+    squares, error = _variance_law.signal_of(runs)
     if not math.isfinite(squares) or not runs[0].variance:
         return None, (math.nan, math.nan)
     if not significant:
@@ -473,7 +471,7 @@ def _error_of_root(squares: float, error: float) -> float:
 def _problems(subject: Subject, found: Diagnosis, finite: bool, significant: bool) -> Iterator[str]:
     lost = False
     for name, dtype, ratio in subject.spacings():
-        if ratio < _FEW_SPACINGS:
+        if ratio < FEW_SPACINGS:
             lost = True
             yield (
                 f"sigma is lost in rounding: at leaf {name!r}, of {dtype}, it is only {ratio:.2g} "
@@ -499,17 +497,15 @@ def _problems(subject: Subject, found: Diagnosis, finite: bool, significant: boo
             "all samples are finite, but the estimate is not: their sum, or their spread, leaves "
             "the range of the dtype. Divide fun by a constant, or compute in float64."
         )
-    if failed or not finite:
-        return
-    if lost:
-        return  # and that is why
+    if failed or not finite or lost:
+        return  # what follows has this cause
     if _loses_digits(found):
         yield (
             "the values differ in their last digits alone, so that rounding is part of every "
             "difference. Subtract from fun the constant that all values share, before it is "
             "rounded, or compute in float64."
         )
-    elif found.share_equal > _PLATEAU:
+    elif found.share_equal > PLATEAU:
         few = "the gradient comes from the few others"
         whence = "no gradient is seen" if found.share_equal == 1 else few
         yield (
@@ -530,7 +526,7 @@ def _problems(subject: Subject, found: Diagnosis, finite: bool, significant: boo
 
 def _notes(subject: Subject, found: Diagnosis) -> Iterator[str]:
     for name, dtype, ratio in subject.spacings():
-        if _FEW_SPACINGS <= ratio and (ratio < _MANY_SPACINGS or jnp.finfo(dtype).bits < 32):
+        if FEW_SPACINGS <= ratio and (ratio < _MANY_SPACINGS or jnp.finfo(dtype).bits < 32):
             yield (
                 f"leaf {name!r} is {dtype}: fun sees inputs rounded to 1/{ratio:.0f} of sigma. "
                 f"{_wider(dtype)}"

@@ -12,7 +12,6 @@ from jax import Array
 from .. import _checks
 from .._perturb import PerturbedFun, kind_of_fun
 from ..scale import _scales
-from ..scale._matrices import is_matrix, row_lengths
 from ..tracing._host_call import own_exceptions
 from . import _plots
 from ._standard_errors import estimate
@@ -169,11 +168,8 @@ def _check_reach(reach: Any) -> float:
 def _reach(g: PerturbedFun, x: Any, leaves: Any, names: Any, moved: list[Array]) -> float:
     """The t that moves the coordinate that moves most, in sigma, by four of them."""
     scales = _scales.scale_leaves(g.settings.sigma, x, leaves, names)
-    scales = scales * (len(leaves) if len(scales) == 1 else 1)
     largest = 0.0
-    for d, leaf, scale in zip(moved, leaves, scales, strict=True):
-        sigma = np.asarray(scale, np.float64)
-        if is_matrix(scale, leaf):
-            sigma = row_lengths(sigma.reshape(leaf.size, leaf.size)).reshape(leaf.shape)
+    for d, leaf, scale in zip(moved, leaves, _scales.one_each(scales, leaves), strict=True):
+        sigma = _scales.of_coordinates(scale, leaf)
         largest = max(largest, float(np.max(np.abs(d) / sigma, initial=0.0)))
     return _REACH / largest if largest else math.inf

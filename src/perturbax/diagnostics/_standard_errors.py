@@ -72,14 +72,7 @@ def _first_rows(rows: list[list[str]]) -> list[str]:
     ]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=(
-        *("value", "value_error", "gradient", "gradient_error", "aux"),
-        *("missing", "empty_groups"),
-    ),
-    meta_fields=("degrees_of_freedom",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Estimates of a perturbed function and its gradient, with a standard error for each number.
@@ -104,7 +97,7 @@ class Estimate:
     gradient: Any
     gradient_error: Any
     aux: Any
-    degrees_of_freedom: int
+    degrees_of_freedom: int = dataclasses.field(metadata={"static": True})
     missing: Array | None = None
     empty_groups: Array | None = None
 

@@ -4,7 +4,6 @@ The one place of `diagnose` that looks at what a perturbed function was made of.
 """
 
 import dataclasses
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,18 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
 from .. import _checks
 from .._call import Settings
-from .._describe import Made
+from .._describe import Made, leading
 from .._perturb import PerturbedFun, kind_of_fun
 from ..estimator._default_rule import Choice, choose_sampler
 from ..estimator._surrogate import num_features
 from ..sampling._independent import Independent
 from ..sampling._nets import OrthogonalArray, Sobol
 from ..scale import _scales
-from ..scale._matrices import is_matrix
 from . import _variance_law
 from ._standard_errors import estimates_by_degree
 from ._variance_law import Law, Runs
@@ -37,6 +34,10 @@ LEAST_SAMPLES = 16
 # Samples for each coefficient of a fit that is tried for comparison, by degree. With fewer, eight
 # nets of the pilot tell a fit more than two nets of as many samples would.
 _PER_COEFFICIENT = {0: 0, 1: 20, 2: 10}
+# From this share of samples on that equal fun(x), it is a plateau.
+PLATEAU = 0.95
+# Spacings of the numbers of x that sigma should be at least.
+FEW_SPACINGS = 8
 # Up to this many numbers, the whole Jacobian is looked at; beyond, that of a random combination.
 WHOLE = 2**16
 
@@ -87,7 +88,7 @@ class Subject:
                 f"least {LEAST_SAMPLES}: diagnose the same function with num_samples=1000, for "
                 "example"
             )
-        if isinstance(key, Tracer) or _checks.is_traced((x, args, kwargs, settings.sigma)):
+        if _checks.is_traced((key, x, args, kwargs, settings.sigma)):
             raise TypeError("diagnose needs known numbers, got traced ones; call it outside jit")
         self.settings = settings
         self._key = _checks.check_key(key, x, "diagnose(g, key, x)")
@@ -109,7 +110,11 @@ class Subject:
         # What the samples of the pilot are values of, and where.
         sampled, self._sampled_at, self._sampled_settings = fun, self._merge, settings
         if self._made is not None:
-            args = args[1:] if "y_true" in inspect.signature(g).parameters else args
+            if self.maker == "make_fenchel_young_loss":
+                kwargs = dict(kwargs)
+                self._y_true, *rest = leading(("y_true",), args, kwargs)
+                args = tuple(rest)
+            self._rest = args, kwargs
             sampled, self._sampled_at, sigma = self._solver()
             self._sampled_settings = dataclasses.replace(settings, sigma=sigma)
 
@@ -126,7 +131,7 @@ class Subject:
         if self._made.arguments["multiplicative"]:
             # theta exp(sigma Z - sigma^2 / 2), a function of Z
             scales = _scales.scale_leaves(sigma, self._x, self.leaves, self.names)
-            scales = scales * (len(self.leaves) if len(scales) == 1 else 1)
+            scales = _scales.one_each(scales, self.leaves)
 
             def solve_at(z: Any, *args: Any, **kwargs: Any) -> Any:
                 theta = [
@@ -162,6 +167,11 @@ class Subject:
             return f"the sum of {self._signs.size:,} numbers with random signs"
         return "the value" if self._num_outputs == 1 else f"all {self._num_outputs:,} numbers"
 
+    @property
+    def least_runs(self) -> int:
+        """How many of a size tell their spread: of a layer, whose runs tell nothing alone, two."""
+        return 1 if self._made is None else 2
+
     def value_at_x(self) -> Any:
         """fun(x), by one evaluation; decides whether outputs are combined from now on.
 
@@ -183,36 +193,28 @@ class Subject:
     def _value_of(self, y: Any) -> Any:
         """The value of a layer that has the solution y."""
         assert self._made is not None
-        arguments, theta, rest = self._made.arguments, self._x, self._args
-        if "symmetrize" in arguments and "objective" not in arguments:
+        arguments, theta, (rest, kwargs) = self._made.arguments, self._x, self._rest
+        if self.maker == "make_perturbed_argmax":
             return y
 
-        def objective(y: Any, *rest: Any) -> Any:
+        def objective(y: Any) -> Any:
             if arguments["objective"] is not None:
-                return arguments["objective"](theta, y, *rest, **self._kwargs)
+                return arguments["objective"](theta, y, *rest, **kwargs)
             return jnp.sum(_joined(jax.tree.map(jnp.multiply, theta, y)))
 
-        if "y_true" not in inspect.signature(self._made.function).parameters:
-            return objective(y, *rest)
-        y_true, *rest = rest
-        loss = objective(y, *rest) - objective(y_true, *rest)
+        if self.maker == "make_perturbed_max":
+            return objective(y)
+        loss = objective(y) - objective(self._y_true)
         return loss if arguments["maximize"] else -loss
 
     def spacings(self) -> list[tuple[str, np.dtype, float]]:
         """Of each leaf, its name, its dtype and the least sigma in spacings of numbers near x."""
         scales = _scales.scale_leaves(self.settings.sigma, self._x, self.leaves, self.names)
-        scales = scales * (len(self.leaves) if len(scales) == 1 else 1)
-        found = []
-        for name, leaf, scale in zip(self.names, self.leaves, scales, strict=True):
-            values, sigma = np.asarray(leaf), np.asarray(scale, np.float64)
-            if is_matrix(scale, leaf):
-                square = sigma.reshape(leaf.size, leaf.size)
-                sigma = np.linalg.norm(square, axis=1).reshape(leaf.shape)
-            with np.errstate(all="ignore"):
-                spacing = np.spacing(np.abs(values)).astype(np.float64)
-                ratios = np.where(np.isfinite(spacing), sigma / spacing, np.inf)
-            found.append((name, leaf.dtype, float(np.min(ratios, initial=np.inf))))
-        return found
+        scales = _scales.one_each(scales, self.leaves)
+        return [
+            (name, leaf.dtype, _scales.spacings(scale, leaf))
+            for name, leaf, scale in zip(self.names, self.leaves, scales, strict=True)
+        ]
 
     def least_samples(self) -> int:
         """The least power of two that makes two groups."""
@@ -430,7 +432,9 @@ def equal_rows(values: np.ndarray, value_at_x: Any) -> np.ndarray:
         slack = 8 * float(jnp.finfo(leaf.dtype).eps) if inexact else 0.0
         at_x = np.ravel(leaf).astype(values.dtype)
         with np.errstate(invalid="ignore"):
-            close = np.abs(rows - at_x) <= slack * np.abs(at_x)
+            # Near an infinite value there is no other.
+            reach = slack * np.where(np.isfinite(at_x), np.abs(at_x), 0)
+            close = np.abs(rows - at_x) <= reach
         same &= (close | (rows == at_x)).all(axis=1)
     return same
 

@@ -18,14 +18,12 @@ from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
 from . import _plots
 from ._standard_errors import estimate
-from ._words import columns_of, count_of, one_digit, percent, wrapped
+from ._subject import FEW_SPACINGS, PLATEAU, equal_rows
+from ._variance_law import squared_length
+from ._words import columns_of, count_of, one_digit, percent, wide, wrapped
 
 # The least and the largest scale that are tried where none are given, over the size of x.
 _FACTORS = (1e-3, 3.0)
-# Spacings of the numbers of x that a scale should be at least.
-_FEW_SPACINGS = 8
-# From this share of samples on that have the value at x, it is a plateau.
-_PLATEAU = 0.95
 # What the error of a gradient may be of its length, in what is suggested.
 _MOST_ERROR = 0.5
 # Cosine between the gradients of neighbours that is needed in what is suggested.
@@ -187,9 +185,6 @@ def sweep_sigma(
             f"fun must return one real number, got arrays of the shapes {shapes}: sweep the loss "
             "that they are used in"
         )
-    dtype = np.dtype(np.int8) if hard[0].dtype == bool else hard[0].dtype
-    at_x = hard[0].astype(dtype).ravel()[0]
-    slack = 8 * float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0
     freedom = 0
 
     def one(arguments: tuple[Array, Array], leaves: list[Array]) -> Any:
@@ -213,10 +208,7 @@ def sweep_sigma(
             jnp.concatenate([jnp.ravel(v) for v in jax.tree.leaves(tree)])
             for tree in (found.gradient, found.gradient_error)
         ]
-        values = found.aux.astype(dtype)
-        close = jnp.abs(values - at_x) <= slack * abs(at_x)
-        failed = ~jnp.isfinite(values.astype(jnp.float32))
-        return found.value, found.value_error, *gradients, jnp.mean(close), jnp.mean(failed)
+        return found.value, found.value_error, *gradients, found.aux
 
     @jax.jit
     def all_of(keys: Array, scales: Array, leaves: list[Array]) -> Any:
@@ -224,11 +216,11 @@ def sweep_sigma(
 
     keys = jax.random.split(key, len(scales))
     found = all_of(keys, jnp.asarray(scales, _checks.noise_dtype(leaves)), leaves)
-    values, value_errors, gradients, errors, equal, failed = (
-        np.asarray(v).astype(np.float64) for v in found
-    )
+    values, value_errors, gradients, errors, samples = map(wide, found)
+    equal = np.array([equal_rows(row[:, None], hard).mean() for row in samples])
+    failed = np.mean(~np.isfinite(samples), axis=1)
     with np.errstate(all="ignore"):
-        squares, square_errors = _squares(gradients, errors**2)
+        squares, square_errors = squared_length(gradients, errors**2)
         lengths = np.sqrt(np.maximum(squares, 0))
         roots = np.sqrt(np.maximum(squares, square_errors))
         length_errors = np.where(roots > 0, square_errors / (2 * roots), 0.0)
@@ -246,7 +238,7 @@ def sweep_sigma(
     return SigmaSweep(
         sigmas=scales,
         num_samples=num_samples,
-        hard_value=float(at_x),
+        hard_value=float(hard[0].ravel()[0]),
         values=values,
         value_errors=value_errors,
         lengths=lengths,
@@ -287,7 +279,7 @@ def _grid(leaves: list[Array]) -> np.ndarray:
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     grid = np.array([digit * 10.0**k for k in exponents for digit in (1, 2, 5)])
     grid = grid[(grid >= 0.99 * low) & (grid <= 1.01 * high)]
-    wide = grid[grid >= 2 * _FEW_SPACINGS * _largest_spacing(leaves)]
+    wide = grid[grid >= 2 * FEW_SPACINGS * _largest_spacing(leaves)]
     return wide if len(wide) > 1 else grid[-2:]
 
 
@@ -300,14 +292,6 @@ def _largest_spacing(leaves: list[Array]) -> float:
         if values.size:
             largest = max(largest, float(np.spacing(values.max())))
     return max(largest, 1e-200)  # at 0 numbers lie so close that ratios to them would overflow
-
-
-def _squares(gradients: np.ndarray, variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Squared lengths without the share of the noise, and their errors."""
-    lengths = gradients**2
-    along = np.maximum(lengths - variances, 0) * variances
-    errors = np.sqrt(np.sum(4 * along + 2 * variances**2, axis=1))
-    return np.sum(lengths - variances, axis=1), errors
 
 
 def _cosines(
@@ -331,9 +315,9 @@ def _why_not(seen: bool, relative: float, equal: float, failed: float, spacings:
     """Why a sigma is not worth using; empty if it is."""
     if failed:
         return f"{percent(failed)} of the samples are NaN or infinite"
-    if spacings < _FEW_SPACINGS:
+    if spacings < FEW_SPACINGS:
         return "sigma is lost in the rounding of x"
-    if equal > _PLATEAU:
+    if equal > PLATEAU:
         return f"{percent(equal)} of the samples have the value at x"
     if not seen:
         if relative <= _MOST_ERROR:

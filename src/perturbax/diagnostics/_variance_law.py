@@ -9,7 +9,7 @@ near to what it usually is, as far as the runs do not tell.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -102,12 +102,19 @@ def pooled(
     return Runs(num_samples, count, mean, squares / total, total, law)
 
 
-def signal_of(runs: Sequence[Runs]) -> tuple[float, float, np.ndarray]:
-    """The squared length of the gradient, free of the noise's share, its error, and the gradient.
+def squared_length(gradient: np.ndarray, variances: np.ndarray) -> tuple[Any, Any]:
+    """The squared length along the last axis, free of the noise's share, and its error.
 
     E |g_hat|^2 = |g|^2 + V, so V is taken off; and Var |g_hat|^2 = 4 g' C g + 2 tr C^2 for a
     Gaussian error with the covariance C, which is taken to be diagonal.
     """
+    squares = np.abs(gradient) ** 2 - variances
+    along = np.maximum(squares, 0) * variances
+    return squares.sum(-1), np.sqrt(np.sum(4 * along + 2 * variances**2, axis=-1))
+
+
+def signal_of(runs: Sequence[Runs]) -> tuple[float, float]:
+    """`squared_length` of what all runs say of the gradient together."""
     # In proportion to precision, as far as it is known.
     weights = [
         one.num_runs / max(one.variance, 1e-300) * one.freedom / (one.freedom + 10) for one in runs
@@ -115,10 +122,8 @@ def signal_of(runs: Sequence[Runs]) -> tuple[float, float, np.ndarray]:
     weights = np.array(weights) / sum(weights)
     gradient = sum(w * one.gradient for w, one in zip(weights, runs, strict=True))
     errors = sum(w**2 * one.variances / one.num_runs for w, one in zip(weights, runs, strict=True))
-    lengths = np.abs(gradient) ** 2
-    squares = float(np.sum(lengths - errors))
-    along = np.maximum(lengths - errors, 0) * errors
-    return squares, math.sqrt(float(np.sum(4 * along + 2 * errors**2))), np.asarray(gradient)
+    squares, error = squared_length(np.asarray(gradient), np.asarray(errors))
+    return float(squares), float(error)
 
 
 def predict(runs: Sequence[Runs], law: Law, num_samples: np.ndarray) -> np.ndarray:

@@ -247,9 +247,13 @@ def _sampler(
 def _takes_blocks(num_samples: int, dim: int, noise: NoiseDistribution) -> bool:
     """Whether there are as many samples as for blocks, and the tails allow it."""
     fewest, most = RULE.block_coordinates
-    enough = any(few * dim <= num_samples for few, up_to in RULE.parts if dim <= up_to)
-    several = enough and num_samples <= RULE.pairs[1] * dim
+    several = _part(dim) * dim <= num_samples <= RULE.pairs[1] * dim
     return several and fewest <= dim <= most and _has_moments(noise)
+
+
+def _part(dim: int) -> float:
+    """Samples for each coordinate from which a block of orthogonal directions pays."""
+    return min((few for few, up_to in RULE.parts if dim <= up_to), default=math.inf)
 
 
 def _blocks(num_samples: int, dim: int, num_nets: int) -> tuple[Sampler, str]:
@@ -258,7 +262,7 @@ def _blocks(num_samples: int, dim: int, num_nets: int) -> tuple[Sampler, str]:
     For standard errors there are more.
     """
     if num_samples < RULE.pairs[0] * dim:
-        why = f"there are {RULE.parts[0][0]} to {RULE.pairs[0]} samples for each coordinate"
+        why = f"there are {_part(dim)} to {RULE.pairs[0]} samples for each coordinate"
         others = min(2 * math.isqrt(num_samples), num_samples // 3)
         most = -(-num_samples // num_nets) if num_nets > RULE.nets else num_samples - others
         return Orthogonal(min(most, dim)), f"Orthogonal directions, because {why}."

@@ -216,7 +216,7 @@ def _jacobian_of_baselines(
         z = draw_noise(plan, key, operands, chunk)
         f = evaluate_at(plan, operands, point, z)[0]
         if first_tells:
-            centre = jnp.where(jnp.isnan(centre), centre_of(f[0])[0], centre)
+            centre = jnp.where(jnp.isnan(centre), centre_of(f[0]), centre)
         f = f - centre[None]
         slopes = [v.astype(f.dtype) for v in grads_of_log_density(wanted, noise, z, r)]
         if plan.degree is None:

@@ -295,10 +295,10 @@ def baselines(
     point: Point,
     f: Array,
     sizes: Array,
-    present: Array | None = None,
+    present: Array | None,
 ) -> Array:
     """b: for each group, the mean of f over the other groups and of f0, if used, (groups, M)."""
-    centre, counted = at_x(plan, operands, point) if plan.evaluates_at_x else centre_of(f[0])
+    centre, counted = at_x(plan, operands, point) if plan.evaluates_at_x else (centre_of(f[0]), 0)
     sums = jnp.sum(in_groups(plan, kept(f - centre[None], present)), axis=1)
     others = jnp.sum(sums, axis=0)[None] - sums
     count = (jnp.sum(sizes) - sizes + counted)[:, None]
@@ -330,13 +330,13 @@ def at_x(plan: Plan, operands: Operands, point: Point) -> tuple[Array, Array]:
     derivative in what fun closes over may not exist where those of the samples do.
     """
     f0 = evaluate_at(plan, operands, point, jnp.zeros((1, plan.dim), plan.dtype))[0][0]
-    return centre_of(f0)[0], jnp.all(jnp.isfinite(f0)).astype(np.int32)
+    return centre_of(f0), jnp.all(jnp.isfinite(f0)).astype(np.int32)
 
 
-def centre_of(one: Array) -> tuple[Array, int]:
+def centre_of(one: Array) -> Array:
     """What to subtract from values before summing them, for digits; it does not count as one."""
     one = lax.stop_gradient(one)
-    return where(jnp.isfinite(one), one, 0), 0
+    return where(jnp.isfinite(one), one, 0)
 
 
 def share_of_one(count: Any) -> Array:

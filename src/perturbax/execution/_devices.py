@@ -87,10 +87,10 @@ def shared_out(
     steps, own = int(np.diff(bounds).max()), slots // mesh.size
     head = (jnp.uint32(0), jax.tree.map(lambda v: v[0], xs), *carried)
     functions = [whole] if last is None else [whole, last]
-    closed = [_closed(fun, *head) for fun in functions]
+    closed = [jax.make_jaxpr(fun, return_shape=True)(*head) for fun in functions]
     shapes = closed[0][1]
-    branches = [_filled(jaxpr, tree, shapes) for jaxpr, tree in closed]
     constants, places = _distinct([jaxpr.consts for jaxpr, _ in closed])
+    branches = [_filled(*one, shapes, at) for one, at in zip(closed, places, strict=True)]
 
     def nothing(constants: Any, chunk: Array, part: Any, *carried: Array) -> Any:
         return *_zeros(shapes[:2]), *carried
@@ -100,14 +100,10 @@ def shared_out(
         kind = (chunk < end).astype(jnp.int32)
         if last is not None:
             kind *= jnp.where(chunk == chunks - 1, 2, 1)
-        calls = [
-            functools.partial(_with, branch, place)
-            for branch, place in zip(branches, places, strict=True)
-        ]
         # The barrier keeps XLA from merging what is done with what is around it, which rounds in
         # another way when there are other loops around it.
         kind = lax.optimization_barrier(kind)
-        return lax.switch(kind, [nothing, *calls], constants, chunk, part, *carried)
+        return lax.switch(kind, [nothing, *branches], constants, chunk, part, *carried)
 
     if not any(jaxpr.effects for jaxpr, _ in closed):
         # Without this, reverse mode would keep the noise of all chunks; it is drawn again instead.
@@ -185,16 +181,14 @@ def _merged(mesh: Mesh, state: Any, merge: Callable[[Any, Any], Any]) -> Any:
 # --- What functions close over, as arguments
 
 
-def _closed(fun: Callable[..., Any], *args: Any) -> Any:
-    """The operations of fun(*args) with the arrays that it closes over, and its results' shapes."""
-    return jax.make_jaxpr(fun, return_shape=True)(*args)
+def _filled(closed: Any, tree: Any, shapes: Any, places: Sequence[int]) -> Callable[..., Any]:
+    """The operations as a function of all constants, of which `places` are theirs, and arguments.
 
-
-def _filled(closed: Any, tree: Any, shapes: Any) -> Callable[..., Any]:
-    """The operations as a function of constants and arguments, whose rows are as many as asked."""
+    Rows are as many as asked.
+    """
 
     def call(constants: Sequence[Any], *args: Any) -> Any:
-        flat = eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(args))
+        flat = eval_jaxpr(closed.jaxpr, [constants[i] for i in places], *jax.tree.leaves(args))
         sums, rows, *carried = jax.tree.unflatten(jax.tree.structure(tree), flat)
 
         def fill(v: Array, like: Any) -> Array:
@@ -214,12 +208,6 @@ def _distinct(lists: Sequence[Sequence[Any]]) -> tuple[list[Any], list[list[int]
             places.setdefault(id(value), len(places))
     values = {places[id(v)]: v for one in lists for v in one}
     return [values[i] for i in range(len(values))], [[places[id(v)] for v in one] for one in lists]
-
-
-def _with(
-    branch: Callable[..., Any], places: Sequence[int], constants: Sequence[Any], *args: Any
-) -> Any:
-    return branch([constants[i] for i in places], *args)
 
 
 def _zeros(shapes: Any) -> Any:

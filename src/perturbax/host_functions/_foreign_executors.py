@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from .._checks import package_of
 from ..tracing._host_call import without_jax
 from . import _worker
 from ._attempts import MOST_LEFT_BEHIND, START, Attempt
@@ -21,7 +22,7 @@ _MOST_IN_A_PROCESS = 16
 
 def is_from(value: Any, package: str) -> bool:
     """Whether a value is of a class of the package."""
-    return type(value).__module__.split(".")[0] == package
+    return package_of(type(value)) == package
 
 
 class _Place:

@@ -97,7 +97,8 @@ def host_function(
     if timeout is not None:
         number = isinstance(timeout, int | float | np.number) and not isinstance(timeout, bool)
         if not number or not 0 < timeout < math.inf:
-            raise ValueError(f"timeout must be None or a positive number, got {timeout!r}")
+            kind = ValueError if number else TypeError
+            raise kind(f"timeout must be None or a positive number, got {timeout!r}")
         timeout = float(timeout)
     retries = check_count(retries, "retries", least=0)
     if isinstance(on_failure, str) and on_failure not in ("raise", "missing"):

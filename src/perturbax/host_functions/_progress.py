@@ -46,9 +46,7 @@ class Bar:
         if self._bar is None:
             if time.monotonic() - self._since < _PATIENCE:
                 return
-            self._bar = _tqdm()(
-                total=self._total, desc=self._name, unit="point", leave=False, initial=0
-            )
+            self._bar = _tqdm()(total=self._total, desc=self._name, unit="point", leave=False)
             self._bar.start_t -= time.monotonic() - self._since  # for the time that is left
         self._bar.set_postfix(failures=counts.failures, retries=counts.retries, refresh=False)
         self._bar.update(done - self._bar.n)

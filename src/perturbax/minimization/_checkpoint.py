@@ -17,8 +17,8 @@ from jax import Array
 
 from ._problem import Problem
 from ._result import MinimizeHistory
-from ._run import Setup, begin, empty_history, joined, own_settings, step
-from ._schedules import ADAPTED
+from ._run import begin, empty_history, joined, own_settings, step
+from ._setup import ADAPTED, Setup
 from ._states import Operands, Run
 
 _FORMAT = "perturbax minimize 1"
@@ -34,7 +34,7 @@ class Checkpoint:
         """Takes the run's fingerprint."""
         if not path.parent.is_dir():
             raise ValueError(f"checkpoint's folder {os.fspath(path.parent)!r} does not exist")
-        self._path, self._settings = path, setup
+        self._path, self._setup = path, setup
         self._impl = jax.random.key_impl(key)
         self._last = time.monotonic()
         run = jax.eval_shape(lambda: begin(setup, operands, key, problem.start))
@@ -43,32 +43,31 @@ class Checkpoint:
             run
         )
         traced = setup.objective.traced
-        self._prints = _fingerprint(
-            {
-                "x0": problem.start,
-                "key": jax.random.key_data(key),
-                "fun or its data": (
-                    str(traced.jaxpr),
-                    [host.identity() for host in traced.hosts],
-                    problem.operands,
-                ),
-                "bounds": (problem.scale, problem.widest),
-                "sigma or tol": (operands.sigma, operands.tol, setup.sigma == ADAPTED),
-                "optimizer, sigma or noise": (str(stepped), stepped.consts),
-                "num_samples": (setup.num_samples, setup.grows),
-            }
-        )
+        known_by = {
+            "x0": problem.start,
+            "key": jax.random.key_data(key),
+            "fun or its data": (
+                str(traced.jaxpr),
+                [host.identity() for host in traced.hosts],
+                problem.operands,
+            ),
+            "bounds": (problem.scale, problem.widest),
+            "sigma or tol": (operands.sigma, operands.tol, setup.sigma == ADAPTED),
+            "optimizer, sigma or noise": (str(stepped), stepped.consts),
+            "num_samples": (setup.num_samples, setup.grows),
+        }
+        self._prints = {name: _digest(value) for name, value in known_by.items()}
 
     def load(self) -> tuple[Setup, Run | None, list[MinimizeHistory]]:
         """The run as it was kept, or as it was given where nothing was."""
-        rows = empty_history(self._settings.objective)
+        rows = empty_history(self._setup.objective)
         found = _load(self._path, self._prints, {"run": self._like, "rows": rows, "doublings": 0})
         if found is None:
-            return self._settings, None, []
+            return self._setup, None, []
         run = found["run"]
         key = jax.random.wrap_key_data(jnp.asarray(run.key), impl=self._impl)
         run = jax.tree.map(jnp.asarray, run._replace(key=key))
-        setup = self._settings._replace(doublings=int(found["doublings"]))
+        setup = self._setup._replace(doublings=int(found["doublings"]))
         return setup, run, [found["rows"]] if int(run.steps) else []
 
     def save_now_and_then(self, setup: Setup, run: Run, told: list[MinimizeHistory]) -> None:
@@ -78,15 +77,10 @@ class Checkpoint:
 
     def save(self, setup: Setup, run: Run, told: list[MinimizeHistory]) -> None:
         """Saves the run."""
-        rows = joined(self._settings.objective, told)
+        rows = joined(self._setup.objective, told)
         parts = {"run": run, "rows": rows, "doublings": setup.doublings}
         _save(self._path, self._prints, parts)
         self._last = time.monotonic()
-
-
-def _fingerprint(setup: dict[str, Any]) -> dict[str, str]:
-    """A digest for each setting, by which a checkpoint knows its run."""
-    return {name: _digest(value) for name, value in setup.items()}
 
 
 def _save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
@@ -157,12 +151,12 @@ def _load(path: Path, prints: dict[str, str], likes: dict[str, Any]) -> dict[str
 
 
 def _raw(leaf: Any) -> Any:
-    is_key = jax.numpy.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.prng_key)
+    is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if is_key else leaf
 
 
 def _dtype(name: str) -> np.dtype:
-    return np.dtype(jax.numpy.dtype(name))
+    return np.dtype(jnp.dtype(name))
 
 
 def _digest(value: Any) -> str:
@@ -170,7 +164,7 @@ def _digest(value: Any) -> str:
     leaves, tree = jax.tree.flatten(value)
     digest.update(_without_addresses(str(tree)).encode())
     for leaf in leaves:
-        if isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | bool):
+        if isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
             array = np.asarray(_raw(leaf))
             digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
         else:

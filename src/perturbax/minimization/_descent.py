@@ -1,8 +1,7 @@
 """Stepping with an optimiser of optax along the smoothed function's estimated gradient."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,8 @@ from jax import Array, lax
 from .._perturb import make_perturbed_fun
 from ..diagnostics._standard_errors import estimate
 from ..estimator._default_rule import RULE
-from ..noise._protocol import NoiseDistribution
-from ..sampling._protocol import Sampler
-from ._problem import Objective
-from ._schedules import ADAPTED, Sigma, Sweep, given_sigma
+from ._schedules import SWEEP_EVALUATIONS, given_sigma, sweep
+from ._setup import ADAPTED, Optimizer, Setup
 from ._states import Method, Operands, Start, Step, where
 
 # Steps between two looks at the signal.
@@ -28,20 +25,6 @@ _MOST_DOUBLINGS = 6
 # The function itself is evaluated, at the centre, for a share of the evaluations no larger than
 # one in as many: by itself it reads all its data, and may take as long as ten samples in a batch.
 _SHARE_OF_CENTRES = 400
-
-
-class Optimizer(Protocol):
-    """An optimiser as optax makes them."""
-
-    @property
-    def init(self) -> Callable[[Any], Any]:
-        """The state for given parameters."""
-        ...
-
-    @property
-    def update(self) -> Callable[..., tuple[Any, Any]]:
-        """Updates and the next state, from gradients, the state and the parameters."""
-        ...
 
 
 class Descent(NamedTuple):
@@ -64,40 +47,16 @@ class Descent(NamedTuple):
     signal: Array
 
 
-def descent(
-    objective: Objective,
-    optimizer: Optimizer,
-    sigma: Sigma,
-    num_samples: int,
-    doublings: int,
-    grows: bool,
-    noise: NoiseDistribution,
-    sampler: Sampler | None,
-    degree: int | None,
-    batch_size: int | None,
-    choose: Sweep,
-) -> Method:
-    """The method: estimate the gradient, hand it to the optimiser, look at the signal.
-
-    Args:
-      objective: what is minimised.
-      optimizer: of optax.
-      sigma: given, adapted, or a schedule of steps.
-      num_samples: for each step, at first.
-      doublings: how often it was doubled since.
-      grows: whether num_samples may grow.
-      noise: its law.
-      sampler: as for `make_perturbed_fun`.
-      degree: as for `make_perturbed_fun`.
-      batch_size: as for `make_perturbed_fun`.
-      choose: how a first sigma is found.
-    """
-    num_samples <<= doublings
-    grows = grows and doublings < _MOST_DOUBLINGS
+def descent(setup: Setup, optimizer: Optimizer) -> Method:
+    """The method: estimate the gradient, hand it to the optimiser, look at the signal."""
+    objective, sigma, noise = setup.objective, setup.sigma, setup.noise
+    num_samples = setup.num_samples << setup.doublings
+    grows = setup.grows and setup.doublings < _MOST_DOUBLINGS
     adapts = sigma == ADAPTED
     looks = adapts or grows
     period = max(1, math.ceil(_SHARE_OF_CENTRES / num_samples))
     dtype = objective.dtype
+    choose, made = sweep(setup), SWEEP_EVALUATIONS if adapts else 0
 
     def scale_of(operands: Operands, state: Descent, count: Array) -> Any:
         if adapts:
@@ -107,7 +66,7 @@ def descent(
     def init(
         operands: Operands, keys: tuple[Array, Array], u: Any, value: Array
     ) -> tuple[Descent, Start]:
-        multiple = choose.choose(operands, keys[0], u) if adapts else jnp.ones(())
+        multiple = choose(operands, keys[0], u) if adapts else jnp.ones(())
         state = Descent(
             point=u,
             optimizer=optimizer.init(u),
@@ -116,7 +75,6 @@ def descent(
             noise=jnp.zeros((), dtype),
             signal=jnp.zeros((), dtype),
         )
-        made = choose.evaluations if adapts else 0
         return state, Start(u, value, jnp.asarray(made, jnp.int32))
 
     def step(
@@ -134,9 +92,9 @@ def descent(
             num_samples,
             scale,
             noise,
-            batch_size=batch_size,
-            sampler=sampler,
-            degree=degree,
+            batch_size=setup.batch_size,
+            sampler=setup.sampler,
+            degree=setup.degree,
             has_aux=True,
         )
         # The plan tells whether the estimate evaluates the function at its centre, too.
@@ -216,9 +174,8 @@ def descent(
         return fresh, weak
 
     return Method(
-        num_samples=num_samples,
         most_evaluations=num_samples + 2,
         init=init,
-        init_evaluations=choose.evaluations if adapts else 0,
+        init_evaluations=made,
         step=step,
     )

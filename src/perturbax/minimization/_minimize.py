@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
 from .. import _checks
 from ..noise._foreign import as_noise
@@ -26,12 +25,11 @@ from ..scale._scales import check_sigma, scale_leaves
 from ..tracing._host_call import called
 from ..tracing._mesh_axes import without_explicit_axes
 from ._checkpoint import Checkpoint
-from ._descent import Optimizer
 from ._problem import Objective, Problem, make_problem
 from ._progress import Telling
 from ._result import MinimizeHistory, MinimizeResult
-from ._run import Found, Setup, begin, block, finish, joined, own_settings
-from ._schedules import ADAPTED, GIVEN, Sigma
+from ._run import Found, begin, block, finish, joined, method_of, own_settings
+from ._setup import ADAPTED, GIVEN, Optimizer, Setup, Sigma
 from ._states import CALLED_OFF, EXHAUSTED, RUNNING, Operands, Run
 
 _MAX_EVALUATIONS = 2**31 - 1
@@ -209,7 +207,7 @@ def minimize(
         tol=jnp.asarray(-1.0 if tol is None else _tolerance(tol)),
     )
     key, operands = without_explicit_axes((key, operands))
-    method = setup.method
+    method = method_of(setup)
     kept = int(_final_evaluations(setup, max_evaluations)[int(takes_key)])
     least = 2 + method.init_evaluations + method.most_evaluations + kept
     if max_evaluations < least:
@@ -218,7 +216,7 @@ def minimize(
             f"num_samples={setup.num_samples} and what comes before and after, got "
             f"{max_evaluations}"
         )
-    if _is_traced((problem.start, key, operands)):
+    if _checks.is_traced((problem.start, key, operands)):
         if callback is not None or checkpoint is not None:
             raise TypeError(
                 "callback and checkpoint need a run outside jit and vmap, but x0, key or args "
@@ -404,7 +402,3 @@ def _final_evaluations(setup: Setup, max_evaluations: int) -> np.ndarray:
     """Evaluations kept for the end: of a function without noise, and of a noisy one."""
     points = 1 if setup.optimizer is None else 2
     return np.asarray([points, 3 * _repeats(max_evaluations)], np.int32)
-
-
-def _is_traced(values: Any) -> bool:
-    return any(isinstance(v, Tracer) for v in jax.tree.leaves(values))

@@ -155,7 +155,7 @@ def make_problem(
         return width, width * np.where(bounded, 1, _FAR).astype(dtype)
 
     leaves = [jnp.asarray(leaf) for leaf in leaves]
-    traced, operands, *_ = trace_fun(value, [key, *leaves], False)
+    traced, operands, *_ = trace_fun(value, [key, *leaves], has_aux=False)
     free = leaves
     if any(map(has_explicit_axes, jax.tree.leaves((key, leaves, operands)))):
         # A step mixes coordinates, however x0 is split over devices; fun was told.

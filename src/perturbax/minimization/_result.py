@@ -1,7 +1,6 @@
 """What minimize returns."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,18 +15,7 @@ from ._states import REASONS
 _ROWS = 10
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=(
-        "evaluations",
-        "smoothed_value",
-        "standard_error",
-        "hard_value",
-        "best_value",
-        "sigma",
-    ),
-    meta_fields=(),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MinimizeHistory:
     """The steps of a run, an array of each of these with one element a step.
@@ -54,11 +42,7 @@ class MinimizeHistory:
         return int(np.shape(self.evaluations)[-1])
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("x", "value", "value_error", "num_evaluations", "history", "num_steps", "status"),
-    meta_fields=(),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MinimizeResult:
     """What `minimize` found.

@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..noise._protocol import NoiseDistribution
-from ..sampling._protocol import Sampler
 from ..sampling._random_bits import fold_in_and_split
-from ._descent import Optimizer, descent
+from ._descent import descent
 from ._problem import Objective, evaluations
 from ._result import MinimizeHistory
-from ._schedules import Sigma, sweep
+from ._setup import Setup
 from ._states import (
     CONVERGED,
     EXHAUSTED,
@@ -49,50 +47,15 @@ def own_settings() -> Iterator[None]:
         yield
 
 
-class Setup(NamedTuple):
-    """What the compiled parts depend on, comparable, so that equal runs are compiled once.
-
-    Attributes:
-      objective: what is minimised.
-      optimizer: of optax, or None.
-      sigma: adapted, given, or a schedule.
-      num_samples: for each step, at first.
-      grows: whether num_samples may grow.
-      doublings: how often it has.
-      noise: its law.
-      sampler: as for `make_perturbed_fun`.
-      degree: as for `make_perturbed_fun`.
-      batch_size: as for `make_perturbed_fun`.
-    """
-
-    objective: Objective
-    optimizer: Optimizer | None
-    sigma: Sigma
-    num_samples: int
-    grows: bool
-    doublings: int
-    noise: NoiseDistribution
-    sampler: Sampler | None
-    degree: int | None
-    batch_size: int | None
-
-    @property
-    def method(self) -> Method:
-        """How to step."""
-        objective, sigma, noise, sampler = self.objective, self.sigma, self.noise, self.sampler
-        if self.optimizer is None:
-            numbers = self.num_samples, noise, sampler, self.batch_size
-            return surrogate_search(objective, sigma, *numbers)
-        numbers = self.num_samples, self.doublings, self.grows
-        common = noise, sampler, self.degree, self.batch_size
-        choose = sweep(self.objective, self.noise, self.batch_size)
-        return descent(objective, self.optimizer, sigma, *numbers, *common, choose)
+def method_of(setup: Setup) -> Method:
+    """How to step."""
+    return surrogate_search(setup) if setup.optimizer is None else descent(setup, setup.optimizer)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def begin(setup: Setup, operands: Operands, key: Array, u: Any) -> Run:
     """The state before the first step."""
-    objective, method = setup.objective, setup.method
+    objective, method = setup.objective, method_of(setup)
     steps_key, init_key, *two = jax.random.split(key, 4)
     first, second = evaluations(objective, operands.function, jnp.stack(two), u)
     state, told = method.init(operands, (init_key, two[1]), u, second)
@@ -121,7 +84,7 @@ def begin(setup: Setup, operands: Operands, key: Array, u: Any) -> Run:
 
 def step(setup: Setup, operands: Operands, run: Run, budget: Array) -> tuple[Run, MinimizeHistory]:
     """One step, and its row of the history."""
-    objective, method = setup.objective, setup.method
+    objective, method = setup.objective, method_of(setup)
     keys = fold_in_and_split(run.key, run.steps)
     state, told = method.step(operands, run.method, keys, run.steps)
     made = run.evaluations + told.evaluations
@@ -203,7 +166,7 @@ def block(
     # One array: writing to each by itself takes as long as a small step.
     evaluations = jnp.zeros(length, jnp.int32)
     table = jnp.full((length, 5), jnp.nan, setup.objective.dtype)
-    method = setup.method
+    method = method_of(setup)
     left = jnp.where(run.noisy, budget[1], budget[0]) - run.evaluations
     ended = (left < method.most_evaluations) & (run.status == RUNNING)
     run = run._replace(

@@ -8,21 +8,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._perturb import make_perturbed_fun
-from ..noise._protocol import NoiseDistribution
 from ..sampling._independent import Independent
-from ._problem import Objective
+from ._setup import Setup, Sigma
 from ._states import Operands
 
 # Multiples of the problem's scale that a sweep looks at.
 _MULTIPLES = tuple(4.0**-k for k in range(6))
 # Samples at each of them.
 _SAMPLES = 12
-
-
-# What stands for a sigma that is not a schedule.
-ADAPTED, GIVEN = "adapted", "given"
-
-Sigma = Callable[[Array], Array] | str
+SWEEP_EVALUATIONS = _SAMPLES * len(_MULTIPLES)
 
 
 def given_sigma(sigma: Sigma, operands: Operands, count: Array) -> Any:
@@ -30,24 +24,13 @@ def given_sigma(sigma: Sigma, operands: Operands, count: Array) -> Any:
     return operands.sigma if isinstance(sigma, str) else sigma(count)
 
 
-class Sweep(NamedTuple):
-    """A choice of the first sigma.
-
-    Attributes:
-      choose: a multiple of the problem's scale, from (operands, key, u).
-      evaluations: how many it takes.
-    """
-
-    choose: Callable[[Operands, Array, Any], Array]
-    evaluations: int
-
-
-def sweep(objective: Objective, noise: NoiseDistribution, batch_size: int | None) -> Sweep:
-    """A sweep that takes the sigma whose better half of samples has the lowest mean.
+def sweep(setup: Setup) -> Callable[[Operands, Array, Any], Array]:
+    """From operands, key and u the multiple whose better half of samples has the lowest mean.
 
     Too small a sigma does not get far, too large a one overshoots, and on a plateau it does not
     change the value at all; a step to the better samples tells all three apart.
     """
+    objective = setup.objective
     multiples = jnp.asarray(_MULTIPLES, objective.dtype)
 
     def choose(operands: Operands, key: Array, u: Any) -> Array:
@@ -65,8 +48,8 @@ def sweep(objective: Objective, noise: NoiseDistribution, batch_size: int | None
                 twice,
                 _SAMPLES,
                 jax.tree.map(lambda scale: multiple * scale, operands.scale),
-                noise,
-                batch_size=batch_size,
+                setup.noise,
+                batch_size=setup.batch_size,
                 degree=0,
                 has_aux=True,
             )
@@ -76,7 +59,7 @@ def sweep(objective: Objective, noise: NoiseDistribution, batch_size: int | None
         # Where no sigma changes anything, the largest looks furthest.
         return multiples[jnp.argmin(found)]
 
-    return Sweep(choose, _SAMPLES * len(_MULTIPLES))
+    return choose
 
 
 def _mean_of_better_half(values: Array) -> Array:
@@ -88,6 +71,7 @@ def _mean_of_better_half(values: Array) -> Array:
 
 # Samples at each multiple of which the widest is chosen.
 _FEW = 4
+WIDEST_EVALUATIONS = _FEW * len(_MULTIPLES)  # at most
 
 
 class Look(NamedTuple):
@@ -108,30 +92,19 @@ class Look(NamedTuple):
     values: Array
 
 
-class Widest(NamedTuple):
-    """A choice of the first sigma, whose evaluations are kept.
+def widest(setup: Setup) -> Callable[..., tuple[Array, Any, Array, Array]]:
+    """The largest multiple one of whose samples is no worse than the start, and what it saw.
 
-    Attributes:
-      choose: a multiple of the problem's scale, the points where the function was evaluated, as a
-        pytree of arrays along a first axis, and its values, NaN for those that are not needed, and
-        how many are, from (operands, keys, u, value at u): keys for the noise and the function.
-      evaluations: how many it takes at most.
-    """
-
-    choose: Callable[[Operands, tuple[Array, Array], Any, Array], tuple[Array, Any, Array, Array]]
-    evaluations: int
-
-
-def widest(objective: Objective, noise: NoiseDistribution, batch_size: int | None) -> Widest:
-    """A choice of the largest sigma one of whose samples is no worse than the start.
+    Points and values of all samples, NaN for those that were not needed, and how many were, from
+    operands, keys for the noise and the function, u, and the value at u.
 
     What is fitted to samples may be wrong about small features, so it begins wide: from there it
     gets to a small sigma in a few steps, and the other way only if what it sees is clear. It looks
     at smaller ones only until one is good: evaluations close to the start tell a search less than
     its own steps do.
     """
+    objective, levels = setup.objective, len(_MULTIPLES)
     multiples = jnp.asarray(_MULTIPLES, objective.dtype)
-    levels = len(_MULTIPLES)
 
     def choose(
         operands: Operands, keys: tuple[Array, Array], u: Any, start: Array
@@ -148,8 +121,8 @@ def widest(objective: Objective, noise: NoiseDistribution, batch_size: int | Non
                 where_and_what,
                 _FEW,
                 jax.tree.map(lambda scale: multiples[seen.level] * scale, operands.scale),
-                noise,
-                batch_size=batch_size,
+                setup.noise,
+                batch_size=setup.batch_size,
                 sampler=Independent(),
                 degree=0,
                 has_aux=True,
@@ -179,4 +152,4 @@ def widest(objective: Objective, noise: NoiseDistribution, batch_size: int | Non
         points = jax.tree.map(lambda v: v.reshape(levels * _FEW, *v.shape[2:]), seen.points)
         return multiples[chosen], points, seen.values.ravel(), _FEW * seen.level
 
-    return Widest(choose, _FEW * levels)
+    return choose

@@ -69,7 +69,6 @@ class Method(NamedTuple):
     """A way of stepping.
 
     Attributes:
-      num_samples: evaluations that a step takes for its estimate.
       most_evaluations: most evaluations of one step.
       init: its state and what it found, from operands, two keys, for the noise and for the
         function, the start and the value there under the second key.
@@ -78,7 +77,6 @@ class Method(NamedTuple):
         noise and for the function, and the number of steps before this one.
     """
 
-    num_samples: int
     most_evaluations: int
     init: Callable[["Operands", tuple[Array, Array], Any, Array], tuple[Any, Start]]
     init_evaluations: int

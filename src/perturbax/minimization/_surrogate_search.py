@@ -15,11 +15,9 @@ from .._call import run
 from .._perturb import make_perturbed_fun
 from ..execution._chunks import draw_next, evaluate_at
 from ..execution._plan import Point
-from ..noise._protocol import NoiseDistribution
-from ..sampling._protocol import Sampler
 from ..sampling._random_bits import root
-from ._problem import Objective
-from ._schedules import ADAPTED, Sigma, given_sigma, widest
+from ._schedules import WIDEST_EVALUATIONS, given_sigma, widest
+from ._setup import ADAPTED, Setup
 from ._states import Method, Operands, Start, Step
 
 # Logarithms, base 10, of what is chosen for each fit, relative to the prior variance of the linear
@@ -280,15 +278,9 @@ def trust_region_step(gradient: Array, curvatures: Array, radius: Array) -> tupl
     return jnp.where(free, step(jnp.zeros_like(low)), step(high)), ~free
 
 
-def surrogate_search(
-    objective: Objective,
-    sigma: Sigma,
-    num_samples: int,
-    noise: NoiseDistribution,
-    sampler: Sampler | None,
-    batch_size: int | None,
-) -> Method:
+def surrogate_search(setup: Setup) -> Method:
     """The method: draw around a proposal, fit, go back if it is worse, propose."""
+    objective, sigma, num_samples = setup.objective, setup.sigma, setup.num_samples
     dim, dtype = objective.dim, objective.dtype
     adapts = sigma == ADAPTED
     sizes = np.cumsum([math.prod(shape) for shape in objective.shapes])[:-1]
@@ -300,7 +292,7 @@ def surrogate_search(
     same_step = (steps[:, None] == steps[None]).astype(dtype)
     learns_metric = dim <= _MOST_METRIC
     longest = _RADIUS * math.sqrt(dim)
-    sweep = widest(objective, noise, batch_size)
+    choose = widest(setup)
 
     def point(flat: Array) -> Any:
         parts = zip(jnp.split(flat, sizes), objective.shapes, objective.dtypes, strict=True)
@@ -322,7 +314,13 @@ def surrogate_search(
 
         zero, one = jnp.zeros(dim, dtype), jnp.ones((), dtype)
         smooth = make_perturbed_fun(
-            value, num_samples, 1.0, noise, batch_size=batch_size, sampler=sampler, degree=0
+            value,
+            num_samples,
+            1.0,
+            setup.noise,
+            batch_size=setup.batch_size,
+            sampler=setup.sampler,
+            degree=0,
         )
         call = smooth.prepare(keys[0], zero, (), {})
         # A step takes the next samples of a group, so that those of several steps, which the
@@ -348,7 +346,7 @@ def surrogate_search(
         made = jnp.zeros((), jnp.int32)
         stream = root(jax.random.fold_in(keys[0], np.iinfo(np.int32).max))
         if adapts:
-            multiple, seen, found, made = sweep.choose(operands, keys, u, value)
+            multiple, seen, found, made = choose(operands, keys, u, value)
             mean = multiple * mean
             points = jnp.concatenate([points, jax.vmap(flat)(seen)])
             values = jnp.concatenate([values, found])
@@ -537,4 +535,4 @@ def surrogate_search(
         )
         return state, told
 
-    return Method(num_samples, batch, init, sweep.evaluations if adapts else 0, step)
+    return Method(batch, init, WIDEST_EVALUATIONS if adapts else 0, step)

@@ -21,7 +21,8 @@ from ..noise._smooth import Gumbel
 from ..sampling import _random_bits
 from ..sampling._protocol import Sampler
 from ..scale import _scales
-from ._perturbed_scores import Perturbation, check_multiplicative, scales_of, score_leaves
+from ._layer import Layer
+from ._perturbed_scores import Perturbation, scales_of, score_leaves
 
 # Solutions that are printed, and numbers of each.
 _ROWS, _NUMBERS = 10, 8
@@ -160,7 +161,6 @@ def make_perturbed_distribution(
       Dalle et al., Learning with Combinatorial Optimization Layers: a Probabilistic Approach, 2022,
       arXiv:2207.13513
     """
-    _checks.check_fun(argmax_fun, "argmax_fun")
     # All that is wanted of the perturbed function are its samples.
     settings = Settings(
         num_samples,
@@ -174,21 +174,19 @@ def make_perturbed_distribution(
         mesh=mesh,
     )
     use_baseline = _checks.check_bool(use_baseline, "use_baseline")
-    maximize = _checks.check_bool(maximize, "maximize")
-    multiplicative = check_multiplicative(multiplicative, settings.noise)
+    layer = Layer(argmax_fun, settings, maximize, multiplicative)
 
     def perturbed_distribution(*args: Any, **kwargs: Any) -> EmpiricalDistribution:
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
         key = _checks.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
         scales = scales_of(settings.sigma, theta, leaves, names, multiplicative)
-        scores = leaves if maximize else [-v for v in leaves]
         dtype = _checks.noise_dtype(leaves)
+        scores, _ = layer.split(layer.inputs(leaves, scales), scales)
         perturbation = Perturbation(scores, scales, multiplicative, dtype)
 
         def solve(v: list[Array]) -> Any:
-            u = perturbation.point(v)
-            u = jax.tree.unflatten(tree, u if maximize else [-one for one in u])
+            u = layer.unsigned(tree, perturbation.point(v))
             # Noise and solutions, as aux of no value.
             return jnp.zeros((), dtype), (v, argmax_fun(u, *rest, **kwargs))
 
@@ -198,7 +196,7 @@ def make_perturbed_distribution(
         density = _log_density(call, v, location, scale)
         size = call.plan.group_size if use_baseline else num_samples
         distinct, weights = _tabulate(size, solutions, density)
-        if _checks.is_traced(settings.sigma):
+        if layer.has_traced_scales:
             [weights] = _scales.nan_unless_valid([weights], scales)
         return EmpiricalDistribution(distinct, weights)
 

@@ -151,7 +151,7 @@ def _is_standard_normal(noise: NoiseDistribution) -> bool:
     return np.allclose(found - found[0], -(points**2) / 2, rtol=1e-4)
 
 
-def score_leaves(theta: PyTree, name: str = "theta") -> tuple[list[Array], list[str], Any]:
+def score_leaves(theta: PyTree) -> tuple[list[Array], list[str], Any]:
     """The leaves of theta, their names, and its structure.
 
     Raises:
@@ -160,12 +160,12 @@ def score_leaves(theta: PyTree, name: str = "theta") -> tuple[list[Array], list[
     paths, tree = jax.tree_util.tree_flatten_with_path(theta)
     leaves, names = [], []
     for path, leaf in paths:
-        label = f"{name}{jax.tree_util.keystr(path)}"
+        label = f"theta{jax.tree_util.keystr(path)}"
         known = isinstance(leaf, float | np.ndarray | np.generic | Array)
         if not known or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(
-                f"{name} must be a pytree of floating-point arrays, but {label!r} is {kind}: "
+                f"theta must be a pytree of floating-point arrays, but {label!r} is {kind}: "
                 "convert it, or pass it to the solver as a further argument"
             )
         leaves.append(jnp.asarray(leaf))

@@ -81,43 +81,21 @@ def sample_groups(
     together = getattr(sampler, "sample_groups", None)
     # Not what a class inherits that draws by another `sample_group`.
     newest = defined_at(sampler, "sample_groups")[0] <= defined_at(sampler, "sample_group")[0]
+    rest, name = (noise, group_size, dim, dtype), np.dtype(dtype).name
     if together is not None and newest:
-        rest = noise, group_size, dim, dtype
         if is_ours(type(sampler)):  # tested, not checked at each call
             return together(key, first, count, *rest)
-        name = np.dtype(dtype).name
         what = f"sampler.sample_groups(key, first, {count}, noise, {group_size}, {dim}, {name})"
         shape = count * group_size, dim
         return _checked(lambda key: together(key, first, count, *rest), key, what, shape, dtype)
+    what = f"sampler.sample_group(key, noise, {group_size}, {dim}, {name})"
 
     def one(key: Array) -> Array:
-        return sample_group(
-            sampler,
-            jax.random.wrap_key_data(key, impl="threefry2x32"),
-            noise,
-            group_size,
-            dim,
-            dtype,
-        )
+        typed = jax.random.wrap_key_data(key, impl="threefry2x32")
+        draw = lambda key: sampler.sample_group(key, *rest)  # noqa: E731
+        return _checked(draw, typed, what, (group_size, dim), dtype)
 
     return jax.vmap(one)(group_keys(key, first, count)).reshape(count * group_size, dim)
-
-
-def sample_group(
-    sampler: Sampler,
-    key: Array,
-    noise: NoiseDistribution,
-    group_size: int,
-    dim: int,
-    dtype: np.dtype,
-) -> Array:
-    """Noise of one group by a user's sampler."""
-    what = f"sampler.sample_group(key, noise, {group_size}, {dim}, {np.dtype(dtype).name})"
-
-    def draw(key: Array) -> Array:
-        return sampler.sample_group(key, noise, group_size, dim, dtype)
-
-    return _checked(draw, key, what, (group_size, dim), dtype)
 
 
 def _checked(

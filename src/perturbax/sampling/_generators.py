@@ -1,9 +1,8 @@
 """Generators of digital nets: Sobol's direction numbers, and orthogonal arrays by finite fields."""
 
 import functools
-import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy
@@ -127,11 +126,8 @@ def from_table(table: Path, dim: int, levels: int) -> np.ndarray:
       Joe and Kuo, Constructing Sobol sequences with better two-dimensional projections, 2008,
       doi:10.1137/070709359
     """
-    with zipfile.ZipFile(table) as archive:
-        [polynomials] = _first_rows(archive, "poly.npy", dim, 1)
-        most = max(polynomials, default=1).bit_length() - 1  # numbers that are used
-        columns = _first_rows(archive, "vinit.npy", dim, max(most, 1))
-    first = [list(row) for row in zip(*columns, strict=True)]
+    with np.load(table) as arrays:
+        polynomials, first = (arrays[name][:dim].tolist() for name in ("poly", "vinit"))
     generators = np.zeros((levels, dim), np.uint32)
     for j, (polynomial, numbers) in enumerate(zip(polynomials, first, strict=True)):
         order = polynomial.bit_length() - 1
@@ -145,22 +141,6 @@ def from_table(table: Path, dim: int, levels: int) -> np.ndarray:
         for k in range(levels):
             generators[k, j] = numbers[k] << (31 - k)
     return generators
-
-
-def _first_rows(archive: zipfile.ZipFile, name: str, rows: int, columns: int) -> list[list[int]]:
-    """The first rows of the first columns of an array of integers, column by column.
-
-    The whole takes a hundredth of a second to unpack.
-    """
-    with archive.open(name) as file:
-        np.lib.format.read_magic(file)
-        shape: Any
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-        if len(shape) > 1 and not by_columns:
-            found = np.frombuffer(file.read(rows * shape[1] * dtype.itemsize), dtype)
-            return found.reshape(rows, shape[1])[:, :columns].T.tolist()
-        parts = [file.read(shape[0] * dtype.itemsize) for _ in range(columns)]
-        return [np.frombuffer(part, dtype)[:rows].tolist() for part in parts]
 
 
 def from_points(dim: int, levels: int) -> np.ndarray:

@@ -212,18 +212,32 @@ def _scaled(value: Array, factor: Array) -> Array:
     return value * factor
 
 
+def one_each(scales: list[Any], leaves: list[Array]) -> list[Any]:
+    """One scale for each leaf, where there may be a single one for all."""
+    return scales * (len(leaves) if len(scales) == 1 else 1)
+
+
+def of_coordinates(scale: Any, leaf: Any) -> np.ndarray:
+    """A known scale, of coordinates: of a matrix, the lengths of its rows."""
+    scale = np.asarray(scale, np.float64)
+    if not _matrices.is_matrix(scale, leaf):
+        return scale
+    return _matrices.row_lengths(scale.reshape(leaf.size, leaf.size)).reshape(leaf.shape)
+
+
+def spacings(scale: Any, leaf: Any) -> float:
+    """The least known scale of a coordinate, in spacings of the numbers near the leaf's."""
+    with np.errstate(all="ignore"):
+        spacing = np.spacing(np.abs(np.asarray(leaf))).astype(np.float64)
+        ratios = np.where(np.isfinite(spacing), of_coordinates(scale, leaf) / spacing, np.inf)
+    return float(np.min(ratios, initial=np.inf))
+
+
 def _warn_if_lost(scales: list[Any], leaves: list[Array], names: list[str]) -> None:
     """Warns where x + sigma z rounds to x, so that fun would hardly see a perturbation at all."""
-    for i, (leaf, name) in enumerate(zip(leaves, names, strict=True)):
-        found = _value_of(leaf), _value_of(scales[i] if len(scales) > 1 else scales[0])
-        if not leaf.size or not all(map(_is_known, found)):
-            continue
-        values, scale = map(np.asarray, jax.device_get(found))
-        if _matrices.is_matrix(scale, leaf):
-            scale = _matrices.row_lengths(scale.reshape(leaf.size, leaf.size)).reshape(leaf.shape)
-        with np.errstate(all="ignore"):
-            spacing = np.spacing(np.abs(values.astype(leaf.dtype))).astype(np.float64)
-        if (scale < np.where(np.isfinite(spacing), spacing, 0) / 2).any():
+    for scale, leaf, name in zip(one_each(scales, leaves), leaves, names, strict=True):
+        found = _value_of(scale), _value_of(leaf)
+        if all(map(_is_known, found)) and spacings(*jax.device_get(found)) < 0.5:
             warnings.warn(
                 f"sigma is below the spacing of {leaf.dtype} numbers at leaf {name!r}: fun sees "
                 "the same input at most samples, and the gradient is noise. Use a larger sigma, "

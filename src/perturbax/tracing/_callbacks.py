@@ -20,10 +20,7 @@ _OF_MANY = ("expand_dims", "broadcast_all")
 
 def takes_many(jaxpr: core.Jaxpr) -> bool:
     """Whether there is a callback that takes many points, in these operations or inside them."""
-    return any(
-        _is_of_many(eqn) or any(map(takes_many, _inner(list(eqn.params.values()))))
-        for eqn in jaxpr.eqns
-    )
+    return any(_is_of_many(eqn) or any(map(takes_many, inner_of(eqn))) for eqn in jaxpr.eqns)
 
 
 def along_one_axis(jaxpr: core.Jaxpr) -> core.Jaxpr:
@@ -36,6 +33,11 @@ def _is_of_many(eqn: Any) -> bool:
     return eqn.primitive.name == "pure_callback" and eqn.params["vmap_method"] in _OF_MANY
 
 
+def inner_of(eqn: Any) -> list[core.Jaxpr]:
+    """The operations inside an operation."""
+    return _inner(list(eqn.params.values()))
+
+
 def _inner(value: Any) -> list[core.Jaxpr]:
     """The operations inside a parameter of an operation: a loop's body, a branch."""
     if isinstance(value, core.ClosedJaxpr):
@@ -46,7 +48,7 @@ def _inner(value: Any) -> list[core.Jaxpr]:
 
 
 def _with_inner(eqn: Any) -> Any:
-    if not any(map(takes_many, _inner(list(eqn.params.values())))):
+    if not any(map(takes_many, inner_of(eqn))):
         return eqn
     return eqn.replace(params=inner_replaced(eqn.params, along_one_axis))
 

@@ -30,6 +30,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._checks import check_fun
+from ._callbacks import inner_of
 from ._mesh_axes import varying, varying_axes
 
 
@@ -215,13 +216,8 @@ def hosts_of(jaxpr: core.Jaxpr) -> Iterator[Host]:
     for eqn in jaxpr.eqns:
         if eqn.primitive is _host_call:
             yield eqn.params["callback"]
-            continue
-        for value in eqn.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(part, core.ClosedJaxpr):
-                    yield from hosts_of(part.jaxpr)
-                elif isinstance(part, core.Jaxpr):
-                    yield from hosts_of(part)
+        for inner in inner_of(eqn):
+            yield from hosts_of(inner)
 
 
 # --- Exceptions
@@ -357,11 +353,7 @@ def called(hosts: Sequence[Host], program: Callable[..., Any], *args: Any) -> An
 def _wait(values: Any) -> None:
     """Until values are there, under derivatives too; not under other traces."""
     arrays = [v for v in jax.tree.leaves(values) if isinstance(v, Array)]
-    jax.block_until_ready([v for v in jax.lax.stop_gradient(arrays) if not _is_traced(v)])
-
-
-def _is_traced(value: Any) -> bool:
-    return isinstance(value, Tracer)
+    jax.block_until_ready([v for v in jax.lax.stop_gradient(arrays) if not isinstance(v, Tracer)])
 
 
 # --- What comes back, found out

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,14 +38,24 @@ def explained_vmap(batch_size: int | None) -> Iterator[None]:
         raise
 
 
-def trace_fun(
-    fun: Fun, leaves: list[Array], has_aux: bool
-) -> tuple[TracedFunction, tuple[Any, ...], int, Any, Any]:
-    """Traces fun(leaves), with hints where that fails.
+class Traced(NamedTuple):
+    """A user's function as it was traced.
 
-    Returns the function, what it closes over, how many of its results are its value, and the
-    structures of value and aux.
+    Attributes:
+      function: its operations.
+      operands: what it closes over.
+      value_tree: structure of its value, whose leaves come first.
+      aux_tree: structure of aux; of None, if there is none.
     """
+
+    function: TracedFunction
+    operands: tuple[Any, ...]
+    value_tree: Any
+    aux_tree: Any
+
+
+def trace_fun(fun: Fun, leaves: list[Array], has_aux: bool) -> Traced:
+    """Traces fun(leaves), with hints where that fails."""
     structures: list[Any] = []
 
     def flat(*values: Array) -> list[Any]:
@@ -83,8 +93,7 @@ def trace_fun(
             "perturbax.host_function(fun): it is called with numpy arrays, one point at a time."
         )
         raise
-    value_tree, aux_tree = structures
-    return traced, tuple(map(on_device, operands)), value_tree.num_leaves, value_tree, aux_tree
+    return Traced(traced, tuple(map(on_device, operands)), *structures)
 
 
 def _in_words(out: Any) -> str:
