@@ -590,6 +590,7 @@ def test_the_default_leaves_noise_without_an_inverse_alone():
         (100, 10, {"num_nets": 8}, "block=6, .* 9 groups of 12 .* Degree 1, because 30 samples"),
         (19, 10, {}, "Orthogonal directions, because there are 1 to 2 samples for each coord"),
         (19, 10, {"num_nets": 8}, "block=3, .* 7 groups of 3"),
+        (400, 250, {}, "Orthogonal directions, because there are 1.5 to 2 samples for each coord"),
         (46, 3, {}, "because .* Sobol nets of 3 coordinates need 24 points"),
         (100, 50, {}, "opposites, .* Degree 0, because a fit of degree 1 needs 150 samples"),
         (100, 101, {}, "pay from 4 samples .* 100 for 101. Degree 1, because each of so few"),
