@@ -383,6 +383,24 @@ def test_values_that_are_not_finite_are_not_learnt():
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(state))
 
 
+def test_penalties_whose_squares_overflow_are_learnt():
+    """Where fun was 1e19, a state once was NaN, and value and gradient from then on."""
+    size = 2.0**90
+    found = [
+        after_steps(px.carry(smoothed(lambda x, s=s: s * bumpy(x))), X, 6, 3) for s in (1.0, size)
+    ]
+    (estimates, state), (large, large_state) = found
+    assert_trees_close(large, jax.tree.map(lambda v: size * v, estimates), rtol=1e-5)
+    assert_trees_close(large_state.error, state.error, rtol=1e-4)
+
+
+def test_a_step_may_write_on_its_state():
+    carried = px.carry(smoothed())
+    step = jax.jit(carried.value_and_grad, donate_argnums=0)
+    (value, _), _ = step(carried.init(X), jax.random.key(0), X)
+    assert np.isfinite(value) and not X.is_deleted()
+
+
 def test_a_mask_is_no_obstacle():
     """An entry of x that is infinite stays there: its noise has no part in the prediction's mean.
 
@@ -496,12 +514,24 @@ def test_without_promotion(option, value):
         ),
         (lambda: step_of(smoothed(), state=None), TypeError, "state must be what init.* NoneType"),
         (lambda: step_of(smoothed(), x=X[:2]), ValueError, "for 3 coordinates, but x has 2"),
+        (
+            lambda: step_of(smoothed(), state=px.carry(smoothed(noise=px.Laplace())).init(X)),
+            ValueError,
+            r"state is one for other noise than Normal\(\): call init",
+        ),
+        (lambda: step_of_doubles(), ValueError, "points of float32, but noise for x is float64"),
         (lambda: step_of(smoothed(), key=X, x=jax.random.key(0)), TypeError, "did you swap"),
     ],
 )
 def test_errors_tell_what_to_do(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def step_of_doubles():
+    state = px.carry(smoothed()).init(X)
+    with enable_x64(True):
+        step_of(smoothed(), state=state, x=np.asarray(X, np.float64))
 
 
 def step_of(g, **changes):

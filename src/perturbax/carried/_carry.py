@@ -69,7 +69,8 @@ class Carried:
         """The state of somebody who has seen nothing yet, for points like x."""
         leaves, names, _ = _checks.perturbed_leaves(x)
         dtype = _checks.noise_dtype(leaves)
-        origin = lax.stop_gradient(_flat(leaves, dtype))
+        # Arrays of their own each, and not x itself, for a step may be given them to write on.
+        origin = jnp.copy(lax.stop_gradient(_flat(leaves, dtype)))
         dim = origin.shape[0]
         settings = self.perturbed_fun.settings
         size = self.memory or max(
@@ -78,16 +79,16 @@ class Carried:
         )
         scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
         sigma = lax.stop_gradient(_spread(scales, leaves, names, dtype))
-        zeros = jnp.zeros((len(_regression.NOISE_LEVELS),), dtype)
+        levels = (len(_regression.NOISE_LEVELS),)
         return CarriedState(
             origin,
             jnp.zeros((size, dim), dtype),
             jnp.zeros((size,), dtype),
             jnp.zeros((size,), dtype),
             _regression.nothing(size, sigma, settings.noise),
-            zeros,
-            zeros,
-            zeros,
+            jnp.zeros(levels, dtype),
+            jnp.zeros(levels, dtype),
+            jnp.zeros(levels, dtype),
         )
 
     def value_and_grad(
@@ -108,7 +109,8 @@ class Carried:
 
         Raises:
           TypeError: if state is none, or the value is not a real scalar.
-          ValueError: if state is one for points with another number of coordinates.
+          ValueError: if state is one for points of another dtype or with another number of
+            coordinates, or for noise whose predictions have other terms.
         """
         fun, settings = self.perturbed_fun.fun, self.perturbed_fun.settings
         if not isinstance(state, CarriedState):
@@ -126,6 +128,15 @@ class Carried:
         scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
         dtype = _checks.noise_dtype(leaves)
         sigma, noise = _spread(scales, leaves, names, dtype), settings.noise
+        if state.origin.dtype != dtype:
+            raise ValueError(
+                f"state is one for points of {state.origin.dtype}, but noise for x is {dtype}; "
+                "call init(x) for points like x"
+            )
+        if state.fit.weights.shape[1] != _regression.num_features(state.origin.size, noise):
+            raise ValueError(
+                f"state is one for other noise than {noise!r}: call init(x) with this noise"
+            )
         mean, _ = _moments(noise)
         state = lax.stop_gradient(without_explicit_axes(state))
         centre = lax.stop_gradient(_offset(leaves, state.origin) + sigma * mean)
@@ -282,8 +293,10 @@ def _learn(
     counted = finite.astype(values.dtype)
     values = jnp.where(finite, values, 0)
     # What the predictions, made before, were worth at these points.
-    [f] = _regression.centred(values[None], counted)
-    q = _regression.centred(_regression.predict(state.fit, points, noise), counted)
+    q = _regression.predict(state.fit, points, noise)
+    size = _regression.size_of(jnp.concatenate([values[None], q]))
+    [f] = _regression.centred(values[None] / size, counted)
+    q = _regression.centred(q / size, counted)
     moved = jnp.sum(q**2, axis=1)
     # Where no value differs from another, a prediction that says otherwise must lose its share.
     unit = jnp.sum(f**2) + jnp.min(moved)
@@ -294,15 +307,15 @@ def _learn(
     def running(before: Array, now: Array) -> Array:
         return jnp.where(told, _KEPT * before + (1 - _KEPT) * now, before)
 
-    size = state.values.shape[0]
+    kept = state.values.shape[0]
 
     def newest_first(new: Array, old: Array) -> Array:
-        return jnp.concatenate([new, old])[:size]
+        return jnp.concatenate([new, old])[:kept]
 
     points = newest_first(points, state.points)
     values = newest_first(values, state.values)
     counted = newest_first(counted, state.counted)
-    new = min(f.shape[0], size)
+    new = min(f.shape[0], kept)
     return CarriedState(
         origin=state.origin,
         points=points,

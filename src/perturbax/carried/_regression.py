@@ -55,10 +55,15 @@ class Fit(NamedTuple):
     weights: Array
 
 
+def num_features(dim: int, noise: Any) -> int:
+    """P, how many features there are."""
+    return dim * basis(dim, noise).size
+
+
 def nothing(size: int, scale: Array, noise: Any) -> Fit:
     """The fit to nothing yet, with room for `size` points, in these units."""
     dim, dtype, ranks = scale.shape[0], scale.dtype, len(NOISE_LEVELS)
-    total = dim * basis(dim, noise).size
+    total = num_features(dim, noise)
     return Fit(
         centre=jnp.zeros((dim,), dtype),
         scale=scale,
@@ -139,11 +144,13 @@ def renew(
     u = jnp.where(counted[:, None] > 0, u, 0)
     phi = features(u, noise) * counted[:, None]
     # Where the point moves fast, slopes told from ever further away may still grow without bound.
-    told = centred(values[None], counted)
-    rest = centred(values[None] - matmul(absorbed, phi.T), counted)
-    wild = jnp.sum(rest**2, axis=1, keepdims=True) > _WILD * jnp.sum(told**2)
-    absorbed, rest = jnp.where(wild, 0, absorbed), jnp.where(wild, told, rest)
-    coefficients = _solve(u, phi, told, rest, counted, before[:, : points.shape[0]], _smooth(noise))
+    size = size_of(jnp.where(counted > 0, values, 0))
+    told = centred(values[None] / size, counted)
+    rest = centred(values[None] / size - matmul(absorbed / size, phi.T), counted)
+    tame = jnp.sum(rest**2, axis=1, keepdims=True) <= _WILD * jnp.sum(told**2)
+    absorbed, rest = jnp.where(tame, absorbed, 0), jnp.where(tame, rest, told)
+    before = before[:, : points.shape[0]] / size
+    coefficients = size * _solve(u, phi, told, rest, counted, before, _smooth(noise))
     weights = absorbed + matmul(coefficients, phi)
     return Fit(middle, scale, u, coefficients, absorbed, weights)
 
@@ -183,6 +190,16 @@ def _solve(
     residual = jnp.where(better[:, None], residual, target)
     alpha, *_ = lax.fori_loop(0, _ITERATIONS, advance, (start, residual, residual))
     return alpha * unit
+
+
+def size_of(values: Array) -> Array:
+    """The power of two next to the largest of them, 1 if there is none: squares do not overflow."""
+    largest = jnp.max(jnp.abs(values), initial=0)
+    known = (largest > 0) & jnp.isfinite(largest)
+    # Within numbers that are normal, so is one over it.
+    limit = jnp.finfo(values.dtype).maxexp - 2
+    exponent = jnp.clip(jnp.frexp(jnp.where(known, largest, 1))[1], -limit, limit)
+    return jnp.ldexp(jnp.ones((), values.dtype), jnp.where(known, exponent, 0))
 
 
 def centred(v: Array, counted: Array) -> Array:
