@@ -30,6 +30,7 @@ from helpers import assert_trees_close
 from perturbax.host_functions import _worker
 from perturbax.host_functions._attempts import Attempt
 from perturbax.host_functions._foreign_executors import Foreign, _Place
+from perturbax.host_functions._scheduling import Schedule
 from perturbax.tracing import _host_call
 from test_trace import compilations
 
@@ -707,6 +708,58 @@ def test_an_executor_of_ones_own_that_has_threads():
             refusing(X - 4)
         release.set()
     assert len(seen) == 3
+
+
+OWN_THREADS = {
+    "the thread that waits": lambda: (None, {}),
+    "one thread": lambda: (1, {}),
+    "time limit": lambda: (None, {"timeout": 60.0}),
+    "pool": lambda: (concurrent.futures.ThreadPoolExecutor(1), {}),
+    "pool, time limit": lambda: (concurrent.futures.ThreadPoolExecutor(1), {"timeout": 60.0}),
+    "executor of one's own": lambda: (Wrapped(1), {}),
+    "executor of one's own, without cloudpickle": lambda: (Wrapped(1), {}),
+}
+
+
+@pytest.mark.parametrize("name", OWN_THREADS)
+def test_a_function_may_return_the_same_memory_each_time(name, monkeypatch):
+    """Its next call had begun before the value was copied, so that points had values of others."""
+    if "without cloudpickle" in name:
+        monkeypatch.setitem(sys.modules, "cloudpickle", None)
+    state, called, second = np.zeros(3, np.float32), [], threading.Event()
+
+    def fun(x):
+        state[:] = x
+        called.append(x)
+        if len(called) == 2:
+            second.set()
+        return {"array": state, "buffer": [memoryview(state)]}
+
+    handle = Schedule._handle
+
+    def late(schedule, attempt):
+        assert second.wait(20.0)
+        handle(schedule, attempt)
+
+    monkeypatch.setattr(Schedule, "_handle", late)
+    executor, settings = OWN_THREADS[name]()
+    h = px.host_function(fun, like={"array": X, "buffer": [X]}, executor=executor, **settings)
+    points = [X, X + 1]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(h, points))
+    assert_trees_close(found, [{"array": v, "buffer": [v]} for v in points], rtol=0)
+    h.close()
+    if executor not in (None, 1):
+        executor.shutdown()
+
+
+def test_what_is_no_result_is_an_error_and_no_failure_of_the_point():
+    """In threads too, where it is looked at before the next call."""
+    for value in (None, "a", {1: 0.0, "b": 0.0}):
+        with px.host_function(lambda x, v=value: v, like=ONE, executor=1, on_failure=0.0) as h:
+            with pytest.raises((TypeError, ValueError)):
+                h(X)
+            assert h.counts == (0, 0, 0, 0, 0)
 
 
 def test_waiting_in_a_queue_is_not_taking_too_long(monkeypatch):

@@ -19,7 +19,18 @@ from ._executors import check_executor, workers_for
 from ._function_names import name_of
 from ._journal import Journal, JournalFile, Session, check_journal
 from ._progress import Bar, check_progress
-from ._results import Like, canonical, cast, described, instead_of, like_of, narrowed, recalled
+from ._results import (
+    Like,
+    Returned,
+    canonical,
+    cast,
+    described,
+    instead_of,
+    like_of,
+    narrowed,
+    recalled,
+    returned,
+)
 from ._scheduling import HostCounts, Schedule, Tally
 
 
@@ -242,6 +253,9 @@ class HostFunction:
 
         def accept(rows: list[int], value: Any) -> None:
             nonlocal like
+            value = returned(value)
+            if value.error is not None:
+                raise value.error
             if like is None:
                 like = like_of(value, self._batched, self._on_failure)
                 self._found[kind] = like
@@ -344,18 +358,17 @@ class HostFunction:
         parts = min(len(rows), max(1, (self._workers.window() or 2) // 2))
         return [part.tolist() for part in np.array_split(rows, parts)] if rows else []
 
-    def _leaves(self, like: Like, value: Any, count: int) -> list[list[np.ndarray]]:
+    def _leaves(self, like: Like, value: Returned, count: int) -> list[list[np.ndarray]]:
         """For each point, the leaves of what the function returned, checked and cast."""
-        leaves, tree = jax.tree.flatten(value)
-        if tree != like.tree:
+        if value.tree != like.tree:
             raise TypeError(
-                f"{self.__name__} returned a pytree of the structure {tree}, but like, or an "
+                f"{self.__name__} returned a pytree of the structure {value.tree}, but like, or an "
                 f"earlier call, has {like.tree}"
             )
         front = (count,) if self._batched else ()
         found = [
             cast(leaf, spec, front, self.__name__)
-            for leaf, spec in zip(leaves, like.leaves, strict=True)
+            for leaf, spec in zip(value.leaves, like.leaves, strict=True)
         ]
         if not self._batched:
             return [found]
