@@ -333,6 +333,14 @@ def test_results_are_cast():
     np.testing.assert_array_equal([*result["a"], result["b"], result["c"]], [1, 2, 1, 7])
 
 
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">i4", ">c8", ">f16"])
+def test_results_of_another_byte_order_are_the_same_numbers(dtype):
+    """JAX refused them with an error of its own."""
+    for like in (None, np.zeros(3, dtype)):
+        h = px.host_function(lambda x: np.rint(x).astype(dtype), like=like)
+        np.testing.assert_array_equal(h(X), np.rint(X))
+
+
 # --- Errors
 
 

@@ -149,6 +149,15 @@ def test_a_failure_keeps_what_was_under_way_and_begins_nothing_more(journal, poo
         assert counted(h) == (8, done)
 
 
+@pytest.mark.parametrize("like", [None, np.zeros(3, ">f4")])
+def test_results_of_another_byte_order_are_recalled_as_the_same_numbers(like, journal):
+    """What was in the journal had lost the order: a second run read other numbers."""
+    for run in range(2):
+        with px.host_function(lambda x: x.astype(">f8"), journal=journal, like=like) as h:
+            np.testing.assert_array_equal(h(POINTS[0]), POINTS[0])
+            assert counted(h) == (1 - run, run)
+
+
 def test_another_like_is_an_error(journal):
     with px.host_function(measured, journal=px.Journal(journal, "a")) as h:
         h(POINTS[0])

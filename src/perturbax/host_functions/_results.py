@@ -34,7 +34,7 @@ def described(like: Any, on_failure: Any) -> Like:
                     f"{leaf!r} ({type(leaf).__name__})"
                 )
             leaf = np.asarray(leaf)
-        specs.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        specs.append(jax.ShapeDtypeStruct(leaf.shape, _known(leaf.dtype)))
     return _checked(Like(tree, tuple(specs)), on_failure)
 
 
@@ -120,6 +120,14 @@ def instead_of(like: Like, on_failure: Any) -> list[np.ndarray]:
     return values
 
 
+def _known(dtype: Any) -> np.dtype:
+    """The dtype in what JAX and the journal know: this machine's byte order, no long doubles."""
+    native = np.dtype(dtype).newbyteorder("=")
+    if native in (np.longdouble, np.clongdouble):
+        return np.dtype(np.complex128 if native.kind == "c" else np.float64)
+    return native
+
+
 def _numbers(leaf: Any, name: str) -> np.ndarray:
     """A copy of a leaf of what a function returned, as an array of numbers."""
     if isinstance(leaf, Array):
@@ -133,9 +141,7 @@ def _numbers(leaf: Any, name: str) -> np.ndarray:
             "leaf.filled(...) with what they are to count for"
         )
     array = np.asarray(leaf)
-    dtype = array.dtype
-    if dtype in (np.longdouble, np.clongdouble):  # which JAX does not have
-        dtype = np.dtype(np.complex128 if dtype.kind == "c" else np.float64)
+    dtype = _known(array.dtype)
     if not any(jnp.issubdtype(dtype, kind) for kind in _KINDS):
         raise TypeError(
             f"{name} must return numbers or arrays of numbers, got {leaf!r} "
