@@ -592,6 +592,57 @@ def test_too_many_hung_threads_are_an_error(monkeypatch):
     release.set()
 
 
+@pytest.mark.parametrize("pool", [False, True])
+def test_ctrl_c_begins_nothing_more(pool, monkeypatch):
+    """Threads in place of those left behind took what was still in the queue."""
+    begun, go_on, before = [], threading.Event(), threading.active_count()
+
+    def fun(x):
+        begun.append(x)
+        go_on.wait(20.0)
+        return x
+
+    def interrupted(schedule):
+        assert len(schedule._running) == 4
+        wait_for(lambda: len(begun) == 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Schedule, "_wait", interrupted)
+    executor = concurrent.futures.ThreadPoolExecutor(2) if pool else 2
+    h = px.host_function(fun, like=ONE, executor=executor)
+    with pytest.raises(KeyboardInterrupt):
+        jax.vmap(h)(jnp.arange(8.0))
+    go_on.set()
+    h.close()
+    if pool:
+        executor.shutdown()
+    wait_for(lambda: threading.active_count() <= before)
+    assert len(begun) == 2
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_ctrl_c_while_an_evaluation_is_handed_over(pool, monkeypatch):
+    """It was forgotten in the queue, and begun with the next ones."""
+    called = []
+
+    def fun(x):
+        called.append(float(x))
+        return x
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    executor = concurrent.futures.ThreadPoolExecutor(1) if pool else 1
+    with px.host_function(fun, like=ONE, executor=executor) as h:
+        # Before it is in the queue of a pool, and when it is in that of our own threads.
+        monkeypatch.setattr(*((executor, "submit") if pool else (h._workers, "_grow")), interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            h(1.0)
+        monkeypatch.undo()
+        h(2.0)
+    assert called == [2.0]
+
+
 def wait_for(condition):
     end = time.monotonic() + 20
     while not condition():

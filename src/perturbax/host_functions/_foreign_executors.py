@@ -166,7 +166,8 @@ class Foreign:
     def withdraw(self, attempt: Attempt) -> bool:
         """Cancels the future."""
         attempt.given_up = True  # before the callback of the future looks at it
-        attempt.given_up = attempt.place.cancel()
+        # Without a future where Ctrl-C came before there was one.
+        attempt.given_up = attempt.place is None or attempt.place.cancel()
         return attempt.given_up
 
     def give_up(self, attempt: Attempt) -> None:
