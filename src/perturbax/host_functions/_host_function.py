@@ -14,7 +14,7 @@ from jax import Array
 
 from .._checks import check_bool, check_count, check_fun
 from ..tracing._host_call import NoResultError, host_call, is_asking
-from ._encoding import leaf_digest
+from ._encoding import leaf_digest, skeleton_of
 from ._executors import check_executor, workers_for
 from ._function_names import name_of
 from ._journal import Journal, JournalFile, Session, check_journal
@@ -77,7 +77,8 @@ def host_function(
         or a pytree like the result, which is the result then; or "missing", NaN. See
         `make_perturbed_fun(..., missing=...)`.
       journal: a path, or a `Journal`: every finished evaluation is in this file before it is used,
-        and is not made again, by this program or by one that is started after it has crashed.
+        and is not made again, by this program or by one that is started after it has crashed. A
+        result with other nodes than dicts, lists and tuples takes `like`.
       progress: whether to draw a bar where evaluations take more than a second (with tqdm).
 
     Returns:
@@ -256,13 +257,15 @@ class HostFunction:
             value = returned(value)
             if value.error is not None:
                 raise value.error
+            first = like is None
             if like is None:
                 like = like_of(value, self._batched, self._on_failure)
-                self._found[kind] = like
             for row, leaves in zip(rows, self._leaves(like, value, len(rows)), strict=True):
                 keep(row, leaves)
                 if session is not None:
                     session.write(row, leaves, like.tree)
+            if first:
+                self._learn(kind, like)
 
         def recall(known: dict[int, Any]) -> None:
             nonlocal like
@@ -346,6 +349,17 @@ class HostFunction:
         if count < size:  # asked for what comes back alone
             return [np.repeat(v, size, axis=0) for v in stacked]
         return stacked
+
+    def _learn(self, kind: Any, like: Like) -> None:
+        """Knows what comes back from now on; an error where a journal would not tell it again."""
+        if self._journal is not None and skeleton_of(like.tree) is None:
+            raise ValueError(
+                f"{self.__name__} returned a pytree of the structure {like.tree}. Its journal "
+                "could not tell that when the program is started again: it knows dicts with "
+                "strings for keys, lists and tuples. Say what it returns: host_function(..., "
+                "like=...). What was evaluated is in the journal"
+            )
+        self._found[kind] = like
 
     def points_at_a_time(self) -> int:
         """Twice what is under way at a time, so that workers seldom wait for the last of many."""
