@@ -168,6 +168,24 @@ def test_what_the_function_sees_is_its_own_to_keep(batched):
         assert array.flags.owndata
 
 
+def test_what_the_function_sees_may_be_changed_in_place():
+    """A batch of one point could not. What many points share cannot either: it is there once."""
+
+    def sort(x, y):
+        x.sort(axis=-1)
+        y *= 2
+        return (x * y).sum(axis=-1)
+
+    xs, y = jnp.array([[2.0, 1.0], [4.0, 3.0]]), jnp.array([1.0, 10.0])
+    for settings in ({}, {"batched": True}, {"batched": True, "executor": 2}):
+        h = px.host_function(sort, like=ONE, **settings)
+        assert float(h(xs[0], y)) == 42.0
+        np.testing.assert_array_equal(jax.vmap(h)(xs, jnp.stack([y, y])), [42.0, 86.0])
+    with pytest.raises(ValueError, match="read-only"):
+        jax.vmap(h, (0, None))(xs, y)
+    np.testing.assert_array_equal([xs[0], y], [[2.0, 1.0], [1.0, 10.0]])
+
+
 @pytest.mark.parametrize("batch_size", [None, 5])
 def test_derivatives_are_those_of_the_function_in_jax(batch_size):
     """And each estimate of a value with all its derivatives evaluates each sample once."""

@@ -67,8 +67,9 @@ def host_function(
         of which shapes and dtypes count. None asks fun, once for each kind of argument, where x is
         not traced.
       batched: whether fun takes many points at once: all leaves of its arguments, and of its
-        result, have one leading axis then, of the same size, whatever vmaps there are. An executor
-        is given one part a worker.
+        result, have one leading axis then, of the same size, whatever vmaps there are. What all
+        points share is there once, as a view that is not to be written to. An executor is given one
+        part a worker.
       timeout: seconds after which a call of fun is given up; None for never. `ProcessWorkers` end
         and replace the process; a thread cannot be ended, and is left behind and replaced.
       retries: how many times a point is evaluated again after an exception or a timeout. (What a
@@ -237,14 +238,17 @@ class HostFunction:
         like = self._like or self._found.get(kind)
 
         def arguments(rows: list[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            # Copies: the function may keep them, and these arrays end with the call back.
+            if self._batched and size is None:
+                return call.unflatten([np.array(v)[None] for v in arrays])
             if self._batched:
+                # What all points share may be large: one copy, which is not to be written to.
                 stacked = [
                     v[rows] if m else np.broadcast_to(v.copy(), (len(rows), *v.shape))
                     for v, m in zip(arrays, mapped, strict=True)
                 ]
                 return call.unflatten(stacked)
             [row] = rows
-            # Copies: the function may keep them, and these arrays end with the call back.
             own = [np.array(v[row] if m else v)[()] for v, m in zip(arrays, mapped, strict=True)]
             return call.unflatten(own)
 
