@@ -30,6 +30,7 @@ from helpers import assert_trees_close
 from perturbax.host_functions import _worker
 from perturbax.host_functions._attempts import Attempt
 from perturbax.host_functions._foreign_executors import Foreign, _Place
+from perturbax.host_functions._scheduling import Schedule
 from perturbax.tracing import _host_call
 from test_trace import compilations
 
@@ -165,6 +166,24 @@ def test_what_the_function_sees_is_its_own_to_keep(batched):
         while isinstance(array.base, np.ndarray):
             array = array.base
         assert array.flags.owndata
+
+
+def test_what_the_function_sees_may_be_changed_in_place():
+    """A batch of one point could not. What many points share cannot either: it is there once."""
+
+    def sort(x, y):
+        x.sort(axis=-1)
+        y *= 2
+        return (x * y).sum(axis=-1)
+
+    xs, y = jnp.array([[2.0, 1.0], [4.0, 3.0]]), jnp.array([1.0, 10.0])
+    for settings in ({}, {"batched": True}, {"batched": True, "executor": 2}):
+        h = px.host_function(sort, like=ONE, **settings)
+        assert float(h(xs[0], y)) == 42.0
+        np.testing.assert_array_equal(jax.vmap(h)(xs, jnp.stack([y, y])), [42.0, 86.0])
+    with pytest.raises(ValueError, match="read-only"):
+        jax.vmap(h, (0, None))(xs, y)
+    np.testing.assert_array_equal([xs[0], y], [[2.0, 1.0], [1.0, 10.0]])
 
 
 @pytest.mark.parametrize("batch_size", [None, 5])
@@ -330,6 +349,14 @@ def test_results_are_cast():
         "c": "int8",
     }
     np.testing.assert_array_equal([*result["a"], result["b"], result["c"]], [1, 2, 1, 7])
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">i4", ">c8", ">f16"])
+def test_results_of_another_byte_order_are_the_same_numbers(dtype):
+    """JAX refused them with an error of its own."""
+    for like in (None, np.zeros(3, dtype)):
+        h = px.host_function(lambda x: np.rint(x).astype(dtype), like=like)
+        np.testing.assert_array_equal(h(X), np.rint(X))
 
 
 # --- Errors
@@ -583,6 +610,57 @@ def test_too_many_hung_threads_are_an_error(monkeypatch):
     release.set()
 
 
+@pytest.mark.parametrize("pool", [False, True])
+def test_ctrl_c_begins_nothing_more(pool, monkeypatch):
+    """Threads in place of those left behind took what was still in the queue."""
+    begun, go_on, before = [], threading.Event(), threading.active_count()
+
+    def fun(x):
+        begun.append(x)
+        go_on.wait(20.0)
+        return x
+
+    def interrupted(schedule):
+        assert len(schedule._running) == 4
+        wait_for(lambda: len(begun) == 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Schedule, "_wait", interrupted)
+    executor = concurrent.futures.ThreadPoolExecutor(2) if pool else 2
+    h = px.host_function(fun, like=ONE, executor=executor)
+    with pytest.raises(KeyboardInterrupt):
+        jax.vmap(h)(jnp.arange(8.0))
+    go_on.set()
+    h.close()
+    if pool:
+        executor.shutdown()
+    wait_for(lambda: threading.active_count() <= before)
+    assert len(begun) == 2
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_ctrl_c_while_an_evaluation_is_handed_over(pool, monkeypatch):
+    """It was forgotten in the queue, and begun with the next ones."""
+    called = []
+
+    def fun(x):
+        called.append(float(x))
+        return x
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    executor = concurrent.futures.ThreadPoolExecutor(1) if pool else 1
+    with px.host_function(fun, like=ONE, executor=executor) as h:
+        # Before it is in the queue of a pool, and when it is in that of our own threads.
+        monkeypatch.setattr(*((executor, "submit") if pool else (h._workers, "_grow")), interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            h(1.0)
+        monkeypatch.undo()
+        h(2.0)
+    assert called == [2.0]
+
+
 def wait_for(condition):
     end = time.monotonic() + 20
     while not condition():
@@ -707,6 +785,58 @@ def test_an_executor_of_ones_own_that_has_threads():
             refusing(X - 4)
         release.set()
     assert len(seen) == 3
+
+
+OWN_THREADS = {
+    "the thread that waits": lambda: (None, {}),
+    "one thread": lambda: (1, {}),
+    "time limit": lambda: (None, {"timeout": 60.0}),
+    "pool": lambda: (concurrent.futures.ThreadPoolExecutor(1), {}),
+    "pool, time limit": lambda: (concurrent.futures.ThreadPoolExecutor(1), {"timeout": 60.0}),
+    "executor of one's own": lambda: (Wrapped(1), {}),
+    "executor of one's own, without cloudpickle": lambda: (Wrapped(1), {}),
+}
+
+
+@pytest.mark.parametrize("name", OWN_THREADS)
+def test_a_function_may_return_the_same_memory_each_time(name, monkeypatch):
+    """Its next call had begun before the value was copied, so that points had values of others."""
+    if "without cloudpickle" in name:
+        monkeypatch.setitem(sys.modules, "cloudpickle", None)
+    state, called, second = np.zeros(3, np.float32), [], threading.Event()
+
+    def fun(x):
+        state[:] = x
+        called.append(x)
+        if len(called) == 2:
+            second.set()
+        return {"array": state, "buffer": [memoryview(state)]}
+
+    handle = Schedule._handle
+
+    def late(schedule, attempt):
+        assert second.wait(20.0)
+        handle(schedule, attempt)
+
+    monkeypatch.setattr(Schedule, "_handle", late)
+    executor, settings = OWN_THREADS[name]()
+    h = px.host_function(fun, like={"array": X, "buffer": [X]}, executor=executor, **settings)
+    points = [X, X + 1]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(h, points))
+    assert_trees_close(found, [{"array": v, "buffer": [v]} for v in points], rtol=0)
+    h.close()
+    if executor not in (None, 1):
+        executor.shutdown()
+
+
+def test_what_is_no_result_is_an_error_and_no_failure_of_the_point():
+    """In threads too, where it is looked at before the next call."""
+    for value in (None, "a", {1: 0.0, "b": 0.0}):
+        with px.host_function(lambda x, v=value: v, like=ONE, executor=1, on_failure=0.0) as h:
+            with pytest.raises((TypeError, ValueError)):
+                h(X)
+            assert h.counts == (0, 0, 0, 0, 0)
 
 
 def test_waiting_in_a_queue_is_not_taking_too_long(monkeypatch):

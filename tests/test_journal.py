@@ -149,6 +149,37 @@ def test_a_failure_keeps_what_was_under_way_and_begins_nothing_more(journal, poo
         assert counted(h) == (8, done)
 
 
+@pytest.mark.parametrize("like", [None, np.zeros(3, ">f4")])
+def test_results_of_another_byte_order_are_recalled_as_the_same_numbers(like, journal):
+    """What was in the journal had lost the order: a second run read other numbers."""
+    for run in range(2):
+        with px.host_function(lambda x: x.astype(">f8"), journal=journal, like=like) as h:
+            np.testing.assert_array_equal(h(POINTS[0]), POINTS[0])
+            assert counted(h) == (1 - run, run)
+
+
+@dataclass
+class Cost:
+    value: float
+
+
+jax.tree_util.register_dataclass(Cost)
+Pair = namedtuple("Pair", "cost time")
+
+
+@pytest.mark.parametrize("result", [Pair(1.0, 2.0), Cost(1.0), {0: 1.0}], ids=str)
+def test_a_structure_that_a_journal_cannot_tell_has_to_be_said(result, journal):
+    """At once. It was an error when the program was started again, and only then."""
+    named = px.Journal(journal, "fun")
+    for told in ("when the program is started again", "does not tell the structure"):
+        with px.host_function(lambda x: result, journal=named) as h:
+            with pytest.raises(ValueError, match=f"{told}.* like="):
+                h(POINTS[0])
+    with px.host_function(lambda x: result, journal=named, like=result) as h:
+        assert_same(h(POINTS[0]), jax.tree.map(jnp.float32, result))
+        assert counted(h) == (0, 1)
+
+
 def test_another_like_is_an_error(journal):
     with px.host_function(measured, journal=px.Journal(journal, "a")) as h:
         h(POINTS[0])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..tracing._host_call import without_jax
+from ._results import returned
 
 # How many threads with hung evaluations may be left behind: none of them can be ended.
 MOST_LEFT_BEHIND = 500
@@ -84,6 +85,15 @@ class Workers(Protocol):
         ...
 
 
+def in_this_process(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """`fun` for threads of this process: without JAX, and its results in memory of their own.
+
+    The thread may begin the next call before anybody looks at the result, and the function may use
+    the same memory for that.
+    """
+    return without_jax(lambda *args, **kwargs: returned(fun(*args, **kwargs)))
+
+
 def run(fun: Callable[..., Any], attempt: Attempt) -> None:
     """Calls the function, and keeps what becomes of it."""
     attempt.started = time.monotonic()
@@ -101,7 +111,7 @@ class ThisThread:
 
     def __init__(self, fun: Callable[..., Any]):
         """For calls of `fun`."""
-        self._fun = without_jax(fun)
+        self._fun = in_this_process(fun)
         self._turn, self._next = threading.Lock(), threading.Lock()
 
     def window(self) -> int | None:

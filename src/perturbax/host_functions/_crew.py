@@ -7,8 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..tracing._host_call import without_jax
-from ._attempts import MOST_LEFT_BEHIND, START, Attempt, run
+from ._attempts import MOST_LEFT_BEHIND, START, Attempt, in_this_process, run
 
 
 class Caller(Protocol):
@@ -31,7 +30,7 @@ class InThread:
     """Calls the function in the thread itself."""
 
     def __init__(self, fun: Callable[..., Any]):
-        self._fun = without_jax(fun)
+        self._fun = in_this_process(fun)
 
     def call(self, attempt: Attempt) -> None:
         try:

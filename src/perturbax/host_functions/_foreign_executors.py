@@ -13,8 +13,8 @@ from typing import Any
 from .._checks import package_of
 from ..tracing._host_call import without_jax
 from . import _worker
-from ._attempts import MOST_LEFT_BEHIND, START, Attempt
-from ._pickles import Shipped
+from ._attempts import MOST_LEFT_BEHIND, START, Attempt, in_this_process
+from ._pickles import ByName, Shipped
 
 # How many threads with hung evaluations there may be in a process, which then ends itself.
 _MOST_IN_A_PROCESS = 16
@@ -166,7 +166,8 @@ class Foreign:
     def withdraw(self, attempt: Attempt) -> bool:
         """Cancels the future."""
         attempt.given_up = True  # before the callback of the future looks at it
-        attempt.given_up = attempt.place.cancel()
+        # Without a future where Ctrl-C came before there was one.
+        attempt.given_up = attempt.place is None or attempt.place.cancel()
         return attempt.given_up
 
     def give_up(self, attempt: Attempt) -> None:
@@ -185,7 +186,8 @@ def _call_of(
     executor: Any, fun: Callable[..., Any], timeout: float | None, sealed: bool
 ) -> tuple[Any, ...]:
     """What is submitted, in front of the arguments."""
-    here = without_jax(fun)
+    # What is sealed is in memory of its own.
+    here = without_jax(fun) if sealed else in_this_process(fun)
     if timeout is not None:
         here = functools.partial(_worker.timed, here, timeout, MOST_LEFT_BEHIND, True)
     if isinstance(executor, concurrent.futures.ThreadPoolExecutor):
@@ -197,7 +199,7 @@ def _call_of(
     if timeout is not None:
         there = functools.partial(_worker.timed, fun, timeout, _MOST_IN_A_PROCESS, False)
     elif importlib.util.find_spec("cloudpickle") is None:
-        return (fun,)
+        return operator.call, ByName(here, fun)
     if breaks:
         there = functools.partial(_worker.careful, there)
     if sealed:

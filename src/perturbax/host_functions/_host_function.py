@@ -14,12 +14,23 @@ from jax import Array
 
 from .._checks import check_bool, check_count, check_fun
 from ..tracing._host_call import NoResultError, host_call, is_asking
-from ._encoding import leaf_digest
+from ._encoding import leaf_digest, skeleton_of
 from ._executors import check_executor, workers_for
 from ._function_names import name_of
 from ._journal import Journal, JournalFile, Session, check_journal
 from ._progress import Bar, check_progress
-from ._results import Like, canonical, cast, described, instead_of, like_of, narrowed, recalled
+from ._results import (
+    Like,
+    Returned,
+    canonical,
+    cast,
+    described,
+    instead_of,
+    like_of,
+    narrowed,
+    recalled,
+    returned,
+)
 from ._scheduling import HostCounts, Schedule, Tally
 
 
@@ -56,8 +67,9 @@ def host_function(
         of which shapes and dtypes count. None asks fun, once for each kind of argument, where x is
         not traced.
       batched: whether fun takes many points at once: all leaves of its arguments, and of its
-        result, have one leading axis then, of the same size, whatever vmaps there are. An executor
-        is given one part a worker.
+        result, have one leading axis then, of the same size, whatever vmaps there are. What all
+        points share is there once, as a view that is not to be written to. An executor is given one
+        part a worker.
       timeout: seconds after which a call of fun is given up; None for never. `ProcessWorkers` end
         and replace the process; a thread cannot be ended, and is left behind and replaced.
       retries: how many times a point is evaluated again after an exception or a timeout. (What a
@@ -66,7 +78,8 @@ def host_function(
         or a pytree like the result, which is the result then; or "missing", NaN. See
         `make_perturbed_fun(..., missing=...)`.
       journal: a path, or a `Journal`: every finished evaluation is in this file before it is used,
-        and is not made again, by this program or by one that is started after it has crashed.
+        and is not made again, by this program or by one that is started after it has crashed. A
+        result with other nodes than dicts, lists and tuples takes `like`.
       progress: whether to draw a bar where evaluations take more than a second (with tqdm).
 
     Returns:
@@ -225,14 +238,17 @@ class HostFunction:
         like = self._like or self._found.get(kind)
 
         def arguments(rows: list[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            # Copies: the function may keep them, and these arrays end with the call back.
+            if self._batched and size is None:
+                return call.unflatten([np.array(v)[None] for v in arrays])
             if self._batched:
+                # What all points share may be large: one copy, which is not to be written to.
                 stacked = [
                     v[rows] if m else np.broadcast_to(v.copy(), (len(rows), *v.shape))
                     for v, m in zip(arrays, mapped, strict=True)
                 ]
                 return call.unflatten(stacked)
             [row] = rows
-            # Copies: the function may keep them, and these arrays end with the call back.
             own = [np.array(v[row] if m else v)[()] for v, m in zip(arrays, mapped, strict=True)]
             return call.unflatten(own)
 
@@ -242,13 +258,18 @@ class HostFunction:
 
         def accept(rows: list[int], value: Any) -> None:
             nonlocal like
+            value = returned(value)
+            if value.error is not None:
+                raise value.error
+            first = like is None
             if like is None:
                 like = like_of(value, self._batched, self._on_failure)
-                self._found[kind] = like
             for row, leaves in zip(rows, self._leaves(like, value, len(rows)), strict=True):
                 keep(row, leaves)
                 if session is not None:
                     session.write(row, leaves, like.tree)
+            if first:
+                self._learn(kind, like)
 
         def recall(known: dict[int, Any]) -> None:
             nonlocal like
@@ -333,6 +354,17 @@ class HostFunction:
             return [np.repeat(v, size, axis=0) for v in stacked]
         return stacked
 
+    def _learn(self, kind: Any, like: Like) -> None:
+        """Knows what comes back from now on; an error where a journal would not tell it again."""
+        if self._journal is not None and skeleton_of(like.tree) is None:
+            raise ValueError(
+                f"{self.__name__} returned a pytree of the structure {like.tree}. Its journal "
+                "could not tell that when the program is started again: it knows dicts with "
+                "strings for keys, lists and tuples. Say what it returns: host_function(..., "
+                "like=...). What was evaluated is in the journal"
+            )
+        self._found[kind] = like
+
     def points_at_a_time(self) -> int:
         """Twice what is under way at a time, so that workers seldom wait for the last of many."""
         return 2 * (self._workers.window() or 1)
@@ -344,18 +376,17 @@ class HostFunction:
         parts = min(len(rows), max(1, (self._workers.window() or 2) // 2))
         return [part.tolist() for part in np.array_split(rows, parts)] if rows else []
 
-    def _leaves(self, like: Like, value: Any, count: int) -> list[list[np.ndarray]]:
+    def _leaves(self, like: Like, value: Returned, count: int) -> list[list[np.ndarray]]:
         """For each point, the leaves of what the function returned, checked and cast."""
-        leaves, tree = jax.tree.flatten(value)
-        if tree != like.tree:
+        if value.tree != like.tree:
             raise TypeError(
-                f"{self.__name__} returned a pytree of the structure {tree}, but like, or an "
+                f"{self.__name__} returned a pytree of the structure {value.tree}, but like, or an "
                 f"earlier call, has {like.tree}"
             )
         front = (count,) if self._batched else ()
         found = [
             cast(leaf, spec, front, self.__name__)
-            for leaf, spec in zip(leaves, like.leaves, strict=True)
+            for leaf, spec in zip(value.leaves, like.leaves, strict=True)
         ]
         if not self._batched:
             return [found]

@@ -40,6 +40,22 @@ def by_value(call: Callable[..., Any]) -> bytes:
         cloudpickle().unregister_pickle_by_value(_worker)
 
 
+class ByName:
+    """A function `here` that unpickles as `there`, which pickle itself sends."""
+
+    def __init__(self, here: Callable[..., Any], there: Callable[..., Any]):
+        """Of both functions."""
+        self._here, self._there = here, there
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function in this process."""
+        return self._here(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """Unpickles as the function for there."""
+        return functools.partial, (self._there,)
+
+
 # What was made in this process, by tokens of their own.
 SHIPPED: "weakref.WeakValueDictionary[str, Shipped]" = weakref.WeakValueDictionary()
 

@@ -34,14 +34,32 @@ def described(like: Any, on_failure: Any) -> Like:
                     f"{leaf!r} ({type(leaf).__name__})"
                 )
             leaf = np.asarray(leaf)
-        specs.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        specs.append(jax.ShapeDtypeStruct(leaf.shape, _known(leaf.dtype)))
     return _checked(Like(tree, tuple(specs)), on_failure)
 
 
-def like_of(value: Any, batched: bool, on_failure: Any) -> Like:
+class Returned(NamedTuple):
+    """What a function returned, in memory of its own; or the error of what is no result."""
+
+    leaves: list[np.ndarray]
+    tree: Any
+    error: Exception | None = None
+
+
+def returned(value: Any) -> Returned:
+    """The value of a call. An error is told, not raised: it is not one of the function."""
+    if isinstance(value, Returned):
+        return value
+    try:
+        leaves, tree = jax.tree.flatten(value)
+        return Returned([_numbers(leaf, "fun") for leaf in leaves], tree)
+    except Exception as error:
+        return Returned([], None, error)
+
+
+def like_of(value: Returned, batched: bool, on_failure: Any) -> Like:
     """What a function returned for its first points, as shapes and dtypes."""
-    leaves, tree = jax.tree.flatten(value)
-    arrays = [_numbers(leaf, "fun") for leaf in leaves]
+    arrays = value.leaves
     if batched and not all(v.ndim for v in arrays):
         raise ValueError(
             "with batched=True all that fun returns must have a leading axis, with a place for "
@@ -50,7 +68,7 @@ def like_of(value: Any, batched: bool, on_failure: Any) -> Like:
         )
     shapes = [v.shape[1:] if batched else v.shape for v in arrays]
     specs = [jax.ShapeDtypeStruct(s, v.dtype) for s, v in zip(shapes, arrays, strict=True)]
-    return _checked(Like(tree, tuple(specs)), on_failure)
+    return _checked(Like(value.tree, tuple(specs)), on_failure)
 
 
 def recalled(leaves: Sequence[np.ndarray], tree: Any, on_failure: Any) -> Like:
@@ -102,8 +120,16 @@ def instead_of(like: Like, on_failure: Any) -> list[np.ndarray]:
     return values
 
 
+def _known(dtype: Any) -> np.dtype:
+    """The dtype in what JAX and the journal know: this machine's byte order, no long doubles."""
+    native = np.dtype(dtype).newbyteorder("=")
+    if native in (np.longdouble, np.clongdouble):
+        return np.dtype(np.complex128 if native.kind == "c" else np.float64)
+    return native
+
+
 def _numbers(leaf: Any, name: str) -> np.ndarray:
-    """A leaf of what a function returned, as an array of numbers."""
+    """A copy of a leaf of what a function returned, as an array of numbers."""
     if isinstance(leaf, Array):
         raise TypeError(
             f"{name} returned a jax.Array; a host function computes with numpy, for waiting for "
@@ -115,18 +141,18 @@ def _numbers(leaf: Any, name: str) -> np.ndarray:
             "leaf.filled(...) with what they are to count for"
         )
     array = np.asarray(leaf)
-    if array.dtype in (np.longdouble, np.clongdouble):  # which JAX does not have
-        array = array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in _KINDS):
+    dtype = _known(array.dtype)
+    if not any(jnp.issubdtype(dtype, kind) for kind in _KINDS):
         raise TypeError(
             f"{name} must return numbers or arrays of numbers, got {leaf!r} "
             f"({type(leaf).__name__}, dtype {array.dtype})"
         )
-    return array
+    return array.astype(dtype)
 
 
-def cast(leaf: Any, spec: jax.ShapeDtypeStruct, front: tuple[int, ...], name: str) -> np.ndarray:
-    array = _numbers(leaf, name)
+def cast(
+    array: np.ndarray, spec: jax.ShapeDtypeStruct, front: tuple[int, ...], name: str
+) -> np.ndarray:
     if array.shape != (*front, *spec.shape):
         raise ValueError(
             f"{name} returned shape {array.shape}, expected {(*front, *spec.shape)}, by like or an "
@@ -143,7 +169,7 @@ def cast(leaf: Any, spec: jax.ShapeDtypeStruct, front: tuple[int, ...], name: st
 
 def narrowed(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):  # an infinity, as everywhere in JAX
-        cast = array.astype(dtype)
+        cast = array.astype(dtype, copy=False)
     if jnp.issubdtype(dtype, jnp.integer) and not np.array_equal(cast, array):
         raise OverflowError(
             f"{name} returned {array!r}, which does not fit into {dtype}; return a floating number"

@@ -116,6 +116,7 @@ class Schedule:
             self._wind_up()
             raise
         except BaseException:  # Ctrl-C
+            self._withdraw()  # first: in place of a thread that is left behind comes another one
             for attempt in self._running:
                 self.workers.give_up(attempt)
             raise
@@ -137,7 +138,7 @@ class Schedule:
             self._running[attempt] = task
             try:
                 self.workers.submit(attempt)
-            except BaseException:
+            except Exception:  # after Ctrl-C, which comes at any moment, it may be in a queue
                 del self._running[attempt]
                 raise
 
@@ -229,12 +230,16 @@ class Schedule:
         self.tally.add(retries=1)
         self._pending.append(task)
 
-    def _wind_up(self) -> None:
-        """Takes in what can still be had without beginning anything more."""
+    def _withdraw(self) -> None:
+        """Begins nothing more."""
         for attempt in list(self._running):
             # One that was given up is here if that raised.
             if attempt.given_up or self.workers.withdraw(attempt):
                 del self._running[attempt]
+
+    def _wind_up(self) -> None:
+        """Takes in what can still be had without beginning anything more."""
+        self._withdraw()
         end = time.monotonic() + _GRACE
         while self._running:
             try:
