@@ -398,7 +398,8 @@ def test_a_step_may_write_on_its_state():
     carried = px.carry(smoothed())
     step = jax.jit(carried.value_and_grad, donate_argnums=0)
     (value, _), _ = step(carried.init(X), jax.random.key(0), X)
-    assert np.isfinite(value) and not X.is_deleted()
+    assert np.isfinite(value)
+    assert not X.is_deleted()
 
 
 def test_a_mask_is_no_obstacle():
