@@ -1,9 +1,11 @@
 """px.minimize: what it finds, tells and refuses, and that interruptions cost nothing."""
 
 import functools
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import io_callback
 
 import checkpoints
 import perturbax as px
 from perturbax.minimization import _surrogate_search
+from perturbax.minimization._fingerprint import fingerprint, operations
 
 quiet = functools.partial(px.minimize, progress=False)
 
@@ -606,6 +610,78 @@ def test_a_checkpoint_of_another_host_function_is_refused(tmp_path):
         run(around(2.0), jnp.zeros(3), jax.random.key(0))
 
 
+def jitted(data):
+    return jax.jit(lambda x: jnp.sum(jnp.round(x - data) ** 2))
+
+
+def called_back(call, data):
+    def simulator(x):
+        return np.float32(np.sum(np.round(x - data) ** 2))
+
+    return lambda x: call(simulator, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+
+def with_a_lock(data):
+    class Simulator:
+        def __init__(self):
+            self.data, self.lock = data, threading.Lock()
+
+        def __call__(self, x):
+            return np.float32(np.sum(np.round(x - self.data) ** 2))
+
+    return px.host_function(Simulator(), like=np.float32(0))
+
+
+pure_callback = functools.partial(jax.pure_callback, vmap_method="sequential")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [jitted, with_a_lock, functools.partial(called_back, pure_callback)],
+    ids=["jitted", "with a lock", "called back"],
+)
+def test_a_checkpoint_of_other_data_is_refused(make, tmp_path):
+    """It was not where a program's text does not have them, or the function had no name."""
+    run = functools.partial(quiet, max_evaluations=60, checkpoint=tmp_path / "run")
+    run(make(np.ones(3, np.float32)), jnp.zeros(3), jax.random.key(0))
+    with pytest.raises(ValueError, match="another problem: fun or its data"):
+        run(make(2 * np.ones(3, np.float32)), jnp.zeros(3), jax.random.key(0))
+
+
+def with_own_derivatives(data):
+    inner = jitted(data)
+    forwards, backwards = jax.custom_jvp(inner), jax.custom_vjp(inner)
+    forwards.defjvp(lambda x, dx: (inner(*x), inner(*dx)))
+    backwards.defvjp(lambda x: (inner(x), None), lambda _, g: (g,))
+    return lambda x: forwards(x) + backwards(x)
+
+
+DATA_INSIDE = {
+    "jit": jitted,
+    "jit of jit": lambda data: jax.jit(lambda x: jitted(data)(x)),
+    "jit of an array of JAX": lambda data: jitted(jnp.asarray(data)),
+    "scan": lambda data: lambda x: jax.lax.scan(lambda c, _: (jitted(data)(x), c), 0.0, length=2),
+    "cond": lambda data: lambda x: jax.lax.cond(x[0] > 0, jitted(data), jnp.sum, x),
+    "while": lambda data: (
+        lambda x: jax.lax.while_loop(lambda x: jitted(data)(x) > 1, lambda x: x / 2, x)
+    ),
+    "derivatives": with_own_derivatives,
+    "pure_callback": functools.partial(called_back, pure_callback),
+    "pure_callback in jit": lambda data: jax.jit(called_back(pure_callback, data)),
+    "io_callback": functools.partial(called_back, io_callback),
+}
+
+
+@pytest.mark.parametrize("make", DATA_INSIDE.values(), ids=DATA_INSIDE)
+def test_a_fingerprint_is_of_all_data_and_of_no_more(make):
+    def found(middle):
+        data = np.linspace(-1, 1, 5000, dtype=np.float32)
+        data[2500] = middle  # where text has dots
+        return fingerprint(operations(jax.make_jaxpr(make(data))(jnp.zeros(5000)).jaxpr))
+
+    assert found(1.0) == found(1.0) != found(2.0)
+
+
 def test_what_a_host_function_raises_arrives_as_it_is():
     def simulator(x):
         raise ArithmeticError("no solution")
@@ -617,7 +693,8 @@ def test_what_a_host_function_raises_arrives_as_it_is():
 def test_a_run_ended_by_kill_goes_on_and_ends_in_the_same_bits(tmp_path):
     kept = tmp_path / "run"
     program = Path(__file__).with_name("checkpoints.py")
-    with subprocess.Popen([sys.executable, program, kept]) as killed:
+    slow = {**os.environ, "SECONDS_AN_EVALUATION": "0.003"}  # so that there is time to kill it
+    with subprocess.Popen([sys.executable, program, kept], env=slow) as killed:
         while not kept.exists():
             assert killed.poll() is None
             time.sleep(0.01)

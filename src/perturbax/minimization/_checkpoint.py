@@ -1,9 +1,7 @@
 """Files that keep a run: written whole or not at all, and refused where they are of another run."""
 
-import hashlib
 import json
 import os
-import re
 import tempfile
 import time
 import zipfile
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ._fingerprint import fingerprint, operations, without_key_type
 from ._problem import Problem
 from ._result import MinimizeHistory
 from ._run import begin, empty_history, joined, own_settings, step
@@ -47,16 +46,16 @@ class Checkpoint:
             "x0": problem.start,
             "key": jax.random.key_data(key),
             "fun or its data": (
-                str(traced.jaxpr),
+                operations(traced.jaxpr),
                 [host.identity() for host in traced.hosts],
                 problem.operands,
             ),
             "bounds": (problem.scale, problem.widest),
             "sigma or tol": (operands.sigma, operands.tol, setup.sigma == ADAPTED),
-            "optimizer, sigma or noise": (str(stepped), stepped.consts),
+            "optimizer, sigma or noise": (operations(stepped.jaxpr), stepped.consts),
             "num_samples": (setup.num_samples, setup.grows),
         }
-        self._prints = {name: _digest(value) for name, value in known_by.items()}
+        self._prints = {name: fingerprint(value) for name, value in known_by.items()}
 
     def load(self) -> tuple[Setup, Run | None, list[MinimizeHistory]]:
         """The run as it was kept, or as it was given where nothing was."""
@@ -90,7 +89,7 @@ def _save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
     for name, part in parts.items():
         kinds[name] = []
         for i, leaf in enumerate(jax.tree.leaves(part)):
-            array = np.asarray(_raw(leaf))
+            array = np.asarray(without_key_type(leaf))
             kinds[name].append((str(array.dtype), list(array.shape)))
             # Bytes, for numpy's format does not know every dtype of JAX's.
             arrays[f"{name}.{i}"] = np.frombuffer(array.tobytes(), np.uint8)
@@ -150,27 +149,5 @@ def _load(path: Path, prints: dict[str, str], likes: dict[str, Any]) -> dict[str
     return found
 
 
-def _raw(leaf: Any) -> Any:
-    is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
-    return jax.random.key_data(leaf) if is_key else leaf
-
-
 def _dtype(name: str) -> np.dtype:
     return np.dtype(jnp.dtype(name))
-
-
-def _digest(value: Any) -> str:
-    digest = hashlib.sha256()
-    leaves, tree = jax.tree.flatten(value)
-    digest.update(_without_addresses(str(tree)).encode())
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
-            array = np.asarray(_raw(leaf))
-            digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-        else:
-            digest.update(_without_addresses(str(leaf)).encode())
-    return digest.hexdigest()[:32]
-
-
-def _without_addresses(text: str) -> str:
-    return re.sub(r"0x[0-9a-fA-F]+", "0x", text)
