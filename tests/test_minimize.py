@@ -1,6 +1,7 @@
 """px.minimize: what it finds, tells and refuses, and that interruptions cost nothing."""
 
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -18,8 +19,9 @@ from jax.experimental import io_callback
 
 import checkpoints
 import perturbax as px
-from perturbax.minimization import _surrogate_search
+from perturbax.minimization import _minimize, _surrogate_search
 from perturbax.minimization._fingerprint import fingerprint, operations
+from perturbax.minimization._run import block
 
 quiet = functools.partial(px.minimize, progress=False)
 
@@ -720,6 +722,63 @@ def test_an_interrupt_keeps_the_run(tmp_path):
     seen = []
     run(callback=lambda progress: seen.append(progress.step))
     assert seen[0] == 11
+
+
+def interrupted(run, countdown, monkeypatch):
+    """Runs, and tells whether it was interrupted.
+
+    It is at a line of its loop, so many of them after a block has asked for more samples; not where
+    there are fewer before the next block.
+    """
+    called, before = _minimize.called, sys.gettrace()
+
+    def interrupting(frame, event, _):
+        nonlocal countdown
+        countdown -= event == "line"
+        if countdown == 0:
+            raise KeyboardInterrupt
+        return interrupting
+
+    def counting(hosts, program, *args):
+        found = called(hosts, program, *args)
+        if program is block:
+            sys._getframe(1).f_trace = interrupting
+            sys.settrace((lambda *_: None) if found[0].wants_more else None)
+        return found
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(_minimize, "called", counting)
+            run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_at_any_line_keeps_the_run_whole(tmp_path, monkeypatch):
+    """State, rows and number of samples were replaced one after another.
+
+    JAX waits for a block where a number of it is looked at, between the two, so that most
+    interrupts came there: rows of steps that were kept were NaN, or later steps were others.
+    """
+    run = functools.partial(
+        quiet,
+        lambda x: jnp.sum(jnp.sin(1000 * x)),
+        jnp.ones(3),
+        jax.random.key(0),
+        optimizer=ADAM,
+        sigma=1.0,
+        max_evaluations=600,
+    )
+    whole = run()
+    for number in itertools.count(1):
+        kept = functools.partial(run, checkpoint=tmp_path / f"{number}")
+        if not interrupted(kept, number, monkeypatch):
+            break
+        jax.tree.map(np.testing.assert_array_equal, kept(), whole)
+    assert number > 10
 
 
 def test_a_run_that_its_callback_ended_goes_on_from_its_checkpoint(tmp_path):

@@ -75,8 +75,9 @@ class Checkpoint:
             self.save(setup, run, told)
 
     def save(self, setup: Setup, run: Run, told: list[MinimizeHistory]) -> None:
-        """Saves the run."""
-        rows = joined(self._setup.objective, told)
+        """Saves the run, without rows of later steps, which an interrupt may leave in `told`."""
+        history, steps = joined(self._setup.objective, told), int(run.steps)
+        rows = jax.tree.map(lambda column: column[:steps], history)
         parts = {"run": run, "rows": rows, "doublings": setup.doublings}
         _save(self._path, self._prints, parts)
         self._last = time.monotonic()
