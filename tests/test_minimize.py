@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -682,6 +683,36 @@ def test_a_fingerprint_is_of_all_data_and_of_no_more(make):
         return fingerprint(operations(jax.make_jaxpr(make(data))(jnp.zeros(5000)).jaxpr))
 
     assert found(1.0) == found(1.0) != found(2.0)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    """It was noticed when the first was due. (To root, any folder is writable.)"""
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    simulator = px.host_function(lambda x: np.float32(np.sum(x**2)), like=np.float32(0))
+    with pytest.raises(ValueError, match=r"checkpoint '.*run' cannot be written .*another path"):
+        quiet(simulator, jnp.zeros(2), jax.random.key(0), checkpoint=tmp_path / "run")
+    assert simulator.counts.evaluations == 0
+
+
+def test_a_checkpoint_for_which_there_is_no_space_leaves_the_one_before(tmp_path, monkeypatch):
+    kept = tmp_path / "run"
+    run = functools.partial(quiet, staircase, jnp.zeros(4), jax.random.key(0), checkpoint=kept)
+    run(max_evaluations=400)
+    before = kept.read_bytes()
+
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left") as raised:
+        run(max_evaluations=600)
+    [note] = raised.value.__notes__
+    assert f"checkpoint {os.fspath(kept)!r} could not be written" in note
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {kept: before}
 
 
 def test_what_a_host_function_raises_arrives_as_it_is():

@@ -33,6 +33,7 @@ class Checkpoint:
         """Takes the run's fingerprint."""
         if not path.parent.is_dir():
             raise ValueError(f"checkpoint's folder {os.fspath(path.parent)!r} does not exist")
+        _check_writable(path)
         self._path, self._setup = path, setup
         self._impl = jax.random.key_impl(key)
         self._last = time.monotonic()
@@ -79,8 +80,32 @@ class Checkpoint:
         history, steps = joined(self._setup.objective, told), int(run.steps)
         rows = jax.tree.map(lambda column: column[:steps], history)
         parts = {"run": run, "rows": rows, "doublings": setup.doublings}
-        _save(self._path, self._prints, parts)
+        try:
+            _save(self._path, self._prints, parts)
+        except OSError as error:
+            error.add_note(
+                f"checkpoint {os.fspath(self._path)!r} could not be written; if there was one "
+                "before, it is whole, and a run with the same arguments goes on from it"
+            )
+            raise
         self._last = time.monotonic()
+
+
+def _check_writable(path: Path) -> None:
+    """Raises before anything is evaluated, rather than where the run is to be saved."""
+    try:
+        handle, beside = _made_beside(path)
+    except OSError as error:
+        raise ValueError(
+            f"checkpoint {os.fspath(path)!r} cannot be written ({type(error).__name__}: {error}): "
+            "allow new files in its folder, or give another path"
+        ) from error
+    os.close(handle)
+    Path(beside).unlink()
+
+
+def _made_beside(path: Path) -> tuple[int, str]:
+    return tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
 
 
 def _save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
@@ -96,7 +121,7 @@ def _save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
             arrays[f"{name}.{i}"] = np.frombuffer(array.tobytes(), np.uint8)
     header = json.dumps({"format": _FORMAT, "prints": prints, "kinds": kinds})
     arrays["header"] = np.frombuffer(header.encode(), np.uint8)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    handle, beside = _made_beside(path)
     try:
         with os.fdopen(handle, "wb") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]

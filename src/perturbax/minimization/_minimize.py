@@ -139,7 +139,7 @@ def minimize(
     Raises:
       TypeError: if an argument is of the wrong kind; if x0 has leaves that are not floating.
       ValueError: if an argument has a value that is not possible; if the checkpoint is of another
-        problem.
+        problem, or cannot be written.
 
     Example:
       >>> import jax, jax.numpy as jnp
