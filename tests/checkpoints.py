@@ -1,8 +1,12 @@
 """A run of `minimize` that keeps a checkpoint: as a program, for test_minimize.py to kill.
 
 python checkpoints.py FILE
+
+How long an evaluation takes is in the environment: were it data of the function, a run that takes
+another time would be one of another function.
 """
 
+import os
 import sys
 import time
 from unittest import mock
@@ -14,17 +18,18 @@ import numpy as np
 import perturbax as px
 from perturbax.minimization import _checkpoint, _minimize
 
-pause = 0.0  # seconds for each evaluation
+target = np.ones(4, np.float32)
 
 
 def slow(x):
-    time.sleep(pause)
-    return np.float32(np.sum(np.round(4 * (x - 1)) ** 2))
+    time.sleep(float(os.environ.get("SECONDS_AN_EVALUATION", 0)))
+    return np.float32(np.sum(np.round(4 * x) ** 2))
 
 
+@jax.jit
 def fun(x):
     like = jax.ShapeDtypeStruct((), jnp.float32)
-    return jax.pure_callback(slow, like, x, vmap_method="sequential")
+    return jax.pure_callback(slow, like, x - target, vmap_method="sequential")
 
 
 @mock.patch.object(_checkpoint, "_SECONDS_A_CHECKPOINT", 0.1)
@@ -44,5 +49,4 @@ def run(checkpoint=None):
 
 
 if __name__ == "__main__":
-    pause = 0.003  # so that there is time to kill it
     run(sys.argv[1])

@@ -100,6 +100,7 @@ LAYERS = [
     "minimization/_surrogate_search",
     "minimization/_result",
     "minimization/_run",
+    "minimization/_fingerprint",
     "minimization/_checkpoint",
     "minimization/_progress",
     "minimization/_minimize",

@@ -1,9 +1,13 @@
 """px.minimize: what it finds, tells and refuses, and that interruptions cost nothing."""
 
 import functools
+import itertools
+import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -12,10 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import io_callback
 
 import checkpoints
 import perturbax as px
-from perturbax.minimization import _surrogate_search
+from perturbax.minimization import _minimize, _surrogate_search
+from perturbax.minimization._fingerprint import fingerprint, operations
+from perturbax.minimization._run import block
 
 quiet = functools.partial(px.minimize, progress=False)
 
@@ -606,6 +613,108 @@ def test_a_checkpoint_of_another_host_function_is_refused(tmp_path):
         run(around(2.0), jnp.zeros(3), jax.random.key(0))
 
 
+def jitted(data):
+    return jax.jit(lambda x: jnp.sum(jnp.round(x - data) ** 2))
+
+
+def called_back(call, data):
+    def simulator(x):
+        return np.float32(np.sum(np.round(x - data) ** 2))
+
+    return lambda x: call(simulator, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+
+def with_a_lock(data):
+    class Simulator:
+        def __init__(self):
+            self.data, self.lock = data, threading.Lock()
+
+        def __call__(self, x):
+            return np.float32(np.sum(np.round(x - self.data) ** 2))
+
+    return px.host_function(Simulator(), like=np.float32(0))
+
+
+pure_callback = functools.partial(jax.pure_callback, vmap_method="sequential")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [jitted, with_a_lock, functools.partial(called_back, pure_callback)],
+    ids=["jitted", "with a lock", "called back"],
+)
+def test_a_checkpoint_of_other_data_is_refused(make, tmp_path):
+    """It was not where a program's text does not have them, or the function had no name."""
+    run = functools.partial(quiet, max_evaluations=60, checkpoint=tmp_path / "run")
+    run(make(np.ones(3, np.float32)), jnp.zeros(3), jax.random.key(0))
+    with pytest.raises(ValueError, match="another problem: fun or its data"):
+        run(make(2 * np.ones(3, np.float32)), jnp.zeros(3), jax.random.key(0))
+
+
+def with_own_derivatives(data):
+    inner = jitted(data)
+    forwards, backwards = jax.custom_jvp(inner), jax.custom_vjp(inner)
+    forwards.defjvp(lambda x, dx: (inner(*x), inner(*dx)))
+    backwards.defvjp(lambda x: (inner(x), None), lambda _, g: (g,))
+    return lambda x: forwards(x) + backwards(x)
+
+
+DATA_INSIDE = {
+    "jit": jitted,
+    "jit of jit": lambda data: jax.jit(lambda x: jitted(data)(x)),
+    "jit of an array of JAX": lambda data: jitted(jnp.asarray(data)),
+    "scan": lambda data: lambda x: jax.lax.scan(lambda c, _: (jitted(data)(x), c), 0.0, length=2),
+    "cond": lambda data: lambda x: jax.lax.cond(x[0] > 0, jitted(data), jnp.sum, x),
+    "while": lambda data: (
+        lambda x: jax.lax.while_loop(lambda x: jitted(data)(x) > 1, lambda x: x / 2, x)
+    ),
+    "derivatives": with_own_derivatives,
+    "pure_callback": functools.partial(called_back, pure_callback),
+    "pure_callback in jit": lambda data: jax.jit(called_back(pure_callback, data)),
+    "io_callback": functools.partial(called_back, io_callback),
+}
+
+
+@pytest.mark.parametrize("make", DATA_INSIDE.values(), ids=DATA_INSIDE)
+def test_a_fingerprint_is_of_all_data_and_of_no_more(make):
+    def found(middle):
+        data = np.linspace(-1, 1, 5000, dtype=np.float32)
+        data[2500] = middle  # where text has dots
+        return fingerprint(operations(jax.make_jaxpr(make(data))(jnp.zeros(5000)).jaxpr))
+
+    assert found(1.0) == found(1.0) != found(2.0)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    """It was noticed when the first was due. (To root, any folder is writable.)"""
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    simulator = px.host_function(lambda x: np.float32(np.sum(x**2)), like=np.float32(0))
+    with pytest.raises(ValueError, match=r"checkpoint '.*run' cannot be written .*another path"):
+        quiet(simulator, jnp.zeros(2), jax.random.key(0), checkpoint=tmp_path / "run")
+    assert simulator.counts.evaluations == 0
+
+
+def test_a_checkpoint_for_which_there_is_no_space_leaves_the_one_before(tmp_path, monkeypatch):
+    kept = tmp_path / "run"
+    run = functools.partial(quiet, staircase, jnp.zeros(4), jax.random.key(0), checkpoint=kept)
+    run(max_evaluations=400)
+    before = kept.read_bytes()
+
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left") as raised:
+        run(max_evaluations=600)
+    [note] = raised.value.__notes__
+    assert f"checkpoint {os.fspath(kept)!r} could not be written" in note
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {kept: before}
+
+
 def test_what_a_host_function_raises_arrives_as_it_is():
     def simulator(x):
         raise ArithmeticError("no solution")
@@ -617,7 +726,8 @@ def test_what_a_host_function_raises_arrives_as_it_is():
 def test_a_run_ended_by_kill_goes_on_and_ends_in_the_same_bits(tmp_path):
     kept = tmp_path / "run"
     program = Path(__file__).with_name("checkpoints.py")
-    with subprocess.Popen([sys.executable, program, kept]) as killed:
+    slow = {**os.environ, "SECONDS_AN_EVALUATION": "0.003"}  # so that there is time to kill it
+    with subprocess.Popen([sys.executable, program, kept], env=slow) as killed:
         while not kept.exists():
             assert killed.poll() is None
             time.sleep(0.01)
@@ -643,6 +753,63 @@ def test_an_interrupt_keeps_the_run(tmp_path):
     seen = []
     run(callback=lambda progress: seen.append(progress.step))
     assert seen[0] == 11
+
+
+def interrupted(run, countdown, monkeypatch):
+    """Runs, and tells whether it was interrupted.
+
+    It is at a line of its loop, so many of them after a block has asked for more samples; not where
+    there are fewer before the next block.
+    """
+    called, before = _minimize.called, sys.gettrace()
+
+    def interrupting(frame, event, _):
+        nonlocal countdown
+        countdown -= event == "line"
+        if countdown == 0:
+            raise KeyboardInterrupt
+        return interrupting
+
+    def counting(hosts, program, *args):
+        found = called(hosts, program, *args)
+        if program is block:
+            sys._getframe(1).f_trace = interrupting
+            sys.settrace((lambda *_: None) if found[0].wants_more else None)
+        return found
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(_minimize, "called", counting)
+            run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_at_any_line_keeps_the_run_whole(tmp_path, monkeypatch):
+    """State, rows and number of samples were replaced one after another.
+
+    JAX waits for a block where a number of it is looked at, between the two, so that most
+    interrupts came there: rows of steps that were kept were NaN, or later steps were others.
+    """
+    run = functools.partial(
+        quiet,
+        lambda x: jnp.sum(jnp.sin(1000 * x)),
+        jnp.ones(3),
+        jax.random.key(0),
+        optimizer=ADAM,
+        sigma=1.0,
+        max_evaluations=600,
+    )
+    whole = run()
+    for number in itertools.count(1):
+        kept = functools.partial(run, checkpoint=tmp_path / f"{number}")
+        if not interrupted(kept, number, monkeypatch):
+            break
+        jax.tree.map(np.testing.assert_array_equal, kept(), whole)
+    assert number > 10
 
 
 def test_a_run_that_its_callback_ended_goes_on_from_its_checkpoint(tmp_path):

@@ -61,6 +61,15 @@ def name_of(fun: Callable[..., Any]) -> str:
     return f"{module}.{getattr(fun, '__qualname__', type(fun).__name__)}:{digest[:32]}"
 
 
+def known_by(fun: Callable[..., Any]) -> str:
+    """As `name_of`, of any function: what cannot be told from others of its kind is that kind."""
+    try:
+        content = _content(fun, {})
+    except _Unnamed:
+        content = _content(fun, {}, strict=False)
+    return hashlib.sha256(content).hexdigest()
+
+
 def name_of_arguments(tree: Any, fixed: tuple[Any, ...], kinds: dict[type, bytes]) -> str:
     """A name that changes with what arguments hold beside arrays, and with the classes in them.
 

@@ -16,7 +16,7 @@ from .._checks import check_bool, check_count, check_fun
 from ..tracing._host_call import NoResultError, host_call, is_asking
 from ._encoding import leaf_digest, skeleton_of
 from ._executors import check_executor, workers_for
-from ._function_names import name_of
+from ._function_names import known_by
 from ._journal import Journal, JournalFile, Session, check_journal
 from ._progress import Bar, check_progress
 from ._results import (
@@ -207,13 +207,8 @@ class HostFunction:
         )
 
     def identity(self) -> str:
-        """Its name in a journal; where that would have to be given, the one of its code."""
-        if self._journal is not None:
-            return self._journal.name
-        try:
-            return name_of(self.__wrapped__)
-        except ValueError:
-            return self.__name__
+        """Its name in a journal; without one, what its code and data are known by."""
+        return known_by(self.__wrapped__) if self._journal is None else self._journal.name
 
     def like_at(self, call: "_Call", arrays: Sequence[Any]) -> Like | None:
         """What comes back for such arguments, as far as it is known."""

@@ -1,9 +1,7 @@
 """Files that keep a run: written whole or not at all, and refused where they are of another run."""
 
-import hashlib
 import json
 import os
-import re
 import tempfile
 import time
 import zipfile
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ._fingerprint import fingerprint, operations, without_key_type
 from ._problem import Problem
 from ._result import MinimizeHistory
 from ._run import begin, empty_history, joined, own_settings, step
@@ -34,6 +33,7 @@ class Checkpoint:
         """Takes the run's fingerprint."""
         if not path.parent.is_dir():
             raise ValueError(f"checkpoint's folder {os.fspath(path.parent)!r} does not exist")
+        _check_writable(path)
         self._path, self._setup = path, setup
         self._impl = jax.random.key_impl(key)
         self._last = time.monotonic()
@@ -47,16 +47,16 @@ class Checkpoint:
             "x0": problem.start,
             "key": jax.random.key_data(key),
             "fun or its data": (
-                str(traced.jaxpr),
+                operations(traced.jaxpr),
                 [host.identity() for host in traced.hosts],
                 problem.operands,
             ),
             "bounds": (problem.scale, problem.widest),
             "sigma or tol": (operands.sigma, operands.tol, setup.sigma == ADAPTED),
-            "optimizer, sigma or noise": (str(stepped), stepped.consts),
+            "optimizer, sigma or noise": (operations(stepped.jaxpr), stepped.consts),
             "num_samples": (setup.num_samples, setup.grows),
         }
-        self._prints = {name: _digest(value) for name, value in known_by.items()}
+        self._prints = {name: fingerprint(value) for name, value in known_by.items()}
 
     def load(self) -> tuple[Setup, Run | None, list[MinimizeHistory]]:
         """The run as it was kept, or as it was given where nothing was."""
@@ -76,11 +76,36 @@ class Checkpoint:
             self.save(setup, run, told)
 
     def save(self, setup: Setup, run: Run, told: list[MinimizeHistory]) -> None:
-        """Saves the run."""
-        rows = joined(self._setup.objective, told)
+        """Saves the run, without rows of later steps, which an interrupt may leave in `told`."""
+        history, steps = joined(self._setup.objective, told), int(run.steps)
+        rows = jax.tree.map(lambda column: column[:steps], history)
         parts = {"run": run, "rows": rows, "doublings": setup.doublings}
-        _save(self._path, self._prints, parts)
+        try:
+            _save(self._path, self._prints, parts)
+        except OSError as error:
+            error.add_note(
+                f"checkpoint {os.fspath(self._path)!r} could not be written; if there was one "
+                "before, it is whole, and a run with the same arguments goes on from it"
+            )
+            raise
         self._last = time.monotonic()
+
+
+def _check_writable(path: Path) -> None:
+    """Raises before anything is evaluated, rather than where the run is to be saved."""
+    try:
+        handle, beside = _made_beside(path)
+    except OSError as error:
+        raise ValueError(
+            f"checkpoint {os.fspath(path)!r} cannot be written ({type(error).__name__}: {error}): "
+            "allow new files in its folder, or give another path"
+        ) from error
+    os.close(handle)
+    Path(beside).unlink()
+
+
+def _made_beside(path: Path) -> tuple[int, str]:
+    return tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
 
 
 def _save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
@@ -90,13 +115,13 @@ def _save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
     for name, part in parts.items():
         kinds[name] = []
         for i, leaf in enumerate(jax.tree.leaves(part)):
-            array = np.asarray(_raw(leaf))
+            array = np.asarray(without_key_type(leaf))
             kinds[name].append((str(array.dtype), list(array.shape)))
             # Bytes, for numpy's format does not know every dtype of JAX's.
             arrays[f"{name}.{i}"] = np.frombuffer(array.tobytes(), np.uint8)
     header = json.dumps({"format": _FORMAT, "prints": prints, "kinds": kinds})
     arrays["header"] = np.frombuffer(header.encode(), np.uint8)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    handle, beside = _made_beside(path)
     try:
         with os.fdopen(handle, "wb") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
@@ -150,27 +175,5 @@ def _load(path: Path, prints: dict[str, str], likes: dict[str, Any]) -> dict[str
     return found
 
 
-def _raw(leaf: Any) -> Any:
-    is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
-    return jax.random.key_data(leaf) if is_key else leaf
-
-
 def _dtype(name: str) -> np.dtype:
     return np.dtype(jnp.dtype(name))
-
-
-def _digest(value: Any) -> str:
-    digest = hashlib.sha256()
-    leaves, tree = jax.tree.flatten(value)
-    digest.update(_without_addresses(str(tree)).encode())
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
-            array = np.asarray(_raw(leaf))
-            digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-        else:
-            digest.update(_without_addresses(str(leaf)).encode())
-    return digest.hexdigest()[:32]
-
-
-def _without_addresses(text: str) -> str:
-    return re.sub(r"0x[0-9a-fA-F]+", "0x", text)

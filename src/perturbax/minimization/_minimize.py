@@ -139,7 +139,7 @@ def minimize(
     Raises:
       TypeError: if an argument is of the wrong kind; if x0 has leaves that are not floating.
       ValueError: if an argument has a value that is not possible; if the checkpoint is of another
-        problem.
+        problem, or cannot be written.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -235,6 +235,13 @@ def minimize(
         telling.close()
 
 
+class _State(NamedTuple):
+    """What the next block begins with. Replaced as a whole: an interrupt may come at any time."""
+
+    setup: Setup
+    run: Run
+
+
 @own_settings()
 def _in_one_program(
     setup: Setup, operands: Operands, problem: Problem, key: Array, max_evaluations: int
@@ -274,29 +281,33 @@ def _in_blocks(
     # another callback.
     ended_from_outside = (run.status == EXHAUSTED) | (run.status == CALLED_OFF)
     run = run._replace(status=jnp.where(ended_from_outside, RUNNING, run.status))
-    most = 1
+    state, most = _State(setup, run), 1
     try:
-        while int(run.status) == RUNNING:
+        while int(state.run.status) == RUNNING:
             begun = time.monotonic()
             limit = jnp.asarray(1 if callback else most)
-            run, rows = called(hosts, block, setup, _LONGEST_BLOCK, operands, run, limit, budget)
-            steps = int(run.steps) - sum(map(len, told))
+            after, rows = called(
+                hosts, block, state.setup, _LONGEST_BLOCK, operands, state.run, limit, budget
+            )
+            steps = int(after.steps) - int(state.run.steps)
             if steps:
                 told.append(jax.tree.map(lambda column, n=steps: np.asarray(column)[:n], rows))
             most = _next_length(most, steps, time.monotonic() - begun)
-            if bool(run.wants_more):
-                setup = setup._replace(doublings=setup.doublings + 1)
+            doublings = state.setup.doublings + int(after.wants_more)
+            state = _State(state.setup._replace(doublings=doublings), after)
             if steps:
                 last = jax.tree.map(lambda column: column[-1], told[-1])
                 telling.tell(int(last.evaluations), float(last.best_value), float(last.sigma))
                 if keeping is not None:
-                    keeping.save_now_and_then(setup, run, told)
-                if callback is not None and _ends(callback(_progress(problem, run, last))):
-                    run = run._replace(status=jnp.asarray(CALLED_OFF, jnp.int32))
+                    keeping.save_now_and_then(state.setup, state.run, told)
+                if callback is not None and _ends(callback(_progress(problem, after, last))):
+                    ended = after._replace(status=jnp.asarray(CALLED_OFF, jnp.int32))
+                    state = state._replace(run=ended)
     except KeyboardInterrupt:
         if keeping is not None:
-            keeping.save(setup, run, told)
+            keeping.save(state.setup, state.run, told)
         raise
+    setup, run = state
     if keeping is not None:
         keeping.save(setup, run, told)
     found = called(hosts, _finished, setup, operands, run, max_evaluations)

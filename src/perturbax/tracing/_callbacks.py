@@ -5,7 +5,7 @@ Under a vmap of the user's it would see two, one for the samples and one for the
 that works on a batch of points would fail, or do something else. Here those axes are one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,16 +35,21 @@ def _is_of_many(eqn: Any) -> bool:
 
 def inner_of(eqn: Any) -> list[core.Jaxpr]:
     """The operations inside an operation."""
+    return [jaxpr for jaxpr, _ in inner_with_constants(eqn)]
+
+
+def inner_with_constants(eqn: Any) -> list[tuple[core.Jaxpr, Sequence[Any]]]:
+    """The operations inside an operation, with what they close over."""
     return _inner(list(eqn.params.values()))
 
 
-def _inner(value: Any) -> list[core.Jaxpr]:
+def _inner(value: Any) -> list[tuple[core.Jaxpr, Sequence[Any]]]:
     """The operations inside a parameter of an operation: a loop's body, a branch."""
     if isinstance(value, core.ClosedJaxpr):
-        return [value.jaxpr]
+        return [(value.jaxpr, value.consts)]
     if isinstance(value, list | tuple):
-        return [jaxpr for v in value for jaxpr in _inner(v)]
-    return [value] if isinstance(value, core.Jaxpr) else []
+        return [found for v in value for found in _inner(v)]
+    return [(value, ())] if isinstance(value, core.Jaxpr) else []
 
 
 def _with_inner(eqn: Any) -> Any:
