@@ -638,6 +638,17 @@ def test_callbacks_of_many_points_see_one_leading_axis(method, num_samples):
     assert_trees_close(jax.tree.map(lambda v: v[3], batch), single, rtol=1e-5)
 
 
+def test_callbacks_of_many_points_inside_a_linear_solve():
+    """Its parts are a named tuple, which once could not be put together again."""
+    halve = lambda v: np.asarray(v) / np.float32(2)  # noqa: E731
+
+    def fun(y):
+        solve = lambda _, b: jax.pure_callback(halve, y, b, vmap_method="expand_dims")  # noqa: E731
+        return jnp.sum(jax.lax.custom_linear_solve(lambda v: 2 * v, y, solve, symmetric=True))
+
+    assert_trees_close(smooth(fun)(KEY, X), smooth(lambda y: jnp.sum(y / 2))(KEY, X), rtol=1e-5)
+
+
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 1}, {"batch_size": 4}], ids=str)
 def test_number_of_evaluations(settings):
     counter = EvaluationCounter(fun)

@@ -67,7 +67,8 @@ def inner_replaced(
         if isinstance(value, core.ClosedJaxpr):
             return value.replace(jaxpr=change(value.jaxpr))
         if isinstance(value, list | tuple) and _inner(value):
-            return type(value)(map(replaced, value))
+            make = getattr(value, "_make", type(value))  # named tuples take one by one
+            return make(map(replaced, value))
         return change(value) if isinstance(value, core.Jaxpr) else value
 
     return {k: replaced(v) for k, v in params.items()}
