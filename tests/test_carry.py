@@ -376,8 +376,10 @@ def test_scans_vmaps_and_takes_trees():
     assert_trees_close(jax.tree.map(lambda v: v[1], state), one, rtol=1e-3, atol=1e-3)
 
 
-def test_values_that_are_not_finite_are_not_learnt():
-    g = smoothed(lambda x: jnp.where(x[0] > 0.6, jnp.nan, jnp.sum(x)))
+@pytest.mark.parametrize("penalty", [np.nan, np.inf, np.finfo(np.float32).max])
+def test_values_that_are_not_finite_are_not_learnt(penalty):
+    """Nor those of which a sum is not."""
+    g = smoothed(lambda x: jnp.where(x[0] > 0.6, penalty, jnp.sum(x)))
     _, state = after_steps(px.carry(g, memory=16), X, 15, 3)
     assert 0 < state.counted.sum() < 16
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(state))

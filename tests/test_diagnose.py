@@ -396,6 +396,14 @@ def test_runs_of_a_layer_are_several(num_samples):
     assert found.gradient_length_error > 0
 
 
+def test_runs_that_are_equal_by_chance_tell_no_certainty():
+    """With this key they were: 3 samples were to give an error of 10 %, which is one of 60 %."""
+    layer = px.make_perturbed_max(choice, num_samples=64, sigma=0.5)
+    found = px.diagnose(layer, jax.random.key(0), np.float32([0.1, 0.5, -0.3]))
+    assert found.gradient_length_error > 0
+    assert found.suggested_num_samples > 20
+
+
 def test_arguments_of_layers_by_name():
     options = {"num_samples": 32, "sigma": 0.5, "sampler": px.Independent(), "degree": 0}
     loss = px.make_fenchel_young_loss(choice, **options)
@@ -404,6 +412,8 @@ def test_arguments_of_layers_by_name():
     # An argument of the solver, of a layer that is no loss.
     layer = px.make_perturbed_argmax(lambda scores, y_true: choice(scores - y_true), **options)
     assert px.diagnose(layer, KEY, SCORES, Y_TRUE).value_at_x.tolist() == [1, 0, 0]
+    with pytest.raises(TypeError, match=r"y_true is missing: .* called as g\(key, theta, y_true"):
+        px.diagnose(loss, KEY, SCORES)
 
 
 def test_a_finite_value_is_not_near_an_infinite_one():

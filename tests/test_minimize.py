@@ -20,8 +20,9 @@ from jax.experimental import io_callback
 
 import checkpoints
 import perturbax as px
+from perturbax.host_functions._function_names import known_by
 from perturbax.minimization import _minimize, _surrogate_search
-from perturbax.minimization._fingerprint import fingerprint, operations
+from perturbax.minimization._fingerprint import called_in, fingerprint, operations
 from perturbax.minimization._run import block
 
 quiet = functools.partial(px.minimize, progress=False)
@@ -680,9 +681,20 @@ def test_a_fingerprint_is_of_all_data_and_of_no_more(make):
     def found(middle):
         data = np.linspace(-1, 1, 5000, dtype=np.float32)
         data[2500] = middle  # where text has dots
-        return fingerprint(operations(jax.make_jaxpr(make(data))(jnp.zeros(5000)).jaxpr))
+        jaxpr = jax.make_jaxpr(make(data))(jnp.zeros(5000)).jaxpr
+        return fingerprint((operations(jaxpr), called_in(jaxpr)))
 
     assert found(1.0) == found(1.0) != found(2.0)
+
+
+def test_what_a_function_outside_jax_refers_to_is_no_error():
+    chain = None
+    for _ in range(2000):
+        chain = [chain]
+    gone = jnp.ones(3)
+    gone.delete()
+    assert known_by(lambda: chain) == known_by(lambda: chain) != known_by(lambda: [chain])
+    assert known_by(lambda: gone) == known_by(lambda: gone)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):

@@ -158,6 +158,14 @@ def test_what_a_sweep_needs():
         px.sweep_sigma(lambda x: jnp.zeros(()), KEY, {})
 
 
+def test_a_finite_value_does_not_equal_an_infinite_one():
+    """Of the samples of a wide scale about two thirds have the value at x, and not all."""
+    fun = lambda x: jnp.where(x[0] > 0, jnp.inf, 1.0)  # noqa: E731
+    found = px.sweep_sigma(fun, jax.random.key(0), np.ones(1, np.float32), [0.01, 2.0])
+    assert found.share_equal[0] == 1
+    assert 0.5 < found.share_equal[1] < 0.9
+
+
 def test_a_sweep_of_truth_values():
     """It failed in a difference of them."""
 

@@ -40,7 +40,8 @@ class CarriedState(NamedTuple):
       origin: x at the beginning, (D,); all points are told from here, for the sake of digits.
       points: where the function was evaluated last, newest first, (M, D).
       values: what it was there, (M,).
-      counted: 1 for a finite value, 0 for any other and for places not yet taken, (M,).
+      counted: 1 for a value that counts, 0 for one that is not finite, or nearly, and for places
+        not yet taken, (M,).
       fit: the predictions made of them, one for each of R noise levels.
       error: running mean square of what each prediction left of the next step's values, in units
         of the step's variances of values and (the least) of predictions, (R,).
@@ -289,7 +290,8 @@ def _learn(
 ) -> CarriedState:
     """What is known after the function had the values (N,) at the points (N, D)."""
     values, points = lax.stop_gradient((values, points))
-    finite = jnp.isfinite(values)
+    # What is near the largest number is left out as infinities are: sums of it would be infinite.
+    finite = jnp.abs(values) < jnp.finfo(values.dtype).max / 2**12
     counted = finite.astype(values.dtype)
     values = jnp.where(finite, values, 0)
     # What the predictions, made before, were worth at these points.

@@ -358,7 +358,8 @@ def _further_runs(subject: Subject, pilot: Runs, budget: int, wanted: float) -> 
         count = max(min(share // (number + 1), _MOST_RUNS), subject.least_runs)
         if number < subject.least_samples() or count * (number + 1) > budget:
             break
-        found.append(subject.runs(number, count))
+        runs = subject.runs(number, count)
+        found.append(runs.drawn_to(pilot) if subject.least_runs > 1 else runs)
         budget -= count * (number + 1)
     return found
 

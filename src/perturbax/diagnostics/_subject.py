@@ -1,6 +1,7 @@
 """A perturbed function at a point, run again and again with other samples than its own.
 
-The one place of `diagnose` that looks at what a perturbed function was made of.
+The one place of `diagnose` that looks at what a perturbed function was made of; and bounds
+that sweeps have as well.
 """
 
 import dataclasses
@@ -112,7 +113,8 @@ class Subject:
         if self._made is not None:
             if self.maker == "make_fenchel_young_loss":
                 kwargs = dict(kwargs)
-                self._y_true, *rest = leading(("y_true",), args, kwargs)
+                names = "key", "theta", "y_true"
+                self._y_true, *rest = leading(names, (key, x, *args), kwargs)[2:]
                 args = tuple(rest)
             self._rest = args, kwargs
             sampled, self._sampled_at, sigma = self._solver()

@@ -65,6 +65,19 @@ class Runs:
             variances=self.variances * count,
         )
 
+    def drawn_to(self, other: "Runs") -> "Runs":
+        """With variances that others, in proportion to 1 / num_samples, count for as one more run.
+
+        Few runs may be equal by chance, which would tell that there is no variance at all.
+        """
+        known = self.degrees_of_freedom
+        expected = other.variances * (other.num_samples / self.num_samples)
+        return dataclasses.replace(
+            self,
+            variances=(known * self.variances + expected) / (known + 1),
+            degrees_of_freedom=known + 1,
+        )
+
     @property
     def variance(self) -> float:
         """Of one run: the mean squared length of its error."""

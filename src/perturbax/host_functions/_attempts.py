@@ -91,7 +91,8 @@ def in_this_process(fun: Callable[..., Any]) -> Callable[..., Any]:
     The thread may begin the next call before anybody looks at the result, and the function may use
     the same memory for that.
     """
-    return without_jax(lambda *args, **kwargs: returned(fun(*args, **kwargs)))
+    alone, name = without_jax(fun), getattr(fun, "__name__", type(fun).__name__)
+    return lambda *args, **kwargs: returned(alone(*args, **kwargs), name)
 
 
 def run(fun: Callable[..., Any], attempt: Attempt) -> None:

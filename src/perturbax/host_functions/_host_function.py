@@ -253,7 +253,7 @@ class HostFunction:
 
         def accept(rows: list[int], value: Any) -> None:
             nonlocal like
-            value = returned(value)
+            value = returned(value, self.__name__)
             if value.error is not None:
                 raise value.error
             first = like is None

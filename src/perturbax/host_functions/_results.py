@@ -46,13 +46,13 @@ class Returned(NamedTuple):
     error: Exception | None = None
 
 
-def returned(value: Any) -> Returned:
+def returned(value: Any, name: str) -> Returned:
     """The value of a call. An error is told, not raised: it is not one of the function."""
     if isinstance(value, Returned):
         return value
     try:
         leaves, tree = jax.tree.flatten(value)
-        return Returned([_numbers(leaf, "fun") for leaf in leaves], tree)
+        return Returned([_numbers(leaf, name) for leaf in leaves], tree)
     except Exception as error:
         return Returned([], None, error)
 
@@ -120,8 +120,10 @@ def instead_of(like: Like, on_failure: Any) -> list[np.ndarray]:
     return values
 
 
-def _known(dtype: Any) -> np.dtype:
+def _known(dtype: Any) -> Any:
     """The dtype in what JAX and the journal know: this machine's byte order, no long doubles."""
+    if not any(jnp.issubdtype(dtype, kind) for kind in _KINDS):
+        return dtype
     native = np.dtype(dtype).newbyteorder("=")
     if native in (np.longdouble, np.clongdouble):
         return np.dtype(np.complex128 if native.kind == "c" else np.float64)
@@ -141,13 +143,12 @@ def _numbers(leaf: Any, name: str) -> np.ndarray:
             "leaf.filled(...) with what they are to count for"
         )
     array = np.asarray(leaf)
-    dtype = _known(array.dtype)
-    if not any(jnp.issubdtype(dtype, kind) for kind in _KINDS):
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in _KINDS):
         raise TypeError(
             f"{name} must return numbers or arrays of numbers, got {leaf!r} "
             f"({type(leaf).__name__}, dtype {array.dtype})"
         )
-    return array.astype(dtype)
+    return array.astype(_known(array.dtype))
 
 
 def cast(

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ._fingerprint import fingerprint, operations, without_key_type
+from ._fingerprint import called_in, fingerprint, operations, without_key_type
 from ._problem import Problem
 from ._result import MinimizeHistory
 from ._run import begin, empty_history, joined, own_settings, step
 from ._setup import ADAPTED, Setup
 from ._states import Operands, Run
 
-_FORMAT = "perturbax minimize 1"
+_FORMAT = "perturbax minimize 2"
 # Between two checkpoints.
 _SECONDS_A_CHECKPOINT = 3.0
 
@@ -48,6 +48,7 @@ class Checkpoint:
             "key": jax.random.key_data(key),
             "fun or its data": (
                 operations(traced.jaxpr),
+                called_in(traced.jaxpr),
                 [host.identity() for host in traced.hosts],
                 problem.operands,
             ),
@@ -161,8 +162,9 @@ def _load(path: Path, prints: dict[str, str], likes: dict[str, Any]) -> dict[str
     other = sorted(name for name in prints if header["prints"].get(name) != prints[name])
     if other:
         raise ValueError(
-            f"checkpoint {os.fspath(path)!r} is of another problem: {', '.join(other)} differ. It "
-            "is left as it is; move it away, or give another path"
+            f"checkpoint {os.fspath(path)!r} is of another problem: {', '.join(other)} differ (the "
+            "data of a function outside JAX is all that it refers to). It is left as it is; move "
+            "it away, or give another path"
         )
     found = {}
     for name, like in likes.items():

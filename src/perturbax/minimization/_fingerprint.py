@@ -11,10 +11,7 @@ import numpy as np
 from jax.extend import core
 
 from ..host_functions._function_names import known_by
-from ..tracing._callbacks import inner_with_constants
-
-# Their results count, unlike those of callbacks that only print.
-_CALLBACKS = ("pure_callback", "io_callback")
+from ..tracing._callbacks import called_back, inner_with_constants
 
 
 def fingerprint(value: Any) -> str:
@@ -32,8 +29,15 @@ def fingerprint(value: Any) -> str:
 
 
 def operations(jaxpr: core.Jaxpr) -> list[Any]:
-    """What tells operations from others, as a pytree: their text, and what is missing there."""
-    return [str(jaxpr), *_not_in_text(jaxpr)]
+    """What tells operations from others, as a pytree: their text, and what they close over."""
+    return [str(jaxpr), *(constants for _, constants in _inside(jaxpr))]
+
+
+def called_in(jaxpr: core.Jaxpr) -> list[str]:
+    """What the functions outside JAX that operations call are known by."""
+    parts = [jaxpr, *(inner for inner, _ in _inside(jaxpr))]
+    found = [called_back(eqn) for part in parts for eqn in part.eqns]
+    return [known_by(fun) for fun in found if fun is not None]
 
 
 def without_key_type(leaf: Any) -> Any:
@@ -42,14 +46,12 @@ def without_key_type(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if is_key else leaf
 
 
-def _not_in_text(jaxpr: core.Jaxpr) -> Iterator[Any]:
-    """What jitted functions close over, however deep inside, and what is called back."""
+def _inside(jaxpr: core.Jaxpr) -> Iterator[tuple[core.Jaxpr, list[Any]]]:
+    """The operations inside operations, however deep, and what each closes over."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _CALLBACKS:
-            yield known_by(eqn.params["callback"].callback_func)
         for inner, constants in inner_with_constants(eqn):
-            yield list(constants)
-            yield from _not_in_text(inner)
+            yield inner, list(constants)
+            yield from _inside(inner)
 
 
 def _without_addresses(text: str) -> str:

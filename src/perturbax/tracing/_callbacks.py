@@ -43,6 +43,12 @@ def inner_with_constants(eqn: Any) -> list[tuple[core.Jaxpr, Sequence[Any]]]:
     return _inner(list(eqn.params.values()))
 
 
+def called_back(eqn: Any) -> Callable[..., Any] | None:
+    """The function outside JAX whose results an operation takes; not one that only prints."""
+    named = eqn.primitive.name in ("pure_callback", "io_callback")
+    return eqn.params["callback"].callback_func if named else None
+
+
 def _inner(value: Any) -> list[tuple[core.Jaxpr, Sequence[Any]]]:
     """The operations inside a parameter of an operation: a loop's body, a branch."""
     if isinstance(value, core.ClosedJaxpr):
