@@ -839,6 +839,16 @@ def test_what_is_no_result_is_an_error_and_no_failure_of_the_point():
             assert h.counts == (0, 0, 0, 0, 0)
 
 
+@pytest.mark.parametrize("executor", [None, 1])
+def test_errors_about_results_name_the_function(executor):
+    def simulator(x):
+        return "a"
+
+    with px.host_function(simulator, like=ONE, executor=executor) as h:
+        with pytest.raises(TypeError, match=r"^simulator must return numbers"):
+            h(X)
+
+
 def test_waiting_in_a_queue_is_not_taking_too_long(monkeypatch):
     monkeypatch.setattr("perturbax.host_functions._foreign_executors.START", 0.0)
 
