@@ -358,7 +358,7 @@ def _offset(leaves: list[Array], origin: Array) -> Array:
 
 def _spread(scales: list[Array], leaves: list[Array], names: list[str], dtype: Any) -> Array:
     """The scale of each coordinate, (D,)."""
-    scales = scales * (len(leaves) if len(scales) == 1 else 1)
+    scales = _scales.one_each(scales, leaves)
     for scale, leaf, name in zip(scales, leaves, names, strict=True):
         if jnp.ndim(scale) > leaf.ndim:
             raise ValueError(

@@ -120,9 +120,13 @@ def instead_of(like: Like, on_failure: Any) -> list[np.ndarray]:
     return values
 
 
+def _of_numbers(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in _KINDS)
+
+
 def _known(dtype: Any) -> Any:
     """The dtype in what JAX and the journal know: this machine's byte order, no long doubles."""
-    if not any(jnp.issubdtype(dtype, kind) for kind in _KINDS):
+    if not _of_numbers(dtype):
         return dtype
     native = np.dtype(dtype).newbyteorder("=")
     if native in (np.longdouble, np.clongdouble):
@@ -143,7 +147,7 @@ def _numbers(leaf: Any, name: str) -> np.ndarray:
             "leaf.filled(...) with what they are to count for"
         )
     array = np.asarray(leaf)
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in _KINDS):
+    if not _of_numbers(array.dtype):
         raise TypeError(
             f"{name} must return numbers or arrays of numbers, got {leaf!r} "
             f"({type(leaf).__name__}, dtype {array.dtype})"

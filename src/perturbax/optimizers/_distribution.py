@@ -180,10 +180,10 @@ def make_perturbed_distribution(
         key, theta, *rest = leading(("key", "theta"), args, kwargs)
         key = _checks.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
-        scales = scales_of(settings.sigma, theta, leaves, names, multiplicative)
+        scales = scales_of(settings.sigma, theta, leaves, names, layer.multiplicative)
         dtype = _checks.noise_dtype(leaves)
         scores, _ = layer.split(layer.inputs(leaves, scales), scales)
-        perturbation = Perturbation(scores, scales, multiplicative, dtype)
+        perturbation = Perturbation(scores, scales, layer.multiplicative, dtype)
 
         def solve(v: list[Array]) -> Any:
             u = layer.unsigned(tree, perturbation.point(v))

@@ -51,8 +51,7 @@ class Perturbation:
     @property
     def _scales(self) -> list[Array]:
         """One scale for each array of scores."""
-        scales = [s.astype(self.dtype) for s in self.sigma]
-        return scales * (len(self.theta) if len(scales) == 1 else 1)
+        return _scales.one_each([s.astype(self.dtype) for s in self.sigma], self.theta)
 
     def location(self) -> list[Array]:
         """m: zeros, with derivatives in theta and sigma."""

@@ -10,6 +10,7 @@ JAX's own jaxprs are each equal to itself alone (jax#1221 made them equal for a 
 
 import enum
 import functools
+import itertools
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -123,9 +124,8 @@ def _with_numbers_as_operands(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, list[jax.A
             for v in eqn.invars
         ]
 
-    literals: list[Any] = [
-        v for eqn in jaxpr.eqns for v, lift in zip(eqn.invars, lifted(eqn), strict=True) if lift
-    ]
+    pairs = [(eqn, lifted(eqn)) for eqn in jaxpr.eqns]
+    literals: list[Any] = [v for eqn, lift in pairs for v in itertools.compress(eqn.invars, lift)]
     literals += [v for v in jaxpr.outvars if _is_number(v)]
     if not literals:
         return jaxpr, []
@@ -135,7 +135,9 @@ def _with_numbers_as_operands(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, list[jax.A
     def replaced(values: Any, which: Iterable[bool]) -> list[Any]:
         return [next(rest) if lift else v for v, lift in zip(values, which, strict=True)]
 
-    eqns = [eqn.replace(invars=replaced(eqn.invars, lifted(eqn))) for eqn in jaxpr.eqns]
+    eqns = [
+        eqn.replace(invars=replaced(eqn.invars, lift)) if any(lift) else eqn for eqn, lift in pairs
+    ]
     outvars = replaced(jaxpr.outvars, map(_is_number, jaxpr.outvars))
     jaxpr = jaxpr.replace(constvars=[*jaxpr.constvars, *variables], eqns=eqns, outvars=outvars)
     # A Python number becomes an array of weak type.
