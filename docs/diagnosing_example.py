@@ -29,7 +29,8 @@ def share_wrong(weights):
 def main() -> None:
     """Writes the tables and the figure."""
     key, weights = jax.random.key(1), jnp.array([0.5, 0.2, 0.1])
-    sweep = px.sweep_sigma(share_wrong, key, weights, noise=px.Normal())
+    sigmas = [1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1]
+    sweep = px.sweep_sigma(share_wrong, key, weights, noise=px.Normal(), sigmas=sigmas)
     g = px.make_perturbed_fun(share_wrong, num_samples=1000, sigma=0.2, noise=px.Normal())
     found = px.diagnose(g, key, weights, relative_error=0.02)
     for name, report in (("sweep", sweep), ("diagnosis", found)):
