@@ -21,7 +21,7 @@ from jax.experimental import io_callback
 import checkpoints
 import perturbax as px
 from perturbax.host_functions._function_names import known_by
-from perturbax.minimization import _minimize, _surrogate_search
+from perturbax.minimization import _minimize, _progress, _surrogate_search
 from perturbax.minimization._fingerprint import called_in, fingerprint, operations
 from perturbax.minimization._run import block
 
@@ -487,6 +487,65 @@ def test_what_does_not_matter_to_the_function_stays_in_sight():
     assert (run.x[2] >= 0) & (run.x[2] <= 1)
 
 
+@pytest.mark.parametrize("bounds", [{}, {"lower": 0.0, "upper": 1.0}], ids=["free", "box"])
+@pytest.mark.parametrize("coordinates", [0, 1])
+def test_sigma_is_that_of_the_noise_where_coordinates_are_as_wide_as_they_may_be(
+    coordinates, bounds
+):
+    """It grew while their noise could not, until a plateau was asked for at NaN."""
+    points = []
+
+    def fun(x):
+        points.append(np.array(x, np.float64))
+        return float(np.sum(np.round(8 * points[-1][:coordinates]) ** 2))
+
+    start = jnp.full(2, 0.5)
+    host = px.host_function(fun, like=0.0)
+    run = quiet(host, start, jax.random.key(0), max_evaluations=1600, **bounds)
+    last = np.array(points[slice(*run.history.evaluations[-2:])])
+    widths = np.linalg.svd(last - last.mean(axis=0), compute_uv=False) / np.sqrt(len(last))
+    assert np.isfinite(points).all()
+    np.testing.assert_allclose(np.log(run.history.sigma[-1]), np.log(widths).mean(), atol=0.7)
+
+
+def test_has_no_derivatives():
+    """They were zero, without a word."""
+
+    def lowest(shift):
+        return quiet(lambda x: staircase(x - shift), jnp.zeros(2), jax.random.key(0)).x.sum()
+
+    for derive in (jax.grad, jax.jacfwd):
+        with pytest.raises(NotImplementedError, match="stop_gradient"):
+            derive(lowest)(1.0)
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_a_run_shows_that_it_has_begun_before_its_first_step_is_over(has_tqdm, monkeypatch, capsys):
+    if not has_tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(_progress, "_SILENT", 0.0)
+    monkeypatch.setattr(_progress, "_BETWEEN_LINES", 0.0)
+    telling = _progress.Telling(True, 100)
+    telling._timer.join(10)
+    begun = capsys.readouterr().err
+    telling.tell(30, 1.5, 0.25)
+    telling.close()
+    assert "starting" in begun
+    assert has_tqdm or capsys.readouterr().err.endswith(
+        "30 of 100 evaluations, value 1.5, sigma 0.25\n"
+    )
+
+
+def test_no_key_is_used_twice_but_to_compare():
+    def fun(key, x):
+        return staircase(x) + jax.random.normal(key)
+
+    options = {"takes_key": True, "optimizer": ADAM, "num_samples": 4, "max_evaluations": 1000}
+    with jax.debug_key_reuse(True):
+        run = quiet(fun, jnp.zeros(2), jax.random.key(0), **options)
+    assert np.isfinite(run.value)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_start_on_a_bound_that_is_rounded(dtype):
     """The nearest number to 0.7 in single precision is below 0.7: half of all were refused."""
@@ -507,9 +566,10 @@ def test_a_start_on_a_bound_that_is_rounded(dtype):
         ({"lower": 1.0, "upper": 0.0}, ValueError, "lower must be below upper"),
         ({"lower": jnp.zeros(3)}, ValueError, "does not broadcast"),
         ({"upper": "high"}, TypeError, "real numbers"),
-        ({"upper": [1.0, 2.0]}, ValueError, "structure of x0"),
+        ({"upper": [1.0, 2.0]}, ValueError, r"structure of x0.*give an array"),
         ({"args": 3}, TypeError, "args must be a tuple"),
         ({"optimizer": 0.1}, TypeError, "optax"),
+        ({"optimizer": optax.lbfgs()}, TypeError, "value_fn.*\n.*line search"),
         ({"num_samples": 0}, ValueError, "num_samples"),
         ({"sigma": -1.0}, ValueError, "sigma"),
         ({"sigma": {"a": 1.0}}, ValueError, "sigma has structure"),

@@ -233,6 +233,13 @@ def _is_key(value: Any) -> bool:
     )
 
 
+def array_hint(value: Any, x: PyTree) -> str:
+    """What to do about a list where an array is meant, as the end of an error; else nothing."""
+    if not isinstance(value, list | tuple) or not jax.tree_util.all_leaves([x]):
+        return ""
+    return ": for an array give an array, np.array([...])"
+
+
 def on_device(value: Any) -> Any:
     # Explicit, so that jax.transfer_guard('disallow') has nothing to object to. JAX may use memory
     # of numpy in place, which its owner may change before the program, or its derivative, runs.

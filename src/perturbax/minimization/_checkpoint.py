@@ -20,7 +20,7 @@ from ._run import begin, empty_history, joined, own_settings, step
 from ._setup import ADAPTED, Setup
 from ._states import Operands, Run
 
-_FORMAT = "perturbax minimize 2"
+_FORMAT = "perturbax minimize 3"
 # Between two checkpoints.
 _SECONDS_A_CHECKPOINT = 3.0
 

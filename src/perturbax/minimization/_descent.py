@@ -115,7 +115,14 @@ def descent(setup: Setup, optimizer: Optimizer) -> Method:
         given = jax.tree.map(
             lambda g, u: jnp.where(finite, g, 0).astype(u.dtype), gradient, state.point
         )
-        updates, optimizer_state = optimizer.update(given, state.optimizer, state.point)
+        try:
+            updates, optimizer_state = optimizer.update(given, state.optimizer, state.point)
+        except TypeError as error:
+            error.add_note(
+                "minimize calls optimizer.update(gradients, state, x) alone: one that needs more, "
+                "as for a line search, is not supported"
+            )
+            raise
         moved = jax.tree.map(lambda u, d: (u + d).astype(u.dtype), state.point, updates)
         # A step without a gradient is not made, and does not reach the optimiser's averages.
         moved = where(finite, moved, state.point)

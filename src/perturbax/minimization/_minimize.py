@@ -22,6 +22,7 @@ from ..sampling._orthogonal import Orthogonal
 from ..sampling._protocol import Sampler
 from ..scale._matrices import is_matrix
 from ..scale._scales import check_sigma, scale_leaves
+from ..tracing._derivative_rules import without_derivatives
 from ..tracing._host_call import called
 from ..tracing._mesh_axes import without_explicit_axes
 from ._checkpoint import Checkpoint
@@ -38,6 +39,10 @@ _MOST_SAMPLES = 200
 # Longest block of steps, and how long one is to take, in seconds.
 _LONGEST_BLOCK = 4096
 _SECONDS_A_BLOCK = 1.0
+_NO_DERIVATIVES = (
+    "the result of minimize has no derivatives, in x0 or in what fun depends on: to hold it fixed, "
+    "give minimize jax.lax.stop_gradient of these"
+)
 
 
 class MinimizeProgress(NamedTuple):
@@ -222,6 +227,8 @@ def minimize(
                 "callback and checkpoint need a run outside jit and vmap, but x0, key or args "
                 "are traced"
             )
+        start, operands = without_derivatives(_NO_DERIVATIVES, (problem.start, operands))
+        problem = problem._replace(start=start)
         return _in_one_program(setup, operands, problem, key, max_evaluations)
     telling = Telling(progress, max_evaluations)
     try:

@@ -52,7 +52,8 @@ class Objective:
 
     def value(self, operands: Any, key: Array, u: Any) -> Array:
         """The function at u."""
-        (number,) = self.traced(operands, key, *jax.tree.leaves(u))
+        # Points that are to be compared share a key: for `jax.debug_key_reuse` it is no reuse.
+        (number,) = self.traced(operands, jax.random.clone(key), *jax.tree.leaves(u))
         return number
 
 
@@ -246,6 +247,7 @@ def _bounds(
         raise ValueError(
             f"{name} must be a number or a pytree with the structure of x0 or a prefix of it, got "
             f"{jax.tree.structure(bound)} for {jax.tree.structure(x0)}"
+            f"{_checks.array_hint(bound, x0)}"
         ) from None
     found = []
     for part, leaf, leaf_name in zip(jax.tree.leaves(tree), leaves, names, strict=True):

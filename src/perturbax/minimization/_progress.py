@@ -1,6 +1,7 @@
 """Telling on standard error how far a run is."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,32 +19,53 @@ class Telling:
         self._shown, self._total, self._clock = shown, total, clock
         self._begun = self._last = clock()
         self._bar: Any = None
-        self._has_tqdm = True
+        self._appeared = False
+        self._lock = threading.Lock()
+        # Compiling, or the first evaluations, may take long before there is anything to tell.
+        self._timer = threading.Timer(_SILENT, self._appear_at_last)
+        self._timer.daemon = True
+        if shown:
+            self._timer.start()
+
+    def _appear_at_last(self) -> None:
+        with self._lock:
+            if self._shown:
+                self._appear()
+
+    def _appear(self) -> None:
+        if self._appeared:
+            return
+        self._appeared = True
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            sys.stderr.write(f"minimize: 0 of {self._total} evaluations, starting\n")
+            return
+        self._bar = tqdm(total=self._total, unit=" evaluations", leave=False)
+        self._bar.start_t -= self._clock() - self._begun
+        self._bar.set_postfix_str("starting")
 
     def tell(self, evaluations: int, value: float, sigma: float) -> None:
         """Shows how far the run is."""
-        now = self._clock()
-        if not self._shown or now - self._begun < _SILENT:
-            return
-        if self._bar is None and self._has_tqdm:
-            try:
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=self._total, unit=" evaluations", leave=False)
-            except ImportError:
-                self._has_tqdm = False
-                self._last = now - _BETWEEN_LINES
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"value {value:.6g}, sigma {sigma:.3g}", refresh=False)
-            self._bar.update(evaluations - self._bar.n)
-        elif now - self._last >= _BETWEEN_LINES:
-            self._last = now
-            sys.stderr.write(
-                f"minimize: {evaluations} of {self._total} evaluations, value {value:.6g}, "
-                f"sigma {sigma:.3g}\n"
-            )
+        with self._lock:
+            now = self._clock()
+            if not self._shown or now - self._begun < _SILENT:
+                return
+            self._appear()
+            if self._bar is not None:
+                self._bar.set_postfix_str(f"value {value:.6g}, sigma {sigma:.3g}", refresh=False)
+                self._bar.update(evaluations - self._bar.n)
+            elif now - self._last >= _BETWEEN_LINES:
+                self._last = now
+                sys.stderr.write(
+                    f"minimize: {evaluations} of {self._total} evaluations, value {value:.6g}, "
+                    f"sigma {sigma:.3g}\n"
+                )
 
     def close(self) -> None:
         """Takes the bar away."""
-        if self._bar is not None:
-            self._bar.close()
+        self._timer.cancel()
+        with self._lock:
+            self._shown = False
+            if self._bar is not None:
+                self._bar.close()

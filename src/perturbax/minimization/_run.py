@@ -228,7 +228,8 @@ def finish(objective: Objective, repeats: int, operands: Operands, run: Run, las
         end = run.centre if last is None else last
         # The centre with the lowest smoothed value and the last one, by the same keys; the better
         # of the two is evaluated once more, for a value that was not chosen for being low.
-        means = jnp.mean(values(run.best, first)), jnp.mean(values(end, first))
+        again = jax.random.clone(first)
+        means = jnp.mean(values(run.best, first)), jnp.mean(values(end, again))
         chosen = where(means[0] <= means[1], run.best, end)
         fresh = values(chosen, second)
         error = jnp.std(fresh) / jnp.sqrt(max(1.0, repeats - 1))

@@ -66,6 +66,7 @@ class Search(NamedTuple):
       proposal: where the next samples are drawn around.
       metric: a matrix of determinant 1; noise is sigma times it times what is drawn.
       sigma: scale of the noise.
+      unlimited: what sigma would be, were no coordinate's noise limited.
       points: where the function was evaluated, oldest first.
       values: what it was; NaN where there is none yet.
       priors: logarithms of ridge and prior variances, for values and for their ranks, (2, 2) or,
@@ -79,6 +80,7 @@ class Search(NamedTuple):
     proposal: Array
     metric: Array
     sigma: Array
+    unlimited: Array
     points: Array
     values: Array
     priors: Array
@@ -362,6 +364,7 @@ def surrogate_search(setup: Setup) -> Method:
             proposal=lowest,
             metric=jnp.diag(metric) if learns_metric else metric,
             sigma=jnp.asarray(mean, dtype),
+            unlimited=jnp.asarray(mean, dtype),
             points=points[::-1],
             values=values[::-1],
             priors=jnp.tile(np.array(_FIRST[: 2 + objective.takes_key], np.int32), (2, 1)),
@@ -490,21 +493,28 @@ def surrogate_search(setup: Setup) -> Method:
         factor = jnp.where(worse, 1, jnp.clip(wanted, jnp.minimum(floor, 1), _GROW))
         most = 1 / (1 - _CAUTION * explained)
         home = jnp.exp(jnp.mean(jnp.log(flat(operands.scale))))
-        pull = (home / state.sigma) ** (_PULL * (1 - explained))
+        pull = (home / state.unlimited) ** (_PULL * (1 - explained))
         unclear = jnp.clip(length / _MODERATE, 1 / most, most)
         unclear = unclear * jnp.clip(pull, 1 / _MOST_PULL, _MOST_PULL) / jnp.where(worse, back, 1)
         factor = jnp.where(explained < least, unclear, factor)
         flat_here = 2 * jnp.sum(new_values == jnp.median(new_values)) > batch
         factor = jnp.where(flat_here, _FLAT, factor)
-        new_sigma = state.sigma * (back * factor).astype(dtype) if adapts else state.sigma
+        grown = (back * factor).astype(dtype) if adapts else one
+        new_sigma = state.sigma * grown
+        unlimited = jnp.minimum(state.unlimited * grown, jnp.finfo(dtype).max)
 
         if adapts:
             widest = flat(operands.widest)
             if learns_metric:
                 now = new_sigma * jnp.linalg.norm(metric, axis=1)
-                metric = metric * jnp.minimum(1, widest / now)[:, None]
+                left = jnp.minimum(1, widest / now)
+                # What all rows lose is sigma's: it would grow without end, and the metric vanish,
+                # where the function does not depend on a coordinate.
+                common = jnp.exp(jnp.mean(jnp.log(left)))
+                new_sigma = new_sigma * common
+                metric = metric * (left / common)[:, None]
             else:
-                new_sigma = jnp.minimum(new_sigma, jnp.min(widest / metric))
+                new_sigma = unlimited = jnp.minimum(new_sigma, jnp.min(widest / metric))
 
         value = jnp.where(which == 1, jnp.interp(found.value, *falling[::-1]), found.value)
         lowest = jnp.argmin(jnp.where(jnp.isfinite(new_values), new_values, jnp.inf))
@@ -527,6 +537,7 @@ def surrogate_search(setup: Setup) -> Method:
             proposal=proposal,
             metric=metric,
             sigma=new_sigma,
+            unlimited=unlimited,
             points=points,
             values=values,
             priors=ended.found.prior,

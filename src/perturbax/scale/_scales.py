@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from .._checks import dtype_of, kind_of, leaf_name, noise_dtype, on_device
+from .._checks import array_hint, dtype_of, kind_of, leaf_name, noise_dtype, on_device
 from .._types import PyTree
 from . import _matrices
 
@@ -90,7 +90,7 @@ def scale_leaves(sigma: PyTree, x: PyTree, leaves: list[Array], names: list[str]
         except ValueError as error:
             raise ValueError(
                 f"sigma has structure {jax.tree.structure(sigma)}, which is neither that of x, "
-                f"{jax.tree.structure(x)}, nor a prefix of it"
+                f"{jax.tree.structure(x)}, nor a prefix of it{array_hint(sigma, x)}"
             ) from error
         scales = [
             s
