@@ -229,7 +229,8 @@ def test_unbiased_after_thirty_steps(noise, sampler):
         exact,
         args=(state,),
         seed=4,
-        num_keys=2**11,
+        # What is learnt under logistic noise, and so the variance, depends on the release of JAX.
+        num_keys=2**13 if isinstance(noise, px.Logistic) else 2**11,
         promise={"value": 0.01, "gradient": 0.05},
     )
 
