@@ -335,10 +335,14 @@ def test_df_is_checked(df, error):
 def test_score_identities_hold_for_the_draws(name, dtype):
     """E[s] = 0 and E[z s] = 1: what a draw in half precision, or another density, would break."""
     noise, _ = LAWS[name]
+
+    @jax.jit
+    def draws_and_scores(key):
+        z = noise.sample(key, (400_000,), dtype)
+        return z, -jax.vmap(jax.grad(noise.log_prob))(z)
+
     with enable_x64(dtype == "float64"):
-        z = noise.sample(jax.random.key(31), (400_000,), dtype)
-        s = -jax.vmap(jax.grad(noise.log_prob))(z)
-    z, s = np.asarray(z, np.float64), np.asarray(s, np.float64)
+        z, s = (np.asarray(v, np.float64) for v in draws_and_scores(jax.random.key(31)))
     for values, exact in ((s, 0), (z * s, 1)):
         error = values.std() / math.sqrt(values.size)
         assert error < (0.02 if name == "Triangular" else 0.004)
