@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import re
 
 import jax
@@ -257,19 +256,10 @@ def test_keys_of_steps_are_those_of_jax():
         np.testing.assert_array_equal(*data)
 
 
-# The degree at which each has Gumbel noise by default; at others it has normal noise.
-WITH_GUMBEL = dict(zip(SAMPLERS, (1, 0, 0, 2, 2, 1, 2), strict=True))
-
-
-def cases_of_derivatives():
-    """By default by one noise each; degree 1, which is degree 2 less its squares, by some."""
-    for name, degree, noise_name in itertools.product(SAMPLERS, (0, 1, 2), ("normal", "gumbel")):
-        chosen = (degree == WITH_GUMBEL[name]) == (noise_name == "gumbel")
-        chosen &= degree != 1 or name in ("independent", "orthogonal", "two nets")
-        yield pytest.param(name, noise_name, degree, marks=() if chosen else pytest.mark.full)
-
-
-@pytest.mark.parametrize(("name", "noise_name", "degree"), [*cases_of_derivatives()])
+@pytest.mark.covering
+@pytest.mark.parametrize("degree", [0, 1, 2])
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("noise_name", ["normal", "gumbel"])
 def test_derivatives_are_unbiased(name, noise_name, degree, everything):
     noise = {"normal": px.Normal(), "gumbel": px.Gumbel()}[noise_name]
     case = cf.step_and_choice(getattr(cf, noise_name))

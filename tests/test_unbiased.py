@@ -107,11 +107,7 @@ def run_problem(check, make, noise_name, num_samples, use_baseline, names, **opt
 @pytest.mark.parametrize("num_samples", [1, 2, 8, 64])
 @with_and_without_baseline
 @both_noises
-def test_every_derivative(noise_name, use_baseline, num_samples, everything):
-    num_keys = NUM_EVALUATIONS // EVALUATIONS_PER_KEY
-    # Two samples, and some of the cases that run with --all only, need more.
-    if num_samples != 2 and not everything:
-        num_keys = num_keys * 2 // 3
+def test_every_derivative(noise_name, use_baseline, num_samples):
     run_problem(
         assert_unbiased,
         px.make_perturbed_fun,
@@ -120,7 +116,7 @@ def test_every_derivative(noise_name, use_baseline, num_samples, everything):
         use_baseline,
         ALL_ORDERS,
         promise={name: PROMISES[name] for name in ALL_ORDERS},
-        num_keys=num_keys // (3 if num_samples == 64 else 1) // 2**9 * 2**9,
+        num_keys=NUM_EVALUATIONS // EVALUATIONS_PER_KEY // (3 if num_samples == 64 else 1),
     )
 
 
@@ -242,7 +238,7 @@ def test_many_functions(noise_name, group, num_keys):
 @pytest.mark.covering("noise_name")
 @with_and_without_baseline
 @both_noises
-def test_argmax(noise_name, use_baseline, everything):
+def test_argmax(noise_name, use_baseline):
     """A one-hot vector: its Jacobian and its three Hessians."""
     x, sigma = np.array([0.75, 0.25, 0.0]), 0.75
     if noise_name == "Gumbel":
@@ -259,7 +255,7 @@ def test_argmax(noise_name, use_baseline, everything):
         args=f32((x, sigma)),
         promise=promises(exact),
         seed=21,
-        num_keys=(11 if everything else 7) * 2**12 if use_baseline else 3 * 2**15,
+        num_keys=11 * 2**12 if use_baseline else 3 * 2**15,
         keys_per_batch=2**9,
     )
 
