@@ -951,7 +951,7 @@ def test_empty_array(options):
     value, gradient = jax.value_and_grad(fun, argnums=1)(KEY, x)
     assert value == 0.0
     assert_trees_close(gradient, x)
-    assert jax.hessian(fun, argnums=1)(KEY, x).shape == (0, 2, 0, 2)
+    assert jax.jit(jax.hessian(fun, argnums=1))(KEY, x).shape == (0, 2, 0, 2)
     found = px.estimate(fun, KEY, x)
     assert found.value == found.value_error == 0.0
     assert found.gradient.shape == found.gradient_error.shape == (0, 2)

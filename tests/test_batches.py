@@ -20,6 +20,9 @@ SCORES = jax.random.uniform(jax.random.key(1), (NUM, 3), minval=0.3, maxval=1.5)
 WEIGHTS = jax.random.normal(jax.random.key(2), (NUM, 3))
 SIGMAS = jnp.array([0.3, 0.5, 0.7, 0.9])
 one_hot = px.solvers.one_hot_argmax
+# It takes half of the time to compile. "fun" and "argmax" have what is taken by default, which are
+# orthogonal directions here, "fun of degree 2" nets.
+INDEPENDENT = {"sampler": px.Independent(), "degree": 0}
 
 
 def argmax(sigma, **options):
@@ -32,43 +35,54 @@ def weighed(make):
 
 
 def expected_cost(key, x, sigma, w):
-    found = px.make_perturbed_distribution(one_hot, 8, sigma, px.Normal())(key, x)
+    layer = px.make_perturbed_distribution(one_hot, 8, sigma, px.Normal(), sampler=px.Independent())
+    found = layer(key, x)
     return found.expectation(lambda y, w: jnp.sum(y * w), w) ** 2
 
 
 def young(key, x, sigma, w):
-    return px.make_fenchel_young_loss(one_hot, num_samples=8, sigma=sigma, noise=px.Normal())(
-        key, x, w
+    loss = px.make_fenchel_young_loss(
+        one_hot, num_samples=8, sigma=sigma, noise=px.Normal(), **INDEPENDENT
     )
+    return loss(key, x, w)
 
 
 def with_argument(key, x, sigma, w):
-    return jnp.sum(px.make_perturbed_fun(lambda y, w: one_hot(y) * w, 8, sigma)(key, x, w)) ** 2
+    fun = px.make_perturbed_fun(lambda y, w: one_hot(y) * w, 8, sigma, **INDEPENDENT)
+    return jnp.sum(fun(key, x, w)) ** 2
 
 
 def with_aux(key, x, sigma, w):
-    fun = px.make_perturbed_fun(lambda y: (one_hot(y), y), 8, sigma, has_aux=True)
+    fun = px.make_perturbed_fun(lambda y: (one_hot(y), y), 8, sigma, has_aux=True, **INDEPENDENT)
     return jnp.sum(fun(key, x)[0] * w) ** 2
 
 
 FUNCTIONS = {
     "fun": weighed(lambda s: px.make_perturbed_fun(one_hot, 8, s, px.Normal())),
     "fun of degree 2": weighed(lambda s: px.make_perturbed_fun(one_hot, 64, s, degree=2)),
-    "constant fun": weighed(lambda s: px.make_perturbed_fun(lambda y: jnp.ones(3), 8, s)),
+    "constant fun": weighed(
+        lambda s: px.make_perturbed_fun(lambda y: jnp.ones(3), 8, s, **INDEPENDENT)
+    ),
     "fun with an argument": with_argument,
     "fun with aux": with_aux,
     "argmax": weighed(argmax),
-    "argmax, not symmetric": weighed(lambda s: argmax(s, symmetrize=False)),
-    "argmax, multiplicative": weighed(lambda s: argmax(s, multiplicative=True)),
+    "argmax, not symmetric": weighed(lambda s: argmax(s, symmetrize=False, **INDEPENDENT)),
+    "argmax, multiplicative": weighed(lambda s: argmax(s, multiplicative=True, **INDEPENDENT)),
     "max": lambda key, x, sigma, w: (
-        px.make_perturbed_max(one_hot, 8, sigma, px.Normal())(key, x * w) ** 2
+        px.make_perturbed_max(one_hot, 8, sigma, px.Normal(), **INDEPENDENT)(key, x * w) ** 2
     ),
     "Fenchel-Young": young,
     "distribution": expected_cost,
     "straight-through": weighed(
-        lambda s: px.make_straight_through_fun(jnp.round, 8, s, px.Normal())
+        lambda s: px.make_straight_through_fun(
+            jnp.round, 8, s, px.Normal(), sampler=px.Independent()
+        )
     ),
-    "I-MLE": weighed(lambda s: px.make_implicit_mle(one_hot, 8, s, px.Normal(), lam=1.0)),
+    "I-MLE": weighed(
+        lambda s: px.make_implicit_mle(
+            one_hot, 8, s, px.Normal(), lam=1.0, sampler=px.Independent()
+        )
+    ),
 }
 # Which of key, x, sigma and weights are batched.
 MASKS = [(1, 1, 1, 1), (1, 1, 0, 0), (1, 0, 0, 0), (0, 1, 0, 1), (0, 0, 1, 0)]

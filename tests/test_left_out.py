@@ -10,6 +10,8 @@ import perturbax as px
 from helpers import assert_biased, assert_unbiased, derivatives
 from perturbax.estimator import _left_out
 
+fit = jax.jit(_left_out.fit)  # as one program, not as one for each operation
+
 
 def plain_regression(z, f, weight):
     """Constant and slope of one output by the definition."""
@@ -50,8 +52,8 @@ def samples(num, dim, outputs, seed):
 def test_each_surrogate_is_the_regression_on_all_other_samples(num, dim):
     z, f, weight = samples(num, dim, 3, seed=num)
     with jax.enable_x64(True):
-        found = _left_out.fit(jnp.asarray(z), jnp.asarray(f), jnp.asarray(weight))
-        beta = np.asarray(_left_out.coefficients(found.rows, found.common))
+        found = fit(z, f, weight)
+        beta = np.asarray(jax.jit(_left_out.coefficients)(found.rows, found.common))
         rest, mean = np.asarray(found.rest), np.asarray(found.mean)
     present, coefficients = np.flatnonzero(weight), []
     for i in present:
@@ -67,10 +69,10 @@ def test_each_surrogate_is_the_regression_on_all_other_samples(num, dim):
 
 
 def test_complex_values_have_the_surrogates_of_real_ones():
-    z, f, weight = (jnp.asarray(v, np.float32) for v in samples(20, 30, 3, seed=1))
-    found = _left_out.fit(z, f, weight)
-    turned = _left_out.fit(z, jax.lax.complex(3 * f, 4 * f), weight)
-    np.testing.assert_allclose(turned.mean, (3 + 4j) * found.mean, atol=1e-4)
+    z, f, weight = (v.astype(np.float32) for v in samples(20, 30, 3, seed=1))
+    found = fit(z, f, weight)
+    turned = fit(z, (3 + 4j) * f, weight)
+    np.testing.assert_allclose(turned.mean, (3 + 4j) * np.asarray(found.mean), atol=1e-4)
     np.testing.assert_allclose(turned.rows.keep, found.rows.keep, atol=1e-5)
 
 
@@ -78,12 +80,12 @@ def test_a_sample_of_huge_weight_is_left_out_like_any_other():
     """A sum of all weights less its own would be nothing but rounding."""
     z, f, weight = samples(20, 30, 3, seed=2)
     weight[0], f[1] = 1e12, 1e3
-    found = _left_out.fit(*(jnp.asarray(v, np.float32) for v in (z, f, weight)))
+    found = fit(*(v.astype(np.float32) for v in (z, f, weight)))
     with jax.enable_x64(True):
-        exact = _left_out.fit(*map(jnp.asarray, (z, f, weight)))
+        exact = fit(z, f, weight)
     np.testing.assert_allclose(found.rest[0], exact.rest[0], rtol=0.01)
     weight[1] = 1e12  # of two of them, float32 tells no more than that they are there
-    found = _left_out.fit(*(jnp.asarray(v, np.float32) for v in (z, f, weight)))
+    found = fit(*(v.astype(np.float32) for v in (z, f, weight)))
     assert np.all(np.isfinite(found.mean))
 
 

@@ -1,6 +1,7 @@
 """The laws of noise: draws, densities, orders of derivatives, other libraries' laws, checks."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -269,8 +270,10 @@ def test_a_noise_with_nothing_but_from_bits_is_mapped_through_it(wide):
 
     with enable_x64(wide):
         z = jnp.array([-30, -5, -3, -1e-7, 0, 1e-7, 0.5, 5, 30], jnp.float64 if wide else "f4")
-        found = np.asarray(from_normal(FromBits(), z))
-        exact = np.asarray(from_normal(px.Logistic(), z))
+        found, exact = (
+            np.asarray(jax.jit(functools.partial(from_normal, noise))(z))
+            for noise in (FromBits(), px.Logistic())
+        )
     assert (np.diff(found) >= 0).all()
     np.testing.assert_allclose(found[2:-2], exact[2:-2], rtol=1e-5, atol=1e-6)
     assert np.isfinite(found).all()
@@ -335,10 +338,14 @@ def test_df_is_checked(df, error):
 def test_score_identities_hold_for_the_draws(name, dtype):
     """E[s] = 0 and E[z s] = 1: what a draw in half precision, or another density, would break."""
     noise, _ = LAWS[name]
+
+    @jax.jit
+    def draws_and_scores(key):
+        z = noise.sample(key, (400_000,), dtype)
+        return z, -jax.vmap(jax.grad(noise.log_prob))(z)
+
     with enable_x64(dtype == "float64"):
-        z = noise.sample(jax.random.key(31), (400_000,), dtype)
-        s = -jax.vmap(jax.grad(noise.log_prob))(z)
-    z, s = np.asarray(z, np.float64), np.asarray(s, np.float64)
+        z, s = (np.asarray(v, np.float64) for v in draws_and_scores(jax.random.key(31)))
     for values, exact in ((s, 0), (z * s, 1)):
         error = values.std() / math.sqrt(values.size)
         assert error < (0.02 if name == "Triangular" else 0.004)

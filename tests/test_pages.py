@@ -3,6 +3,8 @@
 Needs what `make docs` installs and a Chromium; skipped where either is missing. `.ci/run` has both.
 """
 
+import ast
+import functools
 import json
 import re
 import shutil
@@ -52,12 +54,18 @@ def pages(tmp_path_factory):
     if BROWSER is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
     folder = tmp_path_factory.mktemp("pages")
+    [listed] = re.findall(
+        r"^extensions = (\[.*?\])", (ROOT / "docs/conf.py").read_text(), re.M | re.S
+    )
+    # Pages with the source of modules take a fifth of the time, and nobody looks at them here.
+    extensions = [name for name in ast.literal_eval(listed) if name != "sphinx.ext.viewcode"]
     command = [sys.executable, "-m", "sphinx", "--quiet", "-D", "run_examples=0"]
-    command += [str(ROOT / "docs"), str(folder)]
+    command += ["-D", f"extensions={','.join(extensions)}", str(ROOT / "docs"), str(folder)]
     subprocess.run(command, check=True, timeout=300)
     return folder
 
 
+@functools.cache
 def seen(pages, name, width=1300):
     """What the browser shows of a page in a window of this width, by `LOOK`."""
     page = pages / f"{name}.html"

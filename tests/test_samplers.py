@@ -191,8 +191,8 @@ class Words:
 def test_the_words_of_a_group_are_those_of_the_release(sampler, expected):
     """A program gives the same numbers in the next release; else, the change log must say so."""
     key = jax.random.key(3, impl="threefry2x32")
-    words = sampler.sample_group(key, Words(), 3, 2, np.dtype("float32"))
-    np.testing.assert_array_equal(words[:2], np.array(expected, np.uint32))
+    draw = jax.jit(lambda key: sampler.sample_group(key, Words(), 3, 2, np.dtype("float32")))
+    np.testing.assert_array_equal(draw(key)[:2], np.array(expected, np.uint32))
 
 
 @pytest.mark.parametrize(
@@ -440,19 +440,23 @@ def test_the_hessian_of_a_quadratic_is_exact(sampler, noise):
 def test_squares_are_doubted_apart_from_slopes():
     """Of a function that has none they cost next to nothing, of a quadratic one they take all."""
     dim, keys = 12, jax.random.split(jax.random.key(8), 100)
-    wave = lambda y: 3 * jnp.sum(y) + jnp.sum(jnp.sin(40 * y))  # noqa: E731
-    square = lambda y: jnp.sum(y) ** 2 + 0.1 * jnp.sum(jnp.sin(40 * y))  # noqa: E731
+    wave, square = np.float32([3, 0, 1]), np.float32([0, 1, 0.1])
 
-    def variance(fun, num_samples, degree):
+    def fun(y, weights):
+        return weights @ jnp.stack([jnp.sum(y), jnp.sum(y) ** 2, jnp.sum(jnp.sin(40 * y))])
+
+    @functools.cache
+    def gradients(num_samples, degree):
         options = {"sampler": px.Independent(), "degree": degree}
         perturbed = smooth(fun, None, 0.5, px.Normal(), num_samples, **options)
-        gradients = jax.jit(
-            lambda keys: jax.lax.map(
-                lambda key: jax.grad(perturbed, argnums=1)(key, jnp.full(dim, 0.3)), keys
-            ),
+        gradient, x = jax.grad(perturbed, argnums=1), jnp.full(dim, 0.3)
+        return jax.jit(
+            lambda weights: jax.lax.map(lambda key: gradient(key, x, weights), keys),
             compiler_options=FOR_LONG_RUNS,
-        )(keys)
-        return float(np.sum(np.var(gradients, axis=0)))
+        )
+
+    def variance(weights, num_samples, degree):
+        return float(np.sum(np.var(gradients(num_samples, degree)(weights), axis=0)))
 
     # Of 300 samples 262 are for a fit of 91 coefficients; of 100 there are fewer than coefficients,
     # and the linear function remains.
@@ -478,15 +482,19 @@ def test_a_fit_on_a_part_of_the_samples_is_exact_too(batch_size):
 def test_slopes_of_surrogates_are_their_derivatives(dim, degree, noise):
     """What is written down agrees with what JAX derives."""
     size = _surrogate.num_features(dim, degree)
-    beta = jnp.asarray(np.random.RandomState(1).normal(size=(size, 2)), jnp.float32)
-    in_a = _surrogate.expected_slope_in_a(beta, dim)
-    in_r = _surrogate.expected_slope_in_r(beta, dim, degree, noise)
 
-    def expected(a, r):
-        return _surrogate.expected_features(a, r, degree, noise) @ beta
+    @jax.jit
+    def both(beta):
+        def expected(a, r):
+            return _surrogate.expected_features(a, r, degree, noise) @ beta
 
-    derived = jax.jacfwd(expected, argnums=(0, 1))(jnp.zeros(dim), jnp.ones(dim))
-    for ours, theirs in zip((in_a, in_r), derived, strict=True):
+        in_a = _surrogate.expected_slope_in_a(beta, dim)
+        in_r = _surrogate.expected_slope_in_r(beta, dim, degree, noise)
+        derived = jax.jacfwd(expected, argnums=(0, 1))(jnp.zeros(dim), jnp.ones(dim))
+        return (in_a, in_r), derived
+
+    beta = np.random.RandomState(1).normal(size=(size, 2)).astype(np.float32)
+    for ours, theirs in zip(*both(beta), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
