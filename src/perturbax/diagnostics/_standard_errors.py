@@ -331,6 +331,8 @@ def _with_errors(
 
 def _in_parts(plan: Plan) -> Plan:
     """The plan, with a bound on the Jacobians of groups that are held at a time."""
+    if not isinstance(plan.width, int):  # a symbolic shape, while exporting, for which there is one
+        return plan
     most = max(1, chunk_size() // max(plan.num_rows * plan.dim, 1))
     if most < plan.groups_at_a_time():
         return dataclasses.replace(plan, batch_size=most * plan.group_size)
