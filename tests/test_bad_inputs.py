@@ -401,6 +401,11 @@ CALLS = {
         jax.errors.NonConcreteBooleanIndexError,
         ["fun is traced and vmapped", "index of bools", "perturbax.host_function"],
     ),
+    "fun without a return": (
+        call(fun=lambda y: None),
+        TypeError,
+        ["fun returned None, expected a pytree of arrays", "`return` missing"],
+    ),
     "fun returns a string": (
         call(fun=lambda y: {"a": y, "b": "hi"}),
         TypeError,

@@ -315,7 +315,7 @@ LIKES = {
     "integer too large": (lambda x: 300, np.uint8(0), OverflowError, ["300", "uint8"]),
     "integer too large for JAX": (lambda x: 2**40, 0, OverflowError, ["1099511627776", "int32"]),
     "string": (lambda x: "a", 0.0, TypeError, ["must return numbers", "'a'", "str"]),
-    "None": (lambda x: None, 0.0, TypeError, ["structure"]),
+    "None": (lambda x: None, 0.0, TypeError, ["returned None", "`return` missing"]),
     "object": (lambda x: np.array([None]), 0.0, TypeError, ["must return numbers", "object"]),
     "masked": (
         lambda x: np.ma.masked_array([1.0], [True]),
@@ -837,6 +837,20 @@ def test_what_is_no_result_is_an_error_and_no_failure_of_the_point():
             with pytest.raises((TypeError, ValueError)):
                 h(X)
             assert h.counts == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("like", [None, ()], ids=["learnt", "told"])
+def test_nothing_at_all_is_no_result(like):
+    """A function without a `return` was one without results. One of none returns ()."""
+
+    def simulator(x):
+        x.sum()
+
+    with px.host_function(simulator, like=like) as h:
+        with pytest.raises(TypeError, match=r"^simulator returned None, expected a pytree"):
+            h(X)
+    with px.host_function(lambda x: (), like=like) as h:
+        assert h(X) == ()
 
 
 @pytest.mark.parametrize("executor", [None, 1])

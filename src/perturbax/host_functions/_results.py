@@ -51,6 +51,11 @@ def returned(value: Any, name: str) -> Returned:
     if isinstance(value, Returned):
         return value
     try:
+        if value is None:
+            raise TypeError(
+                f"{name} returned None, expected a pytree of numbers and arrays: is a `return` "
+                "missing? One that has nothing to return returns ()"
+            )
         leaves, tree = jax.tree.flatten(value)
         return Returned([_numbers(leaf, name) for leaf in leaves], tree)
     except Exception as error:
