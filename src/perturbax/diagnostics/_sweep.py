@@ -30,7 +30,7 @@ _MOST_ERROR = 0.5
 _LEAST_COSINE = 0.7
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SigmaSweep:
     """A function smoothed at many scales; prints as a table with a suggestion.
 
