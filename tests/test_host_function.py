@@ -4,7 +4,9 @@ Most tests compare with the same function written in JAX, or with a loop over th
 """
 
 import concurrent.futures
+import functools
 import gc
+import io
 import multiprocessing
 import os
 import pickle
@@ -24,12 +26,14 @@ import jax.numpy as jnp
 import loky
 import numpy as np
 import pytest
+import tqdm
 
 import perturbax as px
 from helpers import assert_trees_close
 from perturbax.host_functions import _worker
 from perturbax.host_functions._attempts import Attempt
 from perturbax.host_functions._foreign_executors import Foreign, _Place
+from perturbax.host_functions._progress import Bar
 from perturbax.host_functions._scheduling import Schedule
 from perturbax.tracing import _host_call
 from test_trace import compilations
@@ -316,6 +320,12 @@ LIKES = {
     "integer too large for JAX": (lambda x: 2**40, 0, OverflowError, ["1099511627776", "int32"]),
     "string": (lambda x: "a", 0.0, TypeError, ["must return numbers", "'a'", "str"]),
     "None": (lambda x: None, 0.0, TypeError, ["returned None", "`return` missing"]),
+    "keys of two types": (
+        lambda x: {"a": 1.0, 3: 1.0},
+        0.0,
+        TypeError,
+        ["must return a pytree", "keys of a dict one type"],
+    ),
     "object": (lambda x: np.array([None]), 0.0, TypeError, ["must return numbers", "object"]),
     "masked": (
         lambda x: np.ma.masked_array([1.0], [True]),
@@ -517,6 +527,22 @@ def test_the_bar(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r"pip install 'perturbax\[progress\]'"):
         px.host_function(fun, progress=True)
+
+
+def test_the_first_rate_on_the_bar_is_that_of_the_work(monkeypatch):
+    """It was that of all points so far in the time since the bar was drawn."""
+    drawn = functools.partial(tqdm.tqdm, file=io.StringIO())
+    monkeypatch.setattr("perturbax.host_functions._progress._tqdm", lambda: drawn)
+    monkeypatch.setattr("perturbax.host_functions._progress._PATIENCE", 0.3)
+    rates, counts = [], px.host_function(lambda x: x).counts
+    bar = Bar(True, "fun", 10)
+    for done, pause in ((3, 0.31), (4, 0.11)):
+        time.sleep(pause)
+        bar.update(done, counts)
+        rates.append(bar._bar.format_dict["rate"])
+    bar.close()
+    assert 0 < min(rates)
+    assert max(rates) <= 10
 
 
 # --- Faults
