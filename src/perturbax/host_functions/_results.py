@@ -56,7 +56,13 @@ def returned(value: Any, name: str) -> Returned:
                 f"{name} returned None, expected a pytree of numbers and arrays: is a `return` "
                 "missing? One that has nothing to return returns ()"
             )
-        leaves, tree = jax.tree.flatten(value)
+        try:
+            leaves, tree = jax.tree.flatten(value)
+        except ValueError as error:
+            raise TypeError(
+                f"{name} must return a pytree of numbers and arrays, got one that JAX cannot take "
+                f"apart ({error}): give the keys of a dict one type, strings for example"
+            ) from error
         return Returned([_numbers(leaf, name) for leaf in leaves], tree)
     except Exception as error:
         return Returned([], None, error)
