@@ -1119,6 +1119,14 @@ def test_scores_without_leaves(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_what_is_told_most_is_told_in_the_same_order(name):
+    """The loss took it by name alone."""
+    taken = list(inspect.signature(getattr(px, name)).parameters.values())[1:4]
+    assert [one.name for one in taken] == ["num_samples", "sigma", "noise"]
+    assert {one.kind for one in taken} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_layers_take_arguments_by_name_and_describe_themselves(name):
     """Their parameters were positional only, and their help said nothing."""
     layer = getattr(px, name)(solver, num_samples=4)
