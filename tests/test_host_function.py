@@ -4,6 +4,7 @@ Most tests compare with the same function written in JAX, or with a loop over th
 """
 
 import concurrent.futures
+import copy
 import functools
 import gc
 import io
@@ -477,10 +478,17 @@ def test_bad_calls():
     scaled = px.host_function(lambda x, t: steps(x) * t)
     with pytest.raises(NotImplementedError, match="stop_gradient"):
         jax.grad(lambda t: smooth(scaled)(KEY, X, t))(2.0)
-    with pytest.raises(TypeError, match=r"steps cannot be pickled .* make a host function of it"):
+    with pytest.raises(TypeError, match=r"steps cannot be pickled; .* make a host function of it"):
         pickle.dumps(smooth(h))
     held = jax.grad(lambda x: smooth(scaled)(KEY, x, jax.lax.stop_gradient(2.0)))(X)
     assert_trees_close(held, jax.grad(lambda x: 2.0 * smooth(steps_in_jax)(KEY, x))(X), rtol=1e-5)
+
+
+def test_it_is_copied_as_a_function_is():
+    """That of a model with one inside raised what pickling it does."""
+    h = px.host_function(steps, like=ONE)
+    assert copy.copy(h) is h
+    assert copy.deepcopy(smooth(h)).fun is h
 
 
 def test_forking_executors_are_refused():

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from .. import _checks
 from .._call import Call, Settings, evaluate, prepare
-from .._describe import describe, leading
+from .._describe import describe, leading, remembered
 from .._types import Fun, PyTree
 from ..diagnostics._words import are_known, columns_of, fields_of, numbers_of, wide
 from ..estimator import _formula
@@ -98,6 +98,7 @@ def _in_words(solution: np.ndarray) -> str:
     return numbers_of(wide(solution), most=_NUMBERS, digits=6)
 
 
+@remembered
 def make_perturbed_distribution(
     argmax_fun: Fun,
     num_samples: int = 1000,
