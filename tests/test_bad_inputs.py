@@ -4,7 +4,12 @@ The tables list mistakes; what must work although it looks odd has a test each, 
 value. Nothing may end in a silent wrong number.
 """
 
+import copy
+import functools
 import inspect
+import pickle
+import pydoc
+import re
 
 import jax
 import jax.numpy as jnp
@@ -400,6 +405,11 @@ CALLS = {
         call(fun=lambda y: jnp.sum(y[y > 0])),
         jax.errors.NonConcreteBooleanIndexError,
         ["fun is traced and vmapped", "index of bools", "perturbax.host_function"],
+    ),
+    "fun without a return": (
+        call(fun=lambda y: None),
+        TypeError,
+        ["fun returned None, expected a pytree of arrays", "`return` missing"],
     ),
     "fun returns a string": (
         call(fun=lambda y: {"a": y, "b": "hi"}),
@@ -1111,6 +1121,49 @@ def test_scores_without_leaves(name):
     """An IndexError, where other layers had nothing to say."""
     found = getattr(px, name)(lambda theta: theta, 4)(KEY, {})
     assert found == {} if name == "make_implicit_mle" else found.weights.tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_told_most_is_told_in_the_same_order(name):
+    """The loss took it by name alone."""
+    taken = list(inspect.signature(getattr(px, name)).parameters.values())[1:4]
+    assert [one.name for one in taken] == ["num_samples", "sigma", "noise"]
+    assert {one.kind for one in taken} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_pickled_and_copied_and_tell_how_they_were_made(name):
+    """Only what make_perturbed_fun returns could be pickled, the others were nested functions."""
+    layer = getattr(px, name)(solver, 4, jnp.array(0.5), px.Normal())
+    args = (KEY, X, *LAYERS[name].values())
+    expected = layer(*args)
+    for other in (pickle.loads(pickle.dumps(layer)), copy.copy(layer), copy.deepcopy(layer)):
+        assert_trees_close(other(*args), expected, rtol=0)
+        assert inspect.signature(other) == inspect.signature(layer)
+        assert (other.__name__, other.__doc__) == (layer.__name__, layer.__doc__)
+    assert re.search(r"\(.*<function solver.*num_samples=4, .*noise=Normal\(\)", repr(layer))
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS.keys() - {"make_perturbed_fun"}))
+def test_layers_are_functions_to_others(name):
+    layer = getattr(px, name)(solver, 4)
+    args = (KEY, X, *LAYERS[name].values())
+    expected = layer(*args)
+    assert repr(layer).startswith(f"{name}(<function solver")
+    assert copy.deepcopy(layer) is layer
+    static = jax.jit(lambda layer, *args: layer(*args), static_argnums=0)
+    wrapped = functools.wraps(layer)(lambda *args: layer(*args))
+    for other in (jax.jit(layer), functools.partial(static, layer), wrapped):
+        assert_trees_close(other(*args), expected, rtol=1e-6)
+    head = f"{layer.__name__}{inspect.signature(layer)}\n    {layer.__doc__.splitlines()[0]}"
+    assert head in pydoc.plain(pydoc.render_doc(layer))
+
+    class Model:
+        method = layer
+
+    assert Model.method is layer
+    with pytest.raises(TypeError, match="first argument must be a PRNG key"):
+        Model().method(*args)  # the model
 
 
 @pytest.mark.parametrize("name", LAYERS)

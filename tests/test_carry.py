@@ -257,6 +257,15 @@ def test_unbiased_whatever_the_state():
     )
 
 
+def test_a_state_tells_shapes():
+    """It printed hundreds of lines of numbers."""
+    state = px.carry(px.make_perturbed_fun(jnp.sum, 8), memory=64).init(jnp.zeros(3))
+    told = repr(state)
+    assert told.startswith("CarriedState(origin=(3,), points=(64, 3), values=(64,), ")
+    assert "fit.centre=(3,)" in told
+    assert "\n" not in told
+
+
 def test_a_state_that_is_not_a_number_gives_none():
     carried, state = trained(*SAMPLERS[0])
     fit = state.fit._replace(coefficients=jnp.full_like(state.fit.coefficients, jnp.nan))

@@ -295,6 +295,8 @@ def test_it_prints_as_a_short_table():
     found = traced(jnp.arange(40) / 40)
     assert "Tracer" in texts[0]
     head, names, first, *_, rest = str(found).splitlines()
+    assert repr(found) == str(found)
+    assert found in {found}
     distinct = int((found.weights > 0).sum())
     assert head == f"{distinct} distinct solutions of 200 samples"
     assert names.split() == ["weight", "solution"]

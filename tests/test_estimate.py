@@ -256,8 +256,9 @@ def test_it_prints_as_a_short_table():
     )
     assert gradient.split()[-2:] == [f"{length:.3g}", f"{error:.3g}"]
     assert freedom == "3 degrees of freedom"
-    assert "value=Array" in repr(found)
+    assert repr(found) == str(found)
     both = found.interval()
+    assert repr(both) == str(both)
     head, value, gradient = str(both).splitlines()
     low, high = both.value
     assert value.endswith(f"{low:.5g} to {high:.5g}")
@@ -265,6 +266,14 @@ def test_it_prints_as_a_short_table():
     many = px.estimate(px.make_perturbed_fun(lambda x: x[0], 8), KEY, [jnp.ones(())] * 30)
     last = str(many).splitlines()[-2], str(many.interval()).splitlines()[-1]
     assert last == ("and 11 more arrays",) * 2
+
+
+def test_it_is_compared_as_an_object():
+    """By == of their numbers two of them raised that the truth of an array is ambiguous."""
+    one = px.estimate(px.make_perturbed_fun(relu, 8), KEY, X)
+    other = jax.tree.map(jnp.copy, one)
+    assert one != other
+    assert one in {one}
 
 
 def test_aux_and_narrow_leaves():

@@ -4,7 +4,10 @@ Most tests compare with the same function written in JAX, or with a loop over th
 """
 
 import concurrent.futures
+import copy
+import functools
 import gc
+import io
 import multiprocessing
 import os
 import pickle
@@ -24,12 +27,14 @@ import jax.numpy as jnp
 import loky
 import numpy as np
 import pytest
+import tqdm
 
 import perturbax as px
 from helpers import assert_trees_close
 from perturbax.host_functions import _worker
 from perturbax.host_functions._attempts import Attempt
 from perturbax.host_functions._foreign_executors import Foreign, _Place
+from perturbax.host_functions._progress import Bar
 from perturbax.host_functions._scheduling import Schedule
 from perturbax.tracing import _host_call
 from test_trace import compilations
@@ -315,7 +320,13 @@ LIKES = {
     "integer too large": (lambda x: 300, np.uint8(0), OverflowError, ["300", "uint8"]),
     "integer too large for JAX": (lambda x: 2**40, 0, OverflowError, ["1099511627776", "int32"]),
     "string": (lambda x: "a", 0.0, TypeError, ["must return numbers", "'a'", "str"]),
-    "None": (lambda x: None, 0.0, TypeError, ["structure"]),
+    "None": (lambda x: None, 0.0, TypeError, ["returned None", "`return` missing"]),
+    "keys of two types": (
+        lambda x: {"a": 1.0, 3: 1.0},
+        0.0,
+        TypeError,
+        ["must return a pytree", "keys of a dict one type"],
+    ),
     "object": (lambda x: np.array([None]), 0.0, TypeError, ["must return numbers", "object"]),
     "masked": (
         lambda x: np.ma.masked_array([1.0], [True]),
@@ -467,10 +478,17 @@ def test_bad_calls():
     scaled = px.host_function(lambda x, t: steps(x) * t)
     with pytest.raises(NotImplementedError, match="stop_gradient"):
         jax.grad(lambda t: smooth(scaled)(KEY, X, t))(2.0)
-    with pytest.raises(TypeError, match=r"steps cannot be pickled .* make a host function of it"):
+    with pytest.raises(TypeError, match=r"steps cannot be pickled; .* make a host function of it"):
         pickle.dumps(smooth(h))
     held = jax.grad(lambda x: smooth(scaled)(KEY, x, jax.lax.stop_gradient(2.0)))(X)
     assert_trees_close(held, jax.grad(lambda x: 2.0 * smooth(steps_in_jax)(KEY, x))(X), rtol=1e-5)
+
+
+def test_it_is_copied_as_a_function_is():
+    """That of a model with one inside raised what pickling it does."""
+    h = px.host_function(steps, like=ONE)
+    assert copy.copy(h) is h
+    assert copy.deepcopy(smooth(h)).fun is h
 
 
 def test_forking_executors_are_refused():
@@ -517,6 +535,22 @@ def test_the_bar(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r"pip install 'perturbax\[progress\]'"):
         px.host_function(fun, progress=True)
+
+
+def test_the_first_rate_on_the_bar_is_that_of_the_work(monkeypatch):
+    """It was that of all points so far in the time since the bar was drawn."""
+    drawn = functools.partial(tqdm.tqdm, file=io.StringIO())
+    monkeypatch.setattr("perturbax.host_functions._progress._tqdm", lambda: drawn)
+    monkeypatch.setattr("perturbax.host_functions._progress._PATIENCE", 0.3)
+    rates, counts = [], px.host_function(lambda x: x).counts
+    bar = Bar(True, "fun", 10)
+    for done, pause in ((3, 0.31), (4, 0.11)):
+        time.sleep(pause)
+        bar.update(done, counts)
+        rates.append(bar._bar.format_dict["rate"])
+    bar.close()
+    assert 0 < min(rates)
+    assert max(rates) <= 10
 
 
 # --- Faults
@@ -837,6 +871,20 @@ def test_what_is_no_result_is_an_error_and_no_failure_of_the_point():
             with pytest.raises((TypeError, ValueError)):
                 h(X)
             assert h.counts == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("like", [None, ()], ids=["learnt", "told"])
+def test_nothing_at_all_is_no_result(like):
+    """A function without a `return` was one without results. One of none returns ()."""
+
+    def simulator(x):
+        x.sum()
+
+    with px.host_function(simulator, like=like) as h:
+        with pytest.raises(TypeError, match=r"^simulator returned None, expected a pytree"):
+            h(X)
+    with px.host_function(lambda x: (), like=like) as h:
+        assert h(X) == ()
 
 
 @pytest.mark.parametrize("executor", [None, 1])

@@ -96,6 +96,21 @@ def test_trees_of_matrices_and_scales():
     np.testing.assert_allclose(gradient["a"], [0.5, 0.5], atol=1e-3)
 
 
+def test_an_empty_leaf_beside_a_matrix():
+    """numpy and JAX find no largest number of none."""
+    factor = jnp.array([[0.5, 0.0], [0.1, 0.4]])
+
+    def of_both(x):
+        return jnp.sum(jnp.floor(x["a"])) + jnp.sum(x["b"])
+
+    gradient = jax.grad(smooth(of_both), argnums=1)
+    alone = jax.grad(smooth(lambda a: jnp.sum(jnp.floor(a))), argnums=1)(KEY, X, factor)
+    both = KEY, {"a": X, "b": jnp.zeros(0)}, {"a": factor, "b": jnp.zeros((0, 0))}
+    for found in (gradient(*both), jax.jit(gradient)(*both)):
+        np.testing.assert_allclose(found["a"], alone, rtol=1e-5)
+        assert found["b"].shape == (0,)
+
+
 def test_a_leaf_of_many_coordinates_beside_a_matrix_costs_no_square():
     x = {"few": X, "many": jnp.zeros(100_000)}
     sigma = {"few": L, "many": jnp.float32(0.1)}

@@ -596,6 +596,7 @@ def test_the_default_leaves_noise_without_an_inverse_alone():
         (600, 60, {}, "opposites, .* Degree 0, because .* in more than 50"),
         (100, 10, {}, "3 groups of 40 .* opposites, because there are 2 to 12 samples .* Degree 1"),
         (100, 10, {"num_nets": 8}, "block=6, .* 9 groups of 12 .* Degree 1, because 30 samples"),
+        (256, 31, {}, "^<Orthogonal.*, 2 of its groups as one>, 3 groups .* 2 groups of it count"),
         (19, 10, {}, "Orthogonal directions, because there are 1 to 2 samples for each coord"),
         (19, 10, {"num_nets": 8}, "block=3, .* 7 groups of 3"),
         (400, 250, {}, "Orthogonal directions, because there are 1.5 to 2 samples for each coord"),
@@ -616,7 +617,9 @@ def test_the_default_leaves_noise_without_an_inverse_alone():
     ],
 )
 def test_a_choice_says_why(num_samples, dim, options, told):
-    assert re.search(told, str(px.choose_sampler(num_samples, dim, **options)))
+    choice = px.choose_sampler(num_samples, dim, **options)
+    assert re.search(told, str(choice))
+    assert repr(choice) == str(choice)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,48 @@ def test_what_a_sweep_needs():
         px.sweep_sigma(lambda x: jnp.zeros(()), KEY, {})
 
 
+def fails_on_one_side(x):
+    """Whether it fails has nothing to do with what it returns."""
+    return jnp.where(x[2] > 0.1, jnp.nan, steps(x[:2]))
+
+
+def test_samples_that_are_missing_may_be_left_out():
+    found = {}
+    for missing in ("propagate", "drop"):
+        found[missing] = px.sweep_sigma(
+            fails_on_one_side, KEY, X, [0.3, 1.0], noise=px.Normal(), missing=missing, **OPTIONS
+        )
+        np.testing.assert_allclose(found[missing].share_failed, 0.5, atol=0.1)
+    assert found["propagate"].suggested_range is None
+    assert "% of the samples are NaN" in found["propagate"].reason
+    assert found["drop"].suggested_range == (0.3, 1.0)
+    exact = [
+        closed_forms.smooth_separable(
+            closed_forms.step, np.ones(2), X[:2], sigma, closed_forms.normal
+        )
+        for sigma in (0.3, 1.0)
+    ]
+    errors = np.abs(found["drop"].values - [one.value for one in exact])
+    assert np.all(errors <= 4 * found["drop"].value_errors)
+
+
+def test_where_no_sample_is_left_there_is_nothing_to_suggest():
+    def fun(x):
+        return jnp.where(x[0] == X[0], 0.0, jnp.nan)
+
+    found = px.sweep_sigma(fun, KEY, X, [0.3, 1.0], missing="drop", num_samples=8, **OPTIONS)
+    assert found.suggested_range is None
+    assert "100 % of the samples are NaN" in found.reason
+
+
+def test_further_arguments_are_closed_over():
+    with pytest.raises(TypeError, match="missing 1 required") as caught:
+        px.sweep_sigma(lambda x, y: steps(x) * y, KEY, X, num_samples=8)
+    assert (
+        "close over them: sweep_sigma(lambda x: fun(x, ...), key, x)" in caught.value.__notes__[0]
+    )
+
+
 def test_a_finite_value_does_not_equal_an_infinite_one():
     """Of the samples of a wide scale about two thirds have the value at x, and not all."""
     fun = lambda x: jnp.where(x[0] > 0, jnp.inf, 1.0)  # noqa: E731

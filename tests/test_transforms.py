@@ -371,6 +371,50 @@ def test_export_with_a_symbolic_shape(sampler):
         np.testing.assert_allclose(gradient, expected[1], rtol=1e-4, atol=1e-5)
 
 
+def test_estimate_exports_with_a_symbolic_shape():
+    """Its bound on the Jacobians that it holds compared the unknown size with a number."""
+    (size,) = jax.export.symbolic_shape("n")
+
+    def run(data, x):
+        g = smooth(sampler=px.Independent(), degree=0)
+        return px.estimate(g, jax.random.wrap_key_data(data), x).gradient_error
+
+    data = jax.random.key_data(KEY)
+    exported = jax.export.export(jax.jit(run))(data, jax.ShapeDtypeStruct((size,), jnp.float32))
+    np.testing.assert_allclose(exported.call(data, X), run(data, X), rtol=1e-4)
+
+
+def one_hot(y):
+    return jax.nn.one_hot(jnp.argmax(y), 3)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        smooth(),
+        jax.grad(smooth(), argnums=1),
+        # A single input of it fills the cache: one after another.
+        smooth(lambda y: jnp.sum(jnp.tile(y, 2**19) > 0)),
+        px.make_perturbed_argmax(one_hot, 12),
+        lambda key, x: px.make_fenchel_young_loss(one_hot, num_samples=12)(key, x, jnp.ones(3)),
+    ],
+    ids=["value", "gradient", "large", "argmax", "loss"],
+)
+def test_export_of_a_batch_of_unknown_size(run):
+    """On a CPU the size of a batch was compared with how many inputs fit into the cache."""
+    (size,) = jax.export.symbolic_shape("b")
+
+    def batch(data, x):
+        return jax.vmap(run)(jax.random.wrap_key_data(data), x)
+
+    data, x = jax.random.key_data(jax.random.split(KEY, 4)), jnp.stack([X, -X, X / 2, X + 1])
+    shapes = [jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for v in (data, x)]
+    exported = jax.export.export(jax.jit(batch))(*shapes)
+    for count in (1, 4):
+        found = exported.call(data[:count], x[:count])
+        np.testing.assert_allclose(found, batch(data[:count], x[:count]), rtol=1e-4, atol=1e-5)
+
+
 # --- Modes
 
 

@@ -1,20 +1,27 @@
 """How the functions that the library makes are called, and how they describe themselves."""
 
+import dataclasses
 import functools
 import inspect
+import types
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, ParamSpec, Self
 
 from ._types import Fun
 
 _Arguments = ParamSpec("_Arguments")
+# Where `describe` puts what it tells.
+_TOLD = ("__name__", "__qualname__", "__doc__", "__signature__")
 
 
-class Made(NamedTuple):
-    """How a function was made, which says so by its attribute `made`.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Made:
+    """A function that was made of another one, and how: so it can be made again, and pickled.
+
+    Else it is like any function: to `help` and `copy`, and as a method.
 
     Attributes:
-      function: the function. What wraps it takes over its attributes, but is not it.
+      function: what is called.
       maker: the public function that made it.
       arguments: of that, by name.
     """
@@ -23,13 +30,39 @@ class Made(NamedTuple):
     maker: Callable[..., Fun]
     arguments: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        """Takes over what the function tells about itself."""
+        for attribute in _TOLD:
+            object.__setattr__(self, attribute, getattr(self.function, attribute))
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns."""
+        return self.function(*args, **kwargs)
+
     def again(self, **changes: Any) -> Fun:
         """Made anew with some other arguments."""
         return self.maker(**{**self.arguments, **changes})
 
+    def __repr__(self) -> str:
+        (_, fun), *others = self.arguments.items()
+        told = [repr(fun), *(f"{name}={value!r}" for name, value in others)]
+        return f"{self.maker.__name__}({', '.join(told)})"
+
+    def __reduce__(self) -> Any:
+        return functools.partial(self.maker, **self.arguments), ()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
 
 def remembered(maker: Callable[_Arguments, Fun]) -> Callable[_Arguments, Fun]:
-    """Has what a maker makes remember how it was made, for diagnostics."""
+    """Has what a maker makes remember how it was made."""
     signature = inspect.signature(maker)
 
     @functools.wraps(maker)
@@ -37,8 +70,7 @@ def remembered(maker: Callable[_Arguments, Fun]) -> Callable[_Arguments, Fun]:
         function = maker(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        function.__dict__["made"] = Made(function, maker, dict(bound.arguments))
-        return function
+        return Made(function, remembering, dict(bound.arguments))
 
     return remembering
 
@@ -90,8 +122,8 @@ def describe(
         "`key` is one PRNG key, which is consumed. Further arguments are handed on. Made by\n"
         f"`perturbax.{maker}`, whose documentation says more."
     )
-    told = {"__name__": f"{kind}_{name}", "__doc__": text, "__signature__": _signature(fun, names)}
-    for attribute, value in {**told, "__qualname__": told["__name__"]}.items():
+    called = f"{kind}_{name}"
+    for attribute, value in zip(_TOLD, (called, called, text, _signature(fun, names)), strict=True):
         object.__setattr__(made, attribute, value)  # what is made may be frozen
 
 

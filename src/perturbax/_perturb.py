@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from . import _checks
 from ._call import Call, Settings, evaluate, prepare
-from ._describe import describe, leading
+from ._describe import Made, describe, leading
 from ._types import Fun, PyTree
 from .estimator._default_rule import RULE
 from .noise._protocol import NoiseDistribution
@@ -67,7 +67,7 @@ def kind_of_fun(fun: Any) -> str:
     """What an error calls a function in the place of which a `PerturbedFun` is needed."""
     kind = getattr(fun, "__name__", type(fun).__name__)
     inner = inspect.unwrap(fun) if callable(fun) else fun
-    wraps = inner is not fun and (isinstance(inner, PerturbedFun) or hasattr(inner, "made"))
+    wraps = inner is not fun and isinstance(inner, PerturbedFun | Made)
     return f"{kind}, a function that wraps it, as those of jit, vmap and grad do" if wraps else kind
 
 

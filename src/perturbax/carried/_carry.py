@@ -58,6 +58,12 @@ class CarriedState(NamedTuple):
     covariance: Array
     variance: Array
 
+    def __repr__(self) -> str:
+        """Shapes alone, for there are thousands of numbers."""
+        found = jax.tree_util.tree_leaves_with_path(self)
+        told = [f"{jax.tree_util.keystr(at)[1:]}={getattr(v, 'shape', v)}" for at, v in found]
+        return f"CarriedState({', '.join(told)})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Carried:

@@ -62,7 +62,7 @@ class Alternative(NamedTuple):
     high: float
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Diagnosis:
     """What `diagnose` found; prints as a table in words.
 

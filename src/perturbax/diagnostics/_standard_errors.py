@@ -33,7 +33,7 @@ from ..sampling import _random_bits
 from ..sampling._independent import Independent
 from ..scale import _scales
 from ..tracing._derivative_rules import without_derivatives
-from ._words import are_known, columns_of, numbers_of, wide
+from ._words import are_known, columns_of, fields_of, numbers_of, wide
 
 # Arrays that are printed.
 _ROWS = 20
@@ -53,7 +53,7 @@ class Intervals(NamedTuple):
     def __str__(self) -> str:
         """A table with a row for each array: its first intervals."""
         if not are_known(self):
-            return repr(self)
+            return tuple.__repr__(self)
         rows = [["", "shape", "intervals"]]
         for name, (lows, highs) in zip(self._fields, self, strict=True):
             found = jax.tree_util.tree_leaves_with_path(lows)
@@ -61,6 +61,8 @@ class Intervals(NamedTuple):
                 words = numbers_of(wide(low), to=wide(high))
                 rows.append([f"{name}{jax.tree_util.keystr(path)}", f"{np.shape(low)}", words])
         return "\n".join(_first_rows(rows))
+
+    __repr__ = __str__
 
 
 def _first_rows(rows: list[list[str]]) -> list[str]:
@@ -73,7 +75,7 @@ def _first_rows(rows: list[list[str]]) -> list[str]:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Estimate:
     """Estimates of a perturbed function and its gradient, with a standard error for each number.
 
@@ -104,7 +106,7 @@ class Estimate:
     def __str__(self) -> str:
         """A table with a row for each array: its first numbers, its length and that of errors."""
         if not are_known(self):
-            return repr(self)
+            return fields_of(self)
         rows = [["", "shape", "numbers ± standard errors", "length", "of errors"]]
         for name in ("value", "gradient"):
             errors = jax.tree.leaves(getattr(self, f"{name}_error"))
@@ -117,6 +119,8 @@ class Estimate:
         missing = [] if self.missing is None else [f"{np.sum(self.missing)} samples left out"]
         freedom = f"{self.degrees_of_freedom} degrees of freedom"
         return "\n".join([*_first_rows(rows), ", ".join([freedom, *missing])])
+
+    __repr__ = __str__
 
     def interval(self, level: float = 0.95) -> Intervals:
         """Confidence intervals, number by number, of the value and of the gradient.
@@ -331,6 +335,8 @@ def _with_errors(
 
 def _in_parts(plan: Plan) -> Plan:
     """The plan, with a bound on the Jacobians of groups that are held at a time."""
+    if not isinstance(plan.width, int):  # a symbolic shape, while exporting, for which there is one
+        return plan
     most = max(1, chunk_size() // max(plan.num_rows * plan.dim, 1))
     if most < plan.groups_at_a_time():
         return dataclasses.replace(plan, batch_size=most * plan.group_size)

@@ -39,6 +39,8 @@ _PER_COEFFICIENT = {0: 0, 1: 20, 2: 10}
 PLATEAU = 0.95
 # Spacings of the numbers of x that sigma should be at least.
 FEW_SPACINGS = 8
+# What has other derivatives than by the score or Danskin's theorem.
+_OTHERS = ("make_implicit_mle", "make_perturbed_distribution")
 # Up to this many numbers, the whole Jacobian is looked at; beyond, that of a random combination.
 WHOLE = 2**16
 
@@ -81,8 +83,7 @@ class Subject:
     def __init__(self, g: Any, key: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]):
         """Checks what came."""
         fun, settings, self._made = _origin(g)
-        made = getattr(g, "made", None)
-        self.maker = made.maker.__name__ if isinstance(made, Made) else "make_perturbed_fun"
+        self.maker = g.maker.__name__ if isinstance(g, Made) else "make_perturbed_fun"
         if settings.num_samples < LEAST_SAMPLES:
             raise ValueError(
                 f"g has num_samples={settings.num_samples}, but a diagnosis needs a pilot of at "
@@ -411,13 +412,12 @@ def _origin(g: Any) -> tuple[Any, Settings, Made | None]:
     """The function that is perturbed, how, and, if g is a layer, how that was made."""
     if isinstance(g, PerturbedFun):
         return g.fun, g.settings, None
-    made = getattr(g, "made", None)
-    if isinstance(made, Made) and made.function is g:
+    if isinstance(g, Made) and g.maker.__name__ not in _OTHERS:
         known = {field.name for field in dataclasses.fields(Settings)}
-        settings = Settings(**{k: v for k, v in made.arguments.items() if k in known})
-        if "fun" in made.arguments:  # the derivatives are those of a perturbed function
-            return made.arguments["fun"], settings, None
-        return made.arguments["argmax_fun"], settings, made
+        settings = Settings(**{k: v for k, v in g.arguments.items() if k in known})
+        if "fun" in g.arguments:  # the derivatives are those of a perturbed function
+            return g.arguments["fun"], settings, None
+        return g.arguments["argmax_fun"], settings, g
     raise TypeError(
         "g must be what make_perturbed_fun, make_straight_through_fun, make_perturbed_argmax, "
         f"make_perturbed_max or make_fenchel_young_loss returned, got {kind_of_fun(g)}"

@@ -30,7 +30,7 @@ _MOST_ERROR = 0.5
 _LEAST_COSINE = 0.7
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SigmaSweep:
     """A function smoothed at many scales; prints as a table with a suggestion.
 
@@ -130,6 +130,7 @@ def sweep_sigma(
     batch_size: int | None = None,
     sampler: Sampler | None = None,
     degree: int | None = None,
+    missing: str = "propagate",
 ) -> SigmaSweep:
     r"""Smooths a function at many scales, and suggests which of them are worth using.
 
@@ -153,6 +154,8 @@ def sweep_sigma(
       batch_size: as in `make_perturbed_fun`.
       sampler: as in `make_perturbed_fun`.
       degree: as in `make_perturbed_fun`.
+      missing: as in `make_perturbed_fun`: with "drop", a sigma at which some samples are NaN may be
+        worth using.
 
     Returns:
       A `SigmaSweep`: `print` it for a table; `suggested_range`, `reason`; `plot()`.
@@ -171,6 +174,7 @@ def sweep_sigma(
       (True, True)
     """
     _checks.check_fun(fun)
+    _checks.check_missing(missing)
     key = _checks.check_key(key, x, "sweep_sigma(fun, key, x)")
     leaves, _, merge = _checks.perturbed_leaves(x)
     if _checks.is_traced((key, leaves, sigmas)):
@@ -178,7 +182,15 @@ def sweep_sigma(
     if not _checks.num_elements(leaves):
         raise ValueError("x has no coordinates: there is nothing to smooth")
     scales = _check_sigmas(sigmas, leaves)
-    hard = jax.tree.leaves(jax.tree.map(np.asarray, fun(x)))
+    try:
+        value = fun(x)
+    except TypeError as error:
+        error.add_note(
+            "raised by fun(x). If fun has further arguments, close over them: "
+            "sweep_sigma(lambda x: fun(x, ...), key, x)"
+        )
+        raise
+    hard = jax.tree.leaves(jax.tree.map(np.asarray, value))
     if len(hard) != 1 or hard[0].size != 1 or np.iscomplexobj(hard[0]):
         shapes = [v.shape for v in hard]
         raise ValueError(
@@ -204,6 +216,7 @@ def sweep_sigma(
             has_aux=True,
             sampler=sampler,
             degree=degree,
+            missing=missing,
         )
         found = estimate(g, key, merge(leaves))
         freedom = found.degrees_of_freedom
@@ -215,8 +228,9 @@ def sweep_sigma(
         ]
         values = found.aux.astype(dtype)
         equal = (jnp.abs(values - at_x) <= slack) | (values == at_x)
-        failed = ~jnp.isfinite(values.astype(jnp.float32))
-        return found.value, found.value_error, *gradients, jnp.mean(equal), jnp.mean(failed)
+        numbers = values.astype(jnp.float32)
+        shares = [jnp.mean(v) for v in (equal, ~jnp.isfinite(numbers), jnp.isnan(numbers))]
+        return found.value, found.value_error, *gradients, *shares
 
     @jax.jit
     def all_of(keys: Array, scales: Array, leaves: list[Array]) -> Any:
@@ -224,7 +238,7 @@ def sweep_sigma(
 
     keys = jax.random.split(key, len(scales))
     found = all_of(keys, jnp.asarray(scales, _checks.noise_dtype(leaves)), leaves)
-    values, value_errors, gradients, errors, equal, failed = map(wide, found)
+    values, value_errors, gradients, errors, equal, failed, absent = map(wide, found)
     with np.errstate(all="ignore"):
         squares, square_errors = squared_length(gradients, errors**2)
         lengths = np.sqrt(np.maximum(squares, 0))
@@ -234,12 +248,11 @@ def sweep_sigma(
         relative = np.where(lengths > 0, noise_lengths / lengths, np.inf)
         cosines, cosine_errors = _cosines(gradients, errors**2, squares)
     seen = np.isfinite(squares) & (squares > 2 * square_errors) & (relative <= _MOST_ERROR)
-    why = [
-        _why_not(*row)
-        for row in zip(
-            seen, relative, equal, failed, scales / _largest_spacing(leaves), strict=True
-        )
-    ]
+    # What was left out is held against a sigma if nothing is left.
+    absent = np.where((missing == "drop") & (absent < 1), absent, 0)
+    of_rest = [share / (1 - absent) for share in (equal, failed - absent)]
+    spacings = scales / _largest_spacing(leaves)
+    why = [_why_not(*row) for row in zip(seen, relative, *of_rest, spacings, strict=True)]
     ends, reason = _suggest(scales, why, cosines, cosine_errors)
     return SigmaSweep(
         sigmas=scales,

@@ -1,5 +1,6 @@
 """Numbers, and tables of them, as results and reports tell them."""
 
+import dataclasses
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,13 @@ def are_known(tree: Any) -> bool:
         and getattr(leaf, "is_fully_addressable", True)
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def fields_of(value: Any) -> str:
+    """A dataclass as Python prints it, for one of which no numbers are known."""
+    names = [field.name for field in dataclasses.fields(value)]
+    told = ", ".join(f"{name}={getattr(value, name)!r}" for name in names)
+    return f"{type(value).__name__}({told})"
 
 
 def columns_of(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> list[str]:

@@ -73,14 +73,14 @@ class Rule:
 RULE = Rule()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Choice:
     """How a perturbed function draws its samples, and what it subtracts from their values.
 
     Prints as a few sentences.
 
     Attributes:
-      sampler: draws the samples.
+      sampler: draws the samples; may be asked for as `sampler=` as it is.
       degree: of the polynomial surrogate that is fitted to each group's others.
       num_groups: how many independent groups the samples make.
       group_size: samples in a group; the last may have fewer.
@@ -97,6 +97,8 @@ class Choice:
         groups = "1 group" if self.num_groups == 1 else f"{self.num_groups} groups"
         of = f"{self.group_size} sample{'s' if self.group_size > 1 else ''}"
         return f"{self.sampler}, {groups} of {of}, degree {self.degree}. {self.reason}"
+
+    __repr__ = __str__
 
 
 def choose_sampler(
@@ -186,7 +188,10 @@ def choose(
             few = given["sampler"] is None and num_nets <= RULE.nets
             sampler = _for_fits(sampler, num_samples, dim, polynomial, few)
     asked = " and ".join(name for name, value in given.items() if value is not None)
-    sentences = why_sampler, why_degree, f"Asked for: {asked}." if asked else ""
+    why_merged = ""
+    if isinstance(sampler, Merged):
+        why_merged = f"{sampler.count} groups of it count as one, for each takes a fit."
+    sentences = why_sampler, why_degree, why_merged, f"Asked for: {asked}." if asked else ""
     reason = " ".join(filter(None, sentences))
     size = sampler.group_size(num_samples, dim)
     return Choice(sampler, polynomial, -(-num_samples // size), size, reason)

@@ -279,7 +279,8 @@ def vmapped_in_parts(plan: Plan, fun: Callable[..., Any], *args: Any) -> Any:
             merged = [next(parts) if b else v for v, b in zip(leaves, batched, strict=True)]
             return fun(*jax.tree.unflatten(tree, merged))
 
-        if axis_size <= most:
+        # How many inputs there are may not be known, while exporting.
+        if axis_size <= most if isinstance(axis_size, int) else most > 1:
             out = jax.vmap(partial(at, fun=fun))(moving)
         elif most == 1:
             out = lax.map(partial(at, fun=one), moving)

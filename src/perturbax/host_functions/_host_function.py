@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -199,11 +199,17 @@ class HostFunction:
         """Says what it was made of."""
         return f"<host function {self.__name__}>"
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
     def __reduce__(self) -> Any:
         """Raises: what it runs on belongs to this process."""
         raise TypeError(
-            f"the host function {self.__name__} cannot be pickled or copied; pickle the function "
-            "that it was made of, and make a host function of it there"
+            f"the host function {self.__name__} cannot be pickled; pickle the function that it was "
+            "made of, and make a host function of it there"
         )
 
     def identity(self) -> str:

@@ -47,7 +47,9 @@ class Bar:
             if time.monotonic() - self._since < _PATIENCE:
                 return
             self._bar = _tqdm()(total=self._total, desc=self._name, unit="point", leave=False)
-            self._bar.start_t -= time.monotonic() - self._since  # for the time that is left
+            # For the rate, and so for the time that is left.
+            self._bar.start_t -= time.monotonic() - self._since
+            self._bar.last_print_t = self._bar.start_t
         self._bar.set_postfix(failures=counts.failures, retries=counts.retries, refresh=False)
         self._bar.update(done - self._bar.n)
 

@@ -51,7 +51,18 @@ def returned(value: Any, name: str) -> Returned:
     if isinstance(value, Returned):
         return value
     try:
-        leaves, tree = jax.tree.flatten(value)
+        if value is None:
+            raise TypeError(
+                f"{name} returned None, expected a pytree of numbers and arrays: is a `return` "
+                "missing? One that has nothing to return returns ()"
+            )
+        try:
+            leaves, tree = jax.tree.flatten(value)
+        except ValueError as error:
+            raise TypeError(
+                f"{name} must return a pytree of numbers and arrays, got one that JAX cannot take "
+                f"apart ({error}): give the keys of a dict one type, strings for example"
+            ) from error
         return Returned([_numbers(leaf, name) for leaf in leaves], tree)
     except Exception as error:
         return Returned([], None, error)

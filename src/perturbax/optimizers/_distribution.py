@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from .. import _checks
 from .._call import Call, Settings, evaluate, prepare
-from .._describe import describe, leading
+from .._describe import describe, leading, remembered
 from .._types import Fun, PyTree
-from ..diagnostics._words import are_known, columns_of, numbers_of, wide
+from ..diagnostics._words import are_known, columns_of, fields_of, numbers_of, wide
 from ..estimator import _formula
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -29,7 +29,7 @@ _ROWS, _NUMBERS = 10, 8
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class EmpiricalDistribution:
     """Distinct solutions and their weights, by falling weight.
 
@@ -47,7 +47,7 @@ class EmpiricalDistribution:
     def __str__(self) -> str:
         """A table of the solutions with the largest weights."""
         if not are_known(self) or np.ndim(self.weights) != 1:
-            return repr(self)
+            return fields_of(self)
         weights = wide(self.weights)
         distinct = np.count_nonzero(weights)
         shown = range(min(distinct, _ROWS))
@@ -62,6 +62,8 @@ class EmpiricalDistribution:
             rows.append((f"{weights[_ROWS:].sum():.3g}", rest))
         head = f"{distinct:,} distinct solutions of {len(weights):,} samples"
         return "\n".join([head, *columns_of(rows, left=(1,))])
+
+    __repr__ = __str__
 
     def expectation(self, cost: Fun, *args: Any) -> Any:
         """The mean of `cost(solution, *args)`, a pytree of arrays, under the weights.
@@ -96,6 +98,7 @@ def _in_words(solution: np.ndarray) -> str:
     return numbers_of(wide(solution), most=_NUMBERS, digits=6)
 
 
+@remembered
 def make_perturbed_distribution(
     argmax_fun: Fun,
     num_samples: int = 1000,

@@ -21,10 +21,10 @@ from ._perturbed_scores import inner_product, same_shapes
 @remembered
 def make_fenchel_young_loss(
     argmax_fun: Fun,
-    *,
     num_samples: int = 1,
     sigma: PyTree = 0.1,
     noise: NoiseDistribution = Gumbel(),
+    *,
     maximize: bool = True,
     multiplicative: bool = False,
     objective: Fun | None = None,

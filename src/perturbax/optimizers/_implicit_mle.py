@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .. import _checks
 from .._call import Settings, evaluate, prepare
-from .._describe import describe, leading
+from .._describe import describe, leading, remembered
 from .._types import Fun, PyTree
 from ..noise._derivative_limit import Limit, limit_derivatives
 from ..noise._protocol import NoiseDistribution, Shape
@@ -26,6 +26,7 @@ from ..tracing._signature import TracedFunction, trace
 from ._perturbed_scores import same_shapes, score_leaves
 
 
+@remembered
 def make_implicit_mle(
     argmax_fun: Fun,
     num_samples: int = 10,

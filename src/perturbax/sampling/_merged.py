@@ -24,6 +24,9 @@ class Merged:
     sampler: Sampler
     count: int
 
+    def __repr__(self) -> str:
+        return f"<{self.sampler}, {self.count} of its groups as one>"
+
     def group_size(self, num_samples: int, dim: int) -> int:
         """Samples in a group."""
         return self.count * self.sampler.group_size(num_samples, dim)

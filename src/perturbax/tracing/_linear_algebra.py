@@ -87,6 +87,6 @@ def _eliminate(matrix: Array, pivoting: bool) -> Array:
 
 def row_lengths(matrix: Any) -> Any:
     """The Euclidean length of each row, the scale of a coordinate's noise, of numpy or JAX."""
-    largest = abs(matrix).max(axis=1)  # lest squares overflow
+    largest = abs(matrix).max(axis=1, initial=0)  # lest squares overflow
     safe = largest + (largest == 0).astype(largest.dtype)
     return safe * ((matrix / safe[:, None]) ** 2).sum(axis=1) ** 0.5
