@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -142,6 +141,7 @@ def test_prints_as_a_table(found):
     assert columns.split() == ["step", "evaluations", "smoothed", "±", "error", "best", "sigma"]
     assert len(rows) == 10
     assert rows[-1].split()[:2] == [str(len(found.history) - 1), str(found.num_evaluations - 1)]
+    assert repr(found) == str(found)
 
 
 def test_plot(found):
@@ -414,6 +414,7 @@ def test_values_that_are_not_numbers():
     never = quiet(lambda x: jnp.nan * jnp.sum(x), jnp.zeros(3), jax.random.key(0))
     assert never.reason == "every value was NaN or infinite"
     np.testing.assert_array_equal(never.x, 0)
+    assert np.isnan(never.history.standard_error).all()
 
 
 @pytest.mark.parametrize("optimizer", [None, ADAM], ids=["surrogate", "adam"])
@@ -762,7 +763,7 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_at_once(tmp_path, monkey
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     simulator = px.host_function(lambda x: np.float32(np.sum(x**2)), like=np.float32(0))
     with pytest.raises(ValueError, match=r"checkpoint '.*run' cannot be written .*another path"):
         quiet(simulator, jnp.zeros(2), jax.random.key(0), checkpoint=tmp_path / "run")
@@ -784,6 +785,8 @@ def test_a_checkpoint_for_which_there_is_no_space_leaves_the_one_before(tmp_path
     [note] = raised.value.__notes__
     assert f"checkpoint {os.fspath(kept)!r} could not be written" in note
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {kept: before}
+    (tmp_path / "other").touch()
+    assert kept.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_what_a_host_function_raises_arrives_as_it_is():

@@ -2,11 +2,11 @@
 
 import json
 import os
-import tempfile
+import secrets
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -95,18 +95,19 @@ class Checkpoint:
 def _check_writable(path: Path) -> None:
     """Raises before anything is evaluated, rather than where the run is to be saved."""
     try:
-        handle, beside = _made_beside(path)
+        file = _made_beside(path)
     except OSError as error:
         raise ValueError(
             f"checkpoint {os.fspath(path)!r} cannot be written ({type(error).__name__}: {error}): "
             "allow new files in its folder, or give another path"
         ) from error
-    os.close(handle)
-    Path(beside).unlink()
+    file.close()
+    Path(file.name).unlink()
 
 
-def _made_beside(path: Path) -> tuple[int, str]:
-    return tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+def _made_beside(path: Path) -> IO[bytes]:
+    """A file of another name, with the rights that new files have."""
+    return path.with_name(f"{path.name}{secrets.token_hex(8)}.part").open("xb")
 
 
 def _save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
@@ -122,15 +123,15 @@ def _save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
             arrays[f"{name}.{i}"] = np.frombuffer(array.tobytes(), np.uint8)
     header = json.dumps({"format": _FORMAT, "prints": prints, "kinds": kinds})
     arrays["header"] = np.frombuffer(header.encode(), np.uint8)
-    handle, beside = _made_beside(path)
+    file = _made_beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(file.name, path)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        Path(file.name).unlink(missing_ok=True)
         raise
 
 

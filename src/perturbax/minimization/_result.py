@@ -9,6 +9,7 @@ from jax import Array
 from jax.core import Tracer
 
 from ..diagnostics import _plots
+from ..diagnostics._words import fields_of
 from ._states import REASONS
 
 # Rows of the history that are printed.
@@ -16,7 +17,7 @@ _ROWS = 10
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class MinimizeHistory:
     """The steps of a run, an array of each of these with one element a step.
 
@@ -43,7 +44,7 @@ class MinimizeHistory:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MinimizeResult:
     """What `minimize` found.
 
@@ -76,7 +77,7 @@ class MinimizeResult:
     def __str__(self) -> str:
         """A table of a few of the steps, and what was found."""
         if np.ndim(self.status) or isinstance(self.status, Tracer):
-            return repr(self)
+            return fields_of(self)
         steps = int(self.num_steps)
         shown = np.unique(np.linspace(0, max(steps - 1, 0), _ROWS).astype(int)) if steps else ()
         lines = [
@@ -94,6 +95,8 @@ class MinimizeResult:
                 f"{float(h.sigma[i]):>11.3g}"
             )
         return "\n".join(lines)
+
+    __repr__ = __str__
 
     def plot(self, *, ax: Any = None) -> Any:
         """Draws the smoothed value with its error, the best value, and sigma, against evaluations.

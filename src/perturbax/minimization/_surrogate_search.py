@@ -520,7 +520,7 @@ def surrogate_search(setup: Setup) -> Method:
         lowest = jnp.argmin(jnp.where(jnp.isfinite(new_values), new_values, jnp.inf))
         told = Step(
             smoothed_value=plain.value + jnp.trace(plain.curvature) / 2,
-            standard_error=plain.value_error,
+            standard_error=jnp.where(jnp.isnan(plain.value), jnp.nan, plain.value_error),
             hard_value=hard,
             sigma=state.sigma,
             candidate=point(new_points[lowest]),
