@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -777,3 +779,23 @@ def test_a_jitted_call_holds_its_own_values():
     set_global(5.0)
     assert_trees_close(jitted(KEY, X), first)
     assert_trees_close(smooth(lambda y: jnp.sum(y) * GLOBAL)(KEY, X), 5.0 * first, rtol=1e-5)
+
+
+def test_what_a_function_closes_over_is_not_kept():
+    """From JAX 0.12 on, operations have the values of their constants beside them."""
+
+    def used():
+        table = jnp.arange(3.0) + 1
+        g = px.make_perturbed_fun(lambda y: jnp.sum(y * table), 4, noise=px.Normal())
+        jax.value_and_grad(g, argnums=1)(jax.random.key(0), jnp.ones(3))
+        return weakref.ref(table)
+
+    table = used()
+    gc.collect()
+    assert table() is None
+
+
+def test_constants_are_no_arguments():
+    table = jnp.arange(3.0)
+    assert not trace(lambda y: jnp.sin(table) * 2.5, table)[0].depends_on_inputs()
+    assert trace(lambda y: jnp.sin(table) * y, table)[0].depends_on_inputs()

@@ -54,7 +54,9 @@ class TracedFunction:
     def without_told_meshes(self) -> "TracedFunction":
         """The same function, of types that tell no mesh."""
         jaxpr = without_told_meshes(self.jaxpr)
-        return self if jaxpr is self.jaxpr else TracedFunction(jaxpr, self.out_tree)
+        if jaxpr is self.jaxpr:
+            return self
+        return TracedFunction(_with_places(jaxpr, len(self.jaxpr.constvars)), self.out_tree)
 
     @functools.cached_property
     def takes_many(self) -> bool:
@@ -105,7 +107,19 @@ def trace(fun: Callable[..., Any], *leaves: Any) -> tuple[TracedFunction, tuple[
         closed, shape = make(*leaves)
     operands = tuple(np.asarray(c) if isinstance(c, np.ndarray) else c for c in closed.consts)
     jaxpr, numbers = _with_numbers_as_operands(closed.jaxpr)
-    return TracedFunction(jaxpr, jax.tree.structure(shape)), (*operands, *numbers)
+    operands = (*operands, *numbers)
+    jaxpr = _with_places(jaxpr, len(operands))
+    return TracedFunction(jaxpr, jax.tree.structure(shape)), operands
+
+
+def _with_places(jaxpr: core.Jaxpr, count: int) -> core.Jaxpr:
+    """The operations with places for so many constants, and no values in them.
+
+    From JAX 0.12 on a jaxpr has the values, which compiled programs would keep alive, and only
+    where it has them does it tell constants from arguments.
+    """
+    with_values = getattr(jaxpr, "with_consts", None)
+    return jaxpr if with_values is None else with_values([None] * count)
 
 
 def _with_numbers_as_operands(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, list[jax.Array]]:
