@@ -14,7 +14,7 @@ _Arguments = ParamSpec("_Arguments")
 _TOLD = ("__name__", "__qualname__", "__doc__", "__signature__")
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Made:
     """A function that was made of another one, and how: so it can be made again, and pickled.
 
@@ -32,8 +32,8 @@ class Made:
 
     def __post_init__(self) -> None:
         """Takes over what the function tells about itself."""
-        for attribute in _TOLD:
-            object.__setattr__(self, attribute, getattr(self.function, attribute))
+        for attribute in (*_TOLD, "__module__", "__annotations__"):
+            setattr(self, attribute, getattr(self.function, attribute))
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """What the function returns."""

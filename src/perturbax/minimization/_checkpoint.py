@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -107,7 +108,7 @@ def _check_writable(path: Path) -> None:
 
 def _made_beside(path: Path) -> IO[bytes]:
     """A file of another name, with the rights that new files have."""
-    return path.with_name(f"{path.name}{secrets.token_hex(8)}.part").open("xb")
+    return (path.parent / f"{path.name}{secrets.token_hex(4)}.part").open("xb")
 
 
 def _save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
@@ -129,6 +130,8 @@ def _save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, file.name)
         os.replace(file.name, path)
     except BaseException:
         Path(file.name).unlink(missing_ok=True)

@@ -119,8 +119,8 @@ def descent(setup: Setup, optimizer: Optimizer) -> Method:
             updates, optimizer_state = optimizer.update(given, state.optimizer, state.point)
         except TypeError as error:
             error.add_note(
-                "minimize calls optimizer.update(gradients, state, x) alone: one that needs more, "
-                "as for a line search, is not supported"
+                "minimize calls optimizer.update(gradients, state, x) alone; if the optimizer "
+                "needs more, as for a line search, it is not supported"
             )
             raise
         moved = jax.tree.map(lambda u, d: (u + d).astype(u.dtype), state.point, updates)
@@ -141,6 +141,7 @@ def descent(setup: Setup, optimizer: Optimizer) -> Method:
             standard_error=error,
             hard_value=hard,
             sigma=jnp.mean(sigmas),
+            most_noise=jnp.mean(sigmas),
             candidate=state.point,
             candidate_value=hard,
             centre=state.point,

@@ -41,7 +41,7 @@ _LONGEST_BLOCK = 4096
 _SECONDS_A_BLOCK = 1.0
 _NO_DERIVATIVES = (
     "the result of minimize has no derivatives, in x0 or in what fun depends on: to hold it fixed, "
-    "give minimize jax.lax.stop_gradient of these"
+    "give minimize jax.lax.stop_gradient of these; of the result it comes too late"
 )
 
 
@@ -145,6 +145,7 @@ def minimize(
       TypeError: if an argument is of the wrong kind; if x0 has leaves that are not floating.
       ValueError: if an argument has a value that is not possible; if the checkpoint is of another
         problem, or cannot be written.
+      NotImplementedError: if a derivative of the result is asked for, which has none.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -232,6 +233,7 @@ def minimize(
         return _in_one_program(setup, operands, problem, key, max_evaluations)
     telling = Telling(progress, max_evaluations)
     try:
+        telling.begin()
         keeping = None
         if checkpoint is not None:
             keeping = Checkpoint(Path(checkpoint), setup, operands, problem, key)

@@ -1,5 +1,6 @@
 """Telling on standard error how far a run is."""
 
+import contextlib
 import sys
 import threading
 import time
@@ -15,20 +16,25 @@ class Telling:
     """Tells evaluations, the lowest value and sigma: by tqdm's bar if it is installed."""
 
     def __init__(self, shown: bool, total: int, clock: Callable[[], float] = time.monotonic):
-        """Starts the clock; nothing is shown before a second is over."""
+        """Starts the clock."""
         self._shown, self._total, self._clock = shown, total, clock
         self._begun = self._last = clock()
         self._bar: Any = None
         self._appeared = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         # Compiling, or the first evaluations, may take long before there is anything to tell.
         self._timer = threading.Timer(_SILENT, self._appear_at_last)
         self._timer.daemon = True
-        if shown:
-            self._timer.start()
+
+    def begin(self) -> None:
+        """Has the bar appear by itself once a second is over; to be closed from here on."""
+        if self._shown:
+            with contextlib.suppress(RuntimeError):  # no more threads
+                self._timer.start()
 
     def _appear_at_last(self) -> None:
-        with self._lock:
+        # Of a stream that takes nothing, the run is told where it tells how far it is.
+        with self._lock, contextlib.suppress(OSError, ValueError, AttributeError):
             if self._shown:
                 self._appear()
 
@@ -43,6 +49,7 @@ class Telling:
             return
         self._bar = tqdm(total=self._total, unit=" evaluations", leave=False)
         self._bar.start_t -= self._clock() - self._begun
+        self._bar.last_print_t = self._bar.start_t  # or the first rate would be of this moment
         self._bar.set_postfix_str("starting")
 
     def tell(self, evaluations: int, value: float, sigma: float) -> None:

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
 from ..diagnostics import _plots
-from ..diagnostics._words import fields_of
+from ..diagnostics._words import are_known, fields_of
 from ._states import REASONS
 
 # Rows of the history that are printed.
@@ -28,7 +27,7 @@ class MinimizeHistory:
       hard_value: of the function itself where the step drew its samples around; NaN in steps that
         did not evaluate it there.
       best_value: the lowest value seen so far; of a noisy function, the lowest smoothed value.
-      sigma: scale of the noise, on average over coordinates.
+      sigma: scale of the noise, the geometric mean over its axes.
     """
 
     evaluations: Any
@@ -76,7 +75,7 @@ class MinimizeResult:
 
     def __str__(self) -> str:
         """A table of a few of the steps, and what was found."""
-        if np.ndim(self.status) or isinstance(self.status, Tracer):
+        if not are_known(self) or np.ndim(self.status):
             return fields_of(self)
         steps = int(self.num_steps)
         shown = np.unique(np.linspace(0, max(steps - 1, 0), _ROWS).astype(int)) if steps else ()

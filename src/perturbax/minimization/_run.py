@@ -101,7 +101,9 @@ def step(setup: Setup, operands: Operands, run: Run, budget: Array) -> tuple[Run
         for v in jax.tree.leaves(told.centre)
         if v.size
     ]
-    lost = told.sigma <= jnp.min(jnp.stack(finest))
+    finest = jnp.stack(finest)
+    # A narrow coordinate, whose noise is limited, is not all of them.
+    lost = (told.sigma <= jnp.min(finest)) & (told.most_noise <= jnp.max(finest))
     left = jnp.where(run.noisy, budget[1], budget[0]) - made
     status = jnp.where(left < method.most_evaluations, EXHAUSTED, RUNNING)
     status = jnp.where(impatient & (operands.tol >= 0), CONVERGED, status)

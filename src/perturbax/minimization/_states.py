@@ -47,6 +47,7 @@ class Step(NamedTuple):
       standard_error: of that estimate.
       hard_value: of the function itself at the step's centre, NaN where it was not evaluated.
       sigma: scale of the noise, averaged over coordinates.
+      most_noise: that of the coordinate that has most.
       candidate: the point of this step with the lowest value.
       candidate_value: its value, NaN if the step has none to offer.
       centre: the centre of the step, which the smoothed value belongs to.
@@ -58,6 +59,7 @@ class Step(NamedTuple):
     standard_error: Array
     hard_value: Array
     sigma: Array
+    most_noise: Array
     candidate: Any
     candidate_value: Array
     centre: Any

@@ -66,7 +66,8 @@ class Search(NamedTuple):
       proposal: where the next samples are drawn around.
       metric: a matrix of determinant 1; noise is sigma times it times what is drawn.
       sigma: scale of the noise.
-      unlimited: what sigma would be, were no coordinate's noise limited.
+      unlimited: what sigma would be, were no coordinate's noise limited, which is what is drawn
+        towards the problem's scale.
       points: where the function was evaluated, oldest first.
       values: what it was; NaN where there is none yet.
       priors: logarithms of ridge and prior variances, for values and for their ranks, (2, 2) or,
@@ -388,6 +389,7 @@ def surrogate_search(setup: Setup) -> Method:
             wanted = flat(scales(operands, count, point(state.centre)))
             state = state._replace(sigma=jnp.exp(jnp.mean(jnp.log(wanted))))
         scale = state.sigma * state.metric
+        lengths = jnp.linalg.norm(state.metric, axis=1) if learns_metric else state.metric
         z, values = samples(operands, state, scale, keys, count)
         hard = objective.value(operands.function, keys[1], point(state.proposal))
         shifts = z @ scale.T if learns_metric else z * scale
@@ -523,6 +525,7 @@ def surrogate_search(setup: Setup) -> Method:
             standard_error=jnp.where(jnp.isnan(plain.value), jnp.nan, plain.value_error),
             hard_value=hard,
             sigma=state.sigma,
+            most_noise=jnp.max(state.sigma * lengths),
             candidate=point(new_points[lowest]),
             candidate_value=jnp.where(
                 jnp.isfinite(new_values[lowest]), new_values[lowest], jnp.nan

@@ -65,12 +65,12 @@ def trace_fun(fun: Fun, leaves: list[Array], has_aux: bool) -> Traced:
                 f"with has_aux=True fun must return a pair (value, aux), got {_in_words(out)}: "
                 "return (value, aux), or leave has_aux out"
             )
-        if out is None:
+        value, aux = out if has_aux else (out, None)
+        if value is None:
             raise TypeError(
                 "fun returned None, expected a pytree of arrays: is a `return` missing? One that "
                 "has nothing to return returns ()"
             )
-        value, aux = out if has_aux else (out, None)
         for name, tree in (("value", value), ("aux", aux)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 kinds = bool | int | float | complex | np.generic | np.ndarray | Array
