@@ -113,7 +113,7 @@ def test_a_single_sigma_is_told_as_one():
         "Worth using, of these: sigma 0.2 alone. Below, the gradient cannot be told from zero with "
         "these samples. Above, 2 % are infinite."
     )
-    assert _why_not(False, 0.4, 0.0, 0.0, 100.0) == why[0]
+    assert _why_not(False, 0.4, 0.0, 0.0, 0.0, 100.0) == why[0]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +190,14 @@ def test_where_no_sample_is_left_there_is_nothing_to_suggest():
     found = px.sweep_sigma(fun, KEY, X, [0.3, 1.0], missing="drop", num_samples=8, **OPTIONS)
     assert found.suggested_range is None
     assert "100 % of the samples are NaN" in found.reason
+
+
+def test_infinite_samples_beside_missing_ones_are_told_as_such():
+    def cliff(x):
+        return jnp.where(x[0] > X[0] + 0.4, jnp.inf, jnp.where(x[1] > X[1], jnp.nan, jnp.sum(x)))
+
+    found = px.sweep_sigma(cliff, KEY, X, [1.0, 2.0], noise=px.Normal(), missing="drop", **OPTIONS)
+    assert "% of the samples left are infinite" in found.reason
 
 
 def test_further_arguments_are_closed_over():

@@ -186,7 +186,7 @@ def sweep_sigma(
         value = fun(x)
     except TypeError as error:
         error.add_note(
-            "raised by fun(x). If fun has further arguments, close over them: "
+            "Raised by fun(x): if fun has further arguments, close over them: "
             "sweep_sigma(lambda x: fun(x, ...), key, x)"
         )
         raise
@@ -252,7 +252,8 @@ def sweep_sigma(
     absent = np.where((missing == "drop") & (absent < 1), absent, 0)
     of_rest = [share / (1 - absent) for share in (equal, failed - absent)]
     spacings = scales / _largest_spacing(leaves)
-    why = [_why_not(*row) for row in zip(seen, relative, *of_rest, spacings, strict=True)]
+    rows = zip(seen, relative, *of_rest, absent, spacings, strict=True)
+    why = [_why_not(*row) for row in rows]
     ends, reason = _suggest(scales, why, cosines, cosine_errors)
     return SigmaSweep(
         sigmas=scales,
@@ -330,10 +331,13 @@ def _cosines(
     return np.clip(cosines, -1, 1), np.where(lengths > 0, errors, np.nan)
 
 
-def _why_not(seen: bool, relative: float, equal: float, failed: float, spacings: float) -> str:
+def _why_not(
+    seen: bool, relative: float, equal: float, failed: float, absent: float, spacings: float
+) -> str:
     """Why a sigma is not worth using; empty if it is."""
     if failed:
-        return f"{percent(failed)} of the samples are NaN or infinite"
+        what = "left are infinite" if absent else "are NaN or infinite"
+        return f"{percent(failed)} of the samples {what}"
     if spacings < FEW_SPACINGS:
         return "sigma is lost in the rounding of x"
     if equal > PLATEAU:
