@@ -273,7 +273,12 @@ CALLS = {
     "sigma a list for an array": (
         call(sigma=[0.1, 0.2, 0.3]),
         ValueError,
-        ["sigma has structure PyTreeDef([*, *, *])", "that of x, PyTreeDef(*)", "np.array([...])"],
+        [
+            "sigma has structure PyTreeDef([*, *, *])",
+            "that of x, PyTreeDef(*)",
+            "prefix",
+            "np.array([...])",
+        ],
     ),
     "sigma has other keys than x": (
         call(x={"a": X}, sigma={"b": 0.1}),

@@ -53,7 +53,7 @@ class Intervals(NamedTuple):
     def __str__(self) -> str:
         """A table with a row for each array: its first intervals."""
         if not are_known(self):
-            return tuple.__repr__(self)
+            return fields_of(self)
         rows = [["", "shape", "intervals"]]
         for name, (lows, highs) in zip(self._fields, self, strict=True):
             found = jax.tree_util.tree_leaves_with_path(lows)

@@ -24,8 +24,8 @@ def are_known(tree: Any) -> bool:
 
 
 def fields_of(value: Any) -> str:
-    """A dataclass as Python prints it, for one of which no numbers are known."""
-    names = [field.name for field in dataclasses.fields(value)]
+    """A dataclass or a named tuple as Python prints it, for one of which no numbers are known."""
+    names = getattr(value, "_fields", None) or [field.name for field in dataclasses.fields(value)]
     told = ", ".join(f"{name}={getattr(value, name)!r}" for name in names)
     return f"{type(value).__name__}({told})"
 

@@ -25,6 +25,12 @@ def _tqdm() -> Any:
     return auto.tqdm
 
 
+def backdate(bar: Any, seconds: float) -> None:
+    """Has a bar of tqdm count from so long ago, for its rates and for the time that is left."""
+    bar.start_t -= seconds
+    bar.last_print_t = bar.start_t
+
+
 class Bar:
     """The bar of one call back: drawn once it has taken a second.
 
@@ -47,9 +53,7 @@ class Bar:
             if time.monotonic() - self._since < _PATIENCE:
                 return
             self._bar = _tqdm()(total=self._total, desc=self._name, unit="point", leave=False)
-            # For the rate, and so for the time that is left.
-            self._bar.start_t -= time.monotonic() - self._since
-            self._bar.last_print_t = self._bar.start_t
+            backdate(self._bar, time.monotonic() - self._since)
         self._bar.set_postfix(failures=counts.failures, retries=counts.retries, refresh=False)
         self._bar.update(done - self._bar.n)
 

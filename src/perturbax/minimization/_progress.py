@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..host_functions._progress import backdate
+
 # Seconds before a run says anything, and, without a bar, between two lines.
 _SILENT = 1.0
 _BETWEEN_LINES = 10.0
@@ -48,8 +50,7 @@ class Telling:
             sys.stderr.write(f"minimize: 0 of {self._total} evaluations, starting\n")
             return
         self._bar = tqdm(total=self._total, unit=" evaluations", leave=False)
-        self._bar.start_t -= self._clock() - self._begun
-        self._bar.last_print_t = self._bar.start_t  # or the first rate would be of this moment
+        backdate(self._bar, self._clock() - self._begun)
         self._bar.set_postfix_str("starting")
 
     def tell(self, evaluations: int, value: float, sigma: float) -> None:

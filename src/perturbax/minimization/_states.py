@@ -47,7 +47,7 @@ class Step(NamedTuple):
       standard_error: of that estimate.
       hard_value: of the function itself at the step's centre, NaN where it was not evaluated.
       sigma: scale of the noise, averaged over coordinates.
-      most_noise: that of the coordinate that has most.
+      most_noise: that of the coordinate that has most; sigma, where an optimizer steps.
       candidate: the point of this step with the lowest value.
       candidate_value: its value, NaN if the step has none to offer.
       centre: the centre of the step, which the smoothed value belongs to.

@@ -306,6 +306,10 @@ def surrogate_search(setup: Setup) -> Method:
     def flat(u: Any) -> Array:
         return jnp.concatenate([leaf.ravel().astype(dtype) for leaf in jax.tree.leaves(u)])
 
+    def noises(sigma: Array, metric: Array) -> Array:
+        """Scale of the noise of each coordinate."""
+        return sigma * (jnp.linalg.norm(metric, axis=1) if learns_metric else metric)
+
     def samples(
         operands: Operands, state: Search, scale: Array, keys: tuple[Array, Array], count: Array
     ) -> tuple[Array, Array]:
@@ -389,7 +393,6 @@ def surrogate_search(setup: Setup) -> Method:
             wanted = flat(scales(operands, count, point(state.centre)))
             state = state._replace(sigma=jnp.exp(jnp.mean(jnp.log(wanted))))
         scale = state.sigma * state.metric
-        lengths = jnp.linalg.norm(state.metric, axis=1) if learns_metric else state.metric
         z, values = samples(operands, state, scale, keys, count)
         hard = objective.value(operands.function, keys[1], point(state.proposal))
         shifts = z @ scale.T if learns_metric else z * scale
@@ -508,8 +511,7 @@ def surrogate_search(setup: Setup) -> Method:
         if adapts:
             widest = flat(operands.widest)
             if learns_metric:
-                now = new_sigma * jnp.linalg.norm(metric, axis=1)
-                left = jnp.minimum(1, widest / now)
+                left = jnp.minimum(1, widest / noises(new_sigma, metric))
                 # What all rows lose is sigma's: it would grow without end, and the metric vanish,
                 # where the function does not depend on a coordinate.
                 common = jnp.exp(jnp.mean(jnp.log(left)))
@@ -525,7 +527,7 @@ def surrogate_search(setup: Setup) -> Method:
             standard_error=jnp.where(jnp.isnan(plain.value), jnp.nan, plain.value_error),
             hard_value=hard,
             sigma=state.sigma,
-            most_noise=jnp.max(state.sigma * lengths),
+            most_noise=jnp.max(noises(state.sigma, state.metric)),
             candidate=point(new_points[lowest]),
             candidate_value=jnp.where(
                 jnp.isfinite(new_values[lowest]), new_values[lowest], jnp.nan
