@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import collect_ignore_glob, covering
+from conftest import collect_ignore_glob, core_of, covering
 
 AXES = {"sampler": "abcdefg", "degree": (0, 1, 2), "noise": ("normal", "gumbel"), "jit": (0, 1)}
 
@@ -67,3 +67,8 @@ def test_the_documentation_need_not_be_installed():
     assert modules
     for module in modules:
         assert any(fnmatch.fnmatch(str(module), glob) for glob in collect_ignore_glob)
+
+
+def test_each_of_as_many_workers_as_cores_has_its_own():
+    assert [core_of(f"gw{k}", 3, {7, 2, 5}) for k in range(4)] == [{2}, {5}, {7}, {2}]
+    assert core_of("gw1", 2, {7, 2, 5}) == core_of("gw1", 4, {7, 2, 5}) == {7, 2, 5}
