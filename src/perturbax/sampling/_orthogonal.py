@@ -13,6 +13,7 @@ from ..noise._inverse import from_normal
 from ..noise._protocol import NoiseDistribution
 from ..noise._quantiles import from_bits
 from ..noise._smooth import Normal
+from ..tracing._broadcasting import where
 from ..tracing._linear_algebra import matmul
 from . import _random_bits
 from ._protocol import MAX_GROUP
@@ -141,12 +142,18 @@ def gaussian_directions(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Ar
     leaves = normal[:, sizes[1] :].reshape(count, number, leaf, leaf)
     leaves = leaves.reshape(count * number, leaf, leaf)
     leaves = _extended(jnp.zeros((count * number, 0, 0), dtype), leaves)
-    base = _doubled(leaves.reshape(count, number, leaf, leaf), angles, key)
-    found = _extended(base[:, :, :rows], steps)[:, :, :rows]
+    leaves = leaves.reshape(count, number, leaf, leaf)
+
+    def whole() -> Array:
+        base = _doubled(leaves, angles, key)[:, :, :rows]
+        return _extended(base, steps)[:, :, :rows] * radii[:, None]
+
+    # Apart from what deals the coordinates, which would make each number slowly.
+    found = materialise(whole, (count, dim, rows), dtype, key)
     # By ranks, for sorting compiles slowly.
     words = bits[:, None, many:]
     order = jnp.sum(words < words.mT, axis=2, dtype=jnp.int32)
-    return jnp.take_along_axis(found * radii[:, None], order[..., None], axis=1).mT
+    return jnp.take_along_axis(found, order[..., None], axis=1).mT
 
 
 def _words(keys: Array, number: int, dtype: np.dtype) -> Array:
@@ -191,28 +198,30 @@ def _extended(base: Array, normal: Array) -> Array:
         return base
     coordinate, place = np.arange(start + added), np.arange(start, start + added)[:, None]
     own = (coordinate == place)[None]
-    normal = jnp.where((coordinate <= place)[None], normal, 0)
-    uniform = normal / jnp.sqrt(jnp.sum(normal**2, axis=2, keepdims=True))
-    last = jnp.sum(jnp.where(own, uniform, 0), axis=2, keepdims=True)
+    last = jnp.sum(where(own, normal, 0), axis=2)
     sign = jnp.where(last < 0, -1, 1).astype(base.dtype)
     # The reflection takes minus the sign times the unit vector to the uniform vector: so it is not
     # made of the difference of nearly equal numbers.
-    vectors = (uniform + jnp.where(own, sign, 0)) / jnp.sqrt(1 + jnp.abs(last))
-    units = jnp.where(own, -sign, 0).mT
-    widened = jnp.pad(base, ((0, 0), (0, added), (0, 0)))
-    found = jnp.concatenate([widened, units], axis=2)
+    normal = where((coordinate <= place)[None], normal, 0)
+    length = jnp.sqrt(jnp.sum(normal**2, axis=2, keepdims=True))
+    vectors = normal + where(own, sign[..., None] * length, 0)
+    vectors = vectors / jnp.sqrt(length * (length + jnp.abs(last)[..., None]))
     # One by one: found - v (v . found), for each v. Together: found - sum of v times its product
     # with what the reflections before have left, by their products with each other.
-    parts = matmul(vectors, found)
-    before = jnp.where(np.tri(added, k=-1, dtype=bool)[None], matmul(vectors, vectors.mT), 0)
+    parts = -vectors[:, :, start:] * sign[:, None]
+    if start:
+        parts = jnp.concatenate([matmul(vectors[:, :, :start], base), parts], axis=2)
+    before = where(np.tri(added, k=-1, dtype=bool)[None], matmul(vectors, vectors.mT), 0)
 
     def reflect(i: Array, products: Array) -> Array:
-        of, one = (lax.dynamic_index_in_dim(v, i, 1, keepdims=False) for v in (before, parts))
-        one = one - jnp.sum(of[:, :, None] * products, axis=1)
-        return lax.dynamic_update_index_in_dim(products, one, i, 1)
+        column = lax.dynamic_slice_in_dim(before, i, 1, 2)
+        return products - column * lax.dynamic_slice_in_dim(products, i, 1, 1)
 
-    products = lax.fori_loop(0, added, reflect, jnp.zeros_like(parts))
-    return found - matmul(vectors.mT, products)
+    products = lax.fori_loop(0, added, reflect, parts)
+    units = where(own, -sign[..., None], 0).mT
+    found = jnp.concatenate([jnp.pad(base, ((0, 0), (0, added), (0, 0))), units], axis=2)
+    # Behind a barrier, for products with a transposed matrix take three times as long.
+    return found - matmul(lax.optimization_barrier(vectors.mT), products)
 
 
 def _doubled(leaves: Array, uniform: Array, key: Array) -> Array:
