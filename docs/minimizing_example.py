@@ -35,8 +35,8 @@ def main():
     )
     print(found)
     _, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    found.plot(ax=axes)
     axes.set_yscale("log")
+    found.plot(ax=axes)
     path = Path(__file__).parent / "_static" / "minimizing.png"
     axes.figure.savefig(path, dpi=130)
     print(path)

@@ -253,6 +253,22 @@ def test_picture_of_a_sweep(sweep, ax):
     np.testing.assert_array_equal(line(twin, "length"), (found.sigmas, found.lengths))
 
 
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_a_legend_hides_no_line(scale, ax):
+    ax.plot([1, 2, 9], [50, 3, 50], label="one")
+    twin = ax.twinx()
+    twin.plot([1, 4, 9], [7, 700, 7])
+    for one in (ax, twin):
+        one.set_yscale(scale)
+    _plots.legend_above(ax, twin, [*ax.get_lines(), *ax.get_lines()], "left")
+    ax.figure.canvas.draw()
+    lowest = ax.get_legend().get_window_extent().y0
+    for one in (ax, twin):
+        x, y = one.transData.transform(one.get_lines()[0].get_xydata()).T
+        assert np.all(y < lowest)
+        assert np.max(y) > lowest - 0.1 * ax.bbox.height
+
+
 def test_picture_along_a_line(ax):
     x = {"w": X, "n": 2}
     direction = {"w": jnp.array([0.0, 1.0, 0.0]), "n": 0}

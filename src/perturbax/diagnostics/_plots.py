@@ -40,23 +40,22 @@ def plain_numbers(axis: Any, unit: float = 1) -> None:
         some = matplotlib.ticker.LogLocator(subs=(1, 2, 5))
         axis.set_major_locator(few if high < 10 * low else some)
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axis.set_major_formatter(lambda v, _: f"{unit * v:,.4g}")
+    axis.set_major_formatter(lambda v, _: f"{unit * v:,.6g}")
 
 
-def legend_above(ax: Any, twin: Any, handles: Sequence[Any]) -> None:
-    """A legend at the top, where lines are lowest, drawn above those of the axes' twin as well."""
-    heights = np.zeros(3)
-    for one in (ax, twin):
-        for line in one.get_lines():
-            # Left, middle or right, and how high.
-            at = line.get_transform() - ax.transAxes
-            x, y = at.transform(np.transpose(line.get_data())).T
-            np.fmax.at(heights, np.clip(np.nan_to_num(3 * x), 0, 2).astype(int), y)
-    place = ("upper left", "upper center", "upper right")[int(np.argmin(heights))]
+def legend_above(ax: Any, twin: Any, handles: Sequence[Any], side: str) -> None:
+    """A legend in a strip of its own, at a side of the top of axes drawn above their twin."""
     ax.set_zorder(twin.get_zorder() + 1)
     ax.patch.set_visible(False)
     twin.patch.set_visible(True)
-    ax.legend(handles=handles, loc=place, framealpha=1, edgecolor="none")
+    legend = ax.legend(handles=handles, loc=f"upper {side}", frameon=False)
+    legend.set_in_layout(False)  # lest narrow axes become narrower
+    strip = min(legend.get_window_extent().height / ax.bbox.height, 0.5)
+    for one in (ax, twin):
+        scale = one.yaxis.get_transform()
+        low, high = scale.transform(one.get_ylim())
+        top = scale.inverted().transform([low + (high - low) / (1 - strip)])[0]
+        one.set_ylim(top=top, auto=None)
 
 
 def plot_errors(
@@ -109,7 +108,7 @@ def plot_sweep(
     _band(twin, sigmas, *lengths, RED, "length of the gradient")
     twin.set_ylabel("length of the gradient", color=RED)
     twin.set_ylim(bottom=0)
-    legend_above(ax, twin, handles)
+    legend_above(ax, twin, handles, "left")
     return ax
 
 

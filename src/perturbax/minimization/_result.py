@@ -136,5 +136,6 @@ class MinimizeResult:
         twin.set_yscale("log")
         twin.set_ylabel("sigma, dotted")
         _plots.plain_numbers(twin.yaxis)
-        _plots.legend_above(ax, twin, ax.get_lines())
+        # Values fall, so that there is room even if the scale is changed afterwards.
+        _plots.legend_above(ax, twin, ax.get_lines(), "right")
         return ax
