@@ -264,7 +264,7 @@ def test_a_legend_hides_no_line(scale, ax):
     ax.figure.canvas.draw()
     lowest = ax.get_legend().get_window_extent().y0
     for one in (ax, twin):
-        x, y = one.transData.transform(one.get_lines()[0].get_xydata()).T
+        _, y = one.transData.transform(one.get_lines()[0].get_xydata()).T
         assert np.all(y < lowest)
         assert np.max(y) > lowest - 0.1 * ax.bbox.height
 
