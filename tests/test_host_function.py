@@ -4,10 +4,12 @@ Most tests compare with the same function written in JAX, or with a loop over th
 """
 
 import concurrent.futures
+import contextlib
 import copy
 import functools
 import gc
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -31,7 +33,7 @@ import tqdm
 
 import perturbax as px
 from helpers import assert_trees_close
-from perturbax.host_functions import _worker
+from perturbax.host_functions import _processes, _worker
 from perturbax.host_functions._attempts import Attempt
 from perturbax.host_functions._foreign_executors import Foreign, _Place
 from perturbax.host_functions._progress import Bar
@@ -535,6 +537,15 @@ def test_the_bar(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r"pip install 'perturbax\[progress\]'"):
         px.host_function(fun, progress=True)
+
+
+def test_no_bar_where_there_is_no_standard_error(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr("perturbax.host_functions._progress._PATIENCE", 0.0)
+    bar = Bar(True, "fun", 10)
+    bar.update(3, px.host_function(lambda x: x).counts)
+    assert bar._bar is None
+    assert bar.interval == math.inf
 
 
 def test_the_first_rate_on_the_bar_is_that_of_the_work(monkeypatch):
@@ -1216,6 +1227,41 @@ def test_a_worker_that_dies_is_noticed_while_what_it_started_lives(starts, tmp_p
         assert h.counts == (1, 0, 0, 1, 0)
         for child in path.read_text().split():
             wait_for(lambda child=child: not os.path.exists(f"/proc/{child}") or is_zombie(child))
+
+
+def test_a_group_of_dead_processes_that_may_not_be_killed(monkeypatch):
+    """So macOS tells that there is nothing to end; the thread of the worker ended by it."""
+    real = os.killpg
+
+    def darwin(group, number):
+        with contextlib.suppress(ProcessLookupError):
+            real(group, number)
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "killpg", darwin)
+
+    def fun(x):
+        if x[0] > 0:
+            time.sleep(100)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with px.ProcessWorkers(1) as workers:
+        h = px.host_function(fun, like=ONE, executor=workers, timeout=0.2, on_failure=-1.0)
+        for first in (1.0, 1.0, -1.0):
+            assert float(h(jnp.full(2, first))) == -1.0
+
+
+def test_what_ends_a_workers_thread_arrives(monkeypatch):
+    """Whatever it is: nobody waits for it."""
+
+    def fails(*_):
+        raise RuntimeError("in the thread")
+
+    monkeypatch.setattr(_processes._Process, "_start", fails)
+    with px.ProcessWorkers(1) as workers:
+        h = px.host_function(lambda x: x.sum(), like=ONE, executor=workers)
+        with pytest.raises(RuntimeError, match="in the thread"):
+            h(X)
 
 
 def test_pytrees_and_exceptions_of_the_scripts_own_classes():

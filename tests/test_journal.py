@@ -1,6 +1,7 @@
 """The journal: nothing finished is evaluated twice, nothing else is taken for a result."""
 
 import _random
+import dataclasses
 import enum
 import functools
 import importlib
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 
 import perturbax as px
+from perturbax.host_functions import _function_names
 from perturbax.host_functions._function_names import name_of
 from perturbax.host_functions._journal import JournalFile
 
@@ -640,6 +642,60 @@ def test_names_tell_what_packages_and_builtin_classes_hold_apart(case, tmp_path,
     two, three, again = map(name, ("2.0", "3.0", "2.0"))
     assert two != three
     assert two == again
+
+
+SCRIPT = """
+def fun(x):
+    return x.mean() + inner(x)
+
+def inner(x):
+    return (lambda y: y.sum() * scale)(x)
+
+scale = {}
+"""
+
+
+def test_variables_of_a_notebook_named_like_attributes_do_not_matter():
+    """x.mean() made a variable `mean`, which another cell sets, part of the function."""
+    names = []
+    for scale, others in ((2.0, {}), (2.0, {"mean": 1.0, "sum": 2.0}), (3.0, {})):
+        space = {"__name__": "__main__"} | others
+        exec(SCRIPT.format(scale), space)
+        names.append(name_of(space["fun"]))
+    assert names[0] == names[1] != names[2]
+
+
+@pytest.mark.parametrize(("folder", "is_users"), [("dist-packages", False), ("packages", True)])
+def test_packages_are_known_by_their_folder(folder, is_users, tmp_path, monkeypatch):
+    """Debian's Python, and Colab's, have them in dist-packages; all were the user's own code."""
+    place = tmp_path / folder
+    place.mkdir()
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    names = []
+    for number in (1, 2):
+        (place / "a_package.py").write_text(f"def helper(x):\n    return {number}")
+        importlib.invalidate_caches()
+        sys.modules.pop("a_package", None)
+        space = {"__name__": "__main__"}
+        exec("import a_package\n\ndef fun(x):\n    return a_package.helper(x)", space)
+        names.append(name_of(space["fun"]))
+    assert (names[0] != names[1]) == is_users
+
+
+def test_folders_of_packages_are_those_of_this_python():
+    for module in (np, jax, dataclasses):
+        assert not _function_names._is_file_of_user(module.__file__)
+    assert _function_names._is_file_of_user(__file__)
+    assert _function_names._is_file_of_user("<string>")
+
+
+def test_a_chain_of_objects_without_end_needs_a_name(journal):
+    chain = []
+    for _ in range(100_000):
+        chain = [chain]
+    with pytest.raises(ValueError, match="a long chain of objects: give it a name"):
+        px.host_function(lambda x: x.sum() + len(chain), like=np.float32(0), journal=journal)
 
 
 def test_names_tell_signatures_apart():

@@ -20,7 +20,7 @@ from jax.experimental import io_callback
 import checkpoints
 import perturbax as px
 from perturbax.host_functions._function_names import known_by
-from perturbax.minimization import _minimize, _progress, _surrogate_search
+from perturbax.minimization import _checkpoint, _minimize, _progress, _surrogate_search
 from perturbax.minimization._fingerprint import called_in, fingerprint, operations
 from perturbax.minimization._run import block
 
@@ -552,6 +552,16 @@ def test_a_run_shows_that_it_has_begun_before_its_first_step_is_over(has_tqdm, m
     assert "value 1.5, sigma 0.25" in then
 
 
+def test_a_program_without_standard_error_is_told_nothing(monkeypatch):
+    """Such as one of pythonw, in which a run ended after a second."""
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(_progress, "_SILENT", 0.0)
+    telling = _progress.Telling(True, 100)
+    telling.begin()
+    telling.tell(30, 1.5, 0.25)
+    telling.close()
+
+
 def test_no_key_is_used_twice_but_to_compare():
     def fun(key, x):
         return staircase(x) + jax.random.normal(key)
@@ -783,6 +793,25 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_at_once(tmp_path, monkey
     with pytest.raises(ValueError, match=r"checkpoint '.*run' cannot be written .*another path"):
         quiet(simulator, jnp.zeros(2), jax.random.key(0), checkpoint=tmp_path / "run")
     assert simulator.counts.evaluations == 0
+
+
+def test_a_checkpoint_waits_for_who_has_the_file_open(tmp_path, monkeypatch):
+    """On Windows a virus scanner denies for a moment that it is replaced."""
+    place, replace, denied = tmp_path / "run", os.replace, []
+
+    def sometimes(new, path):
+        denied.append(path)
+        if len(denied) % 3:
+            raise PermissionError(13, "Access is denied")
+        replace(new, path)
+
+    monkeypatch.setattr(os, "replace", sometimes)
+    with pytest.raises(PermissionError):
+        _checkpoint._save(place, {}, {"a": np.ones(2)})
+    monkeypatch.setattr(_checkpoint, "_WAITS", (0.0, 0.0, 0.0))
+    _checkpoint._save(place, {}, {"a": np.ones(2)})
+    assert len(denied) == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_checkpoint_for_which_there_is_no_space_leaves_the_one_before(tmp_path, monkeypatch):

@@ -138,7 +138,10 @@ def _serve(shared: _Shared, caller: Caller) -> None:
                 if attempt.given_up:
                     continue
                 attempt.taken, attempt.place = time.monotonic(), caller
-            caller.call(attempt)
+            try:
+                caller.call(attempt)
+            except BaseException as error:  # lest the call wait for ever
+                attempt.error = error
             with shared.lock:
                 attempt.ended = True
                 if attempt.left_behind:

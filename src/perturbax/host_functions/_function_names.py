@@ -19,9 +19,10 @@ import os
 import re
 import struct
 import sys
+import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, cast
 
 import jax
@@ -43,6 +44,9 @@ _VALUES = (
 # Of these it is told by what they would be pickled as.
 _REDUCED = (slice, operator.methodcaller, operator.itemgetter, operator.attrgetter)
 
+# Operations by which code reads names of its module.
+_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
+
 
 class _Unnamed(Exception):
     """What a function refers to cannot be told from other objects of its kind."""
@@ -52,9 +56,10 @@ def name_of(fun: Callable[..., Any]) -> str:
     """A name that changes with the function's code, and with the data that it refers to."""
     try:
         digest = hashlib.sha256(_content(fun, {})).hexdigest()
-    except _Unnamed as error:
+    except (_Unnamed, RecursionError) as error:
+        what = error if isinstance(error, _Unnamed) else "a long chain of objects"
         raise ValueError(
-            f"journal cannot tell fun from others, for it refers to {error}: give it a name, "
+            f"journal cannot tell fun from others, for it refers to {what}: give it a name, "
             "journal=perturbax.Journal(path, name='...'), another one whenever fun changes"
         ) from None
     module = getattr(fun, "__module__", "")
@@ -326,9 +331,22 @@ def _is_of_user(value: Any) -> bool:
     )
 
 
+@functools.cache
 def _is_file_of_user(file: str | None) -> bool:
-    inside = os.path.dirname(os.__file__)
-    return file is not None and "site-packages" not in file and not file.startswith(inside)
+    if file is None:
+        return False
+    path = Path(os.path.normcase(file))
+    if not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
+        return False
+    return not any(map(path.is_relative_to, _folders_of_packages()))
+
+
+@functools.cache
+def _folders_of_packages() -> tuple[str, ...]:
+    """Where Python's own modules are, and those that are installed."""
+    kinds = "stdlib", "platstdlib", "purelib", "platlib"
+    folders = [*map(sysconfig.get_path, kinds), os.path.dirname(os.__file__)]
+    return tuple({os.path.normcase(folder) for folder in folders if folder})
 
 
 def _is_class_of_user(value: type, surely: bool = False) -> bool:
@@ -368,10 +386,11 @@ def _named(values: dict[str, Any], seen: dict[int, tuple[int, Any]]) -> Iterator
 
 def _globals_of(function: types.FunctionType, seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
     """Of what a function uses of its module, and of the user's modules that it gets at there."""
-    names = sorted(_names(function.__code__))
+    # Names of attributes, as in x.mean(), may be those of other things in the module.
+    own, every = _names(function.__code__, _GLOBAL), _names(function.__code__)
     spaces = [function.__globals__, *map(vars, _imported(function))]
-    for space in spaces:  # which grow
-        found = {name: space[name] for name in names if name in space}
+    for i, space in enumerate(spaces):  # which grow
+        found = {name: space[name] for name in (every if i else own) if name in space}
         for value in found.values():
             if isinstance(value, types.ModuleType) and _is_of_user(value):
                 if not any(vars(value) is other for other in spaces):
@@ -379,8 +398,12 @@ def _globals_of(function: types.FunctionType, seen: dict[int, tuple[int, Any]]) 
         yield from _named(found, seen)
 
 
-def _names(code: types.CodeType) -> set[str]:
-    return {name for inner in _codes(code) for name in inner.co_names}
+def _names(code: types.CodeType, operations: frozenset[str] | None = None) -> set[str]:
+    """The names in the code, of some operations alone."""
+    if operations is None:
+        return {name for inner in _codes(code) for name in inner.co_names}
+    found = (i for inner in _codes(code) for i in dis.get_instructions(inner))
+    return {i.argval for i in found if i.opname in operations}
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -328,7 +328,8 @@ class _Process:
 def _kill(process: int) -> None:
     """Ends a worker and all that it started."""
     for end in (os.kill, os.killpg):  # it may not have a group yet
-        with contextlib.suppress(ProcessLookupError):
+        # On macOS the group of a process that has just ended may not be sent to.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             end(process, signal.SIGKILL)
 
 

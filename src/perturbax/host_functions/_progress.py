@@ -1,6 +1,7 @@
 """A bar that shows how far the evaluations of a host function are, where they take a while."""
 
 import math
+import sys
 import time
 from typing import Any
 
@@ -40,10 +41,12 @@ class Bar:
 
     def __init__(self, shown: bool, name: str, total: int):
         """A bar for `total` points."""
-        self._shown, self._name, self._total = shown, name, total
+        # Programs without a console, as by pythonw, have no standard error.
+        self._shown = shown and sys.stderr is not None
+        self._name, self._total = name, total
         self._since = time.monotonic()
         self._bar: Any = None
-        self.interval = 0.2 if shown else math.inf
+        self.interval = 0.2 if self._shown else math.inf
 
     def update(self, done: int, counts: Any) -> None:
         """Draws that so many points are done, and how many attempts failed."""

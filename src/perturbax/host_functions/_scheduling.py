@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import os
 import queue
 import threading
 import time
@@ -17,6 +18,8 @@ from ._progress import Bar
 _MOST_DEATHS = 5
 # How often to look what other processes have done, in seconds.
 _GLANCE = 0.05
+# Seconds; on Windows Ctrl-C does not end a wait.
+_LONGEST_WAIT = 0.5 if os.name == "nt" else math.inf
 # How long evaluations that run may go on, in seconds, when another one has raised.
 _GRACE = 10.0
 
@@ -148,7 +151,7 @@ class Schedule:
         if self.timeout is not None:
             # Whatever starts from now on has that long.
             self._check = min(self._check, now + self.timeout)
-        wake = min(self._check, now + self.bar.interval)
+        wake = min(self._check, now + min(self.bar.interval, _LONGEST_WAIT))
         if self._elsewhere:
             wake = min(wake, now + _GLANCE)
         try:

@@ -24,6 +24,8 @@ from ._states import Operands, Run
 _FORMAT = "perturbax minimize 3"
 # Between two checkpoints.
 _SECONDS_A_CHECKPOINT = 3.0
+# Seconds before a file is replaced once more, where that was denied.
+_WAITS = (0.1, 0.3, 1.0, 3.0) if os.name == "nt" else ()
 
 
 class Checkpoint:
@@ -132,10 +134,20 @@ def _save(path: Path, prints: dict[str, str], parts: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         if path.exists():
             shutil.copymode(path, file.name)
-        os.replace(file.name, path)
+        _take_place(file.name, path)
     except BaseException:
         Path(file.name).unlink(missing_ok=True)
         raise
+
+
+def _take_place(new: str, path: Path) -> None:
+    """Replaces a file; on Windows others, such as virus scanners, may have it open for a moment."""
+    for wait in _WAITS:
+        try:
+            return os.replace(new, path)
+        except PermissionError:
+            time.sleep(wait)
+    return os.replace(new, path)
 
 
 def _load(path: Path, prints: dict[str, str], likes: dict[str, Any]) -> dict[str, Any] | None:

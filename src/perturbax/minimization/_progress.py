@@ -19,7 +19,9 @@ class Telling:
 
     def __init__(self, shown: bool, total: int, clock: Callable[[], float] = time.monotonic):
         """Starts the clock."""
-        self._shown, self._total, self._clock = shown, total, clock
+        # Programs without a console, as by pythonw, have no standard error.
+        self._shown = shown and sys.stderr is not None
+        self._total, self._clock = total, clock
         self._begun = self._last = clock()
         self._bar: Any = None
         self._appeared = False
