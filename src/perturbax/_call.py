@@ -26,10 +26,12 @@ from .tracing import _user_code
 from .tracing._host_call import called
 from .tracing._mesh_axes import (
     in_told_types,
+    in_types_of_constants,
     inside_shard_map,
     replicated,
     share_axes,
     traced_for,
+    with_explicit_axes,
 )
 
 # Sums over samples are divided by their number, an int32.
@@ -205,10 +207,13 @@ def run(call: Call, program: Callable[..., Any], *static: Any) -> Any:
     What JAX raises has remedies added.
     """
     explained = _user_code.explained_vmap(call.settings.batch_size)
+    *inputs, operands = call.inputs
     with explained, traced_for(call.plan.mesh):
+        # Fun alone is told how x is split over a mesh of explicit axes.
+        inputs = in_types_of_constants(inputs)
         if call.plan.mesh is not None:
             program, static = _untold, (call.plan.mesh, program, static)
-        found = called(call.plan.fun.hosts, program, *static, *call.inputs)
+        found = called(call.plan.fun.hosts, program, *static, *inputs, operands)
     return in_told_types(call.plan.mesh, found)
 
 
@@ -227,5 +232,10 @@ def evaluate(call: Call) -> PyTree:
     value, aux = run(call, _estimator.estimate, call.plan)
     if _checks.is_traced(settings.sigma):
         value = _scales.nan_unless_valid(value, call.sigma, call.x)
+    types = call.plan.fun.out_avals
+    value, aux = (
+        list(map(with_explicit_axes, parts, kinds))
+        for parts, kinds in ((value, types[: len(value)]), (aux, types[len(value) :]))
+    )
     value = jax.tree.unflatten(call.value_tree, value)
     return (value, jax.tree.unflatten(call.aux_tree, aux)) if settings.has_aux else value

@@ -33,6 +33,7 @@ from ..sampling import _random_bits
 from ..sampling._independent import Independent
 from ..scale import _scales
 from ..tracing._derivative_rules import without_derivatives
+from ..tracing._mesh_axes import with_explicit_axes
 from ._words import are_known, columns_of, fields_of, numbers_of, wide
 
 # Arrays that are printed.
@@ -270,8 +271,11 @@ def estimates_by_degree(
     leaves, tree = jax.tree.flatten(numbers)
     found = tree.unflatten(_scales.nan_unless_valid(leaves, call.sigma, call.x))
 
+    def like_value(parts: list[Array]) -> Any:
+        return jax.tree.unflatten(call.value_tree, map(with_explicit_axes, parts, plan.outputs))
+
     def like_x(parts: list[Array]) -> Any:
-        rest = iter(parts)
+        rest = map(with_explicit_axes, parts, plan.fun.in_avals)
         is_floating = [jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in jax.tree.leaves(x)]
         return jax.tree.unflatten(
             jax.tree.structure(x), [next(rest) if floating else None for floating in is_floating]
@@ -282,8 +286,8 @@ def estimates_by_degree(
 
     return [
         Estimate(
-            value=jax.tree.unflatten(call.value_tree, one.value),
-            value_error=jax.tree.unflatten(call.value_tree, one.value_error),
+            value=like_value(one.value),
+            value_error=like_value(one.value_error),
             gradient=like_jacobian(one.jacobian),
             gradient_error=like_jacobian(one.jacobian_error),
             aux=jax.tree.unflatten(call.aux_tree, aux) if call.settings.has_aux else None,

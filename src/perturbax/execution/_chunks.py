@@ -13,7 +13,13 @@ from jax.custom_batching import custom_vmap
 from ..sampling._draw_groups import draw
 from ..sampling._random_bits import materialise
 from ..tracing._derivative_rules import aligned
-from ..tracing._mesh_axes import in_told_mesh, varying, varying_axes
+from ..tracing._mesh_axes import (
+    in_told_mesh,
+    in_types_of_constants,
+    varying,
+    varying_axes,
+    with_explicit_axes,
+)
 from . import _devices
 from ._plan import Operands, Plan, Point, concatenate, noise_in, perturbed
 
@@ -114,11 +120,11 @@ def _evaluate_at(
     plan: Plan, operands: Operands, point: Point, z: Array
 ) -> tuple[Array, list[Array]]:
     def one(row: Array) -> tuple[Array, list[Array]]:
-        leaves = perturbed(plan, point, row)
+        leaves = list(map(with_explicit_axes, perturbed(plan, point, row), plan.fun.in_avals))
         known = list(operands.fun)
         for i in plan.own_operands:
             known[i] = aligned(known[i], leaves)
-        out = [jnp.asarray(v) for v in plan.fun(known, *leaves)]
+        out = in_types_of_constants([jnp.asarray(v) for v in plan.fun(known, *leaves)])
         value = concatenate(out[: plan.num_outputs], plan.value_dtype)
         # What fun sums over a mesh axis varies no more over it, but its weight does.
         return varying(value, varying_axes(row) | varying_axes(point.x)), out[plan.num_outputs :]

@@ -16,7 +16,6 @@ from ..noise._traced import TracedNoise
 from ..sampling._protocol import Sampler
 from ..scale._matrices import departures, scaled
 from ..tracing._derivative_rules import departure
-from ..tracing._mesh_axes import has_explicit_axes, with_explicit_axes, without_explicit_axes
 from ..tracing._signature import TracedFunction
 from . import _devices
 
@@ -227,11 +226,7 @@ def perturbed(plan: Plan, point: Point, z: Array) -> list[Array]:
 
 def standardised(plan: Plan, flat_x: Array, scale: Scale) -> tuple[Array, Any]:
     """a and r of `estimator/_formula.py`: always 0 and 1, with derivatives in x and sigma."""
-    # Of a point that is split over devices: formulas put coordinates beside other numbers.
     away = departure(flat_x)
-    if not has_explicit_axes(away):  # JAX 0.12: zeros of an array on a mesh that is not set
-        away = with_explicit_axes(away, flat_x)
-    away, scale = without_explicit_axes((away, scale))
     if isinstance(scale, list):
         return departures(away, scale, plan.shapes)
     return -away / scale, lax.stop_gradient(scale) / scale

@@ -21,6 +21,7 @@ from ..noise._smooth import Gumbel
 from ..sampling import _random_bits
 from ..sampling._protocol import Sampler
 from ..scale import _scales
+from ..tracing._mesh_axes import in_types_of_constants, with_explicit_axes
 from ._layer import Layer
 from ._perturbed_scores import Perturbation, scales_of, score_leaves
 
@@ -196,9 +197,10 @@ def make_perturbed_distribution(
         location, scale = perturbation.location(), perturbation.scale()
         call = prepare(dataclasses.replace(settings, sigma=scale), solve, key, location)
         _, (v, solutions) = evaluate(call)
-        density = _log_density(call, v, location, scale)
         size = call.plan.group_size if use_baseline else num_samples
-        distinct, weights = _tabulate(size, solutions, density)
+        density = _log_density(call, *in_types_of_constants((v, location, scale)))
+        distinct, weights = _tabulate(size, in_types_of_constants(solutions), density)
+        distinct = jax.tree.map(with_explicit_axes, distinct, solutions)
         if layer.has_traced_scales:
             [weights] = _scales.nan_unless_valid([weights], scales)
         return EmpiricalDistribution(distinct, weights)

@@ -76,15 +76,15 @@ def replicated(mesh: Mesh | None, values: Any) -> Any:
     if mesh is None:
         return values
 
-    return jax.tree.map(lambda v: _untold(v, mesh) if isinstance(v, Array) else v, values)
+    return jax.tree.map(lambda v: _told(v, mesh) if isinstance(v, Array) else v, values)
 
 
-def _untold(value: Array, mesh: Mesh | None) -> Array:
-    """The array on all devices of the mesh, or where it is, with a type that tells no mesh."""
+def _told(value: Array, mesh: Mesh | None, like: NamedSharding | None = None) -> Array:
+    """The array on all devices of the mesh, or where it is, with a type that tells `like`."""
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        data, impl = _untold(jax.random.key_data(value), mesh), jax.random.key_impl(value)
+        data, impl = _told(jax.random.key_data(value), mesh, like), jax.random.key_impl(value)
         return jax.random.wrap_key_data(data, impl=impl)
-    return _placed.bind(value, mesh=mesh, type_sharding=None)
+    return _placed.bind(value, mesh=mesh, type_sharding=like)
 
 
 def in_told_types(mesh: Mesh | None, values: Any) -> Any:
@@ -105,22 +105,53 @@ def without_explicit_axes(values: Any) -> Any:
 
     def one(value: Any) -> Any:
         told = isinstance(value, Array) and has_explicit_axes(value)
-        return _untold(value, None) if told else value
+        return _told(value, None) if told else value
+
+    return jax.tree.map(one, values)
+
+
+def in_types_of_constants(values: Any) -> Any:
+    """A pytree with the same arrays, in explicit types that tell as little as those of constants.
+
+    That is, on the mesh that was set here, if any, and not split over it, but under vmap along one
+    of its axes: JAX asks for that axis.
+    """
+    told: Any = jax.sharding.get_abstract_mesh()
+    like = NamedSharding(told, PartitionSpec()) if _is_explicit(told) else None
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Array) or not has_explicit_axes(value):
+            return value
+        return _told(value, None, like)
 
     return jax.tree.map(one, values)
 
 
 def with_explicit_axes(value: Array, like: Any) -> Array:
-    """The value, with the explicit type of `like`, if that has one; of the same shape."""
+    """The value, with the explicit type of `like`, an array or a type, if that has one.
+
+    They have the same shape, or the value has further axes before those.
+    """
     if not has_explicit_axes(like):
         return value
-    return _placed.bind(value, mesh=None, type_sharding=jax.typeof(like).sharding)
+    sharding: Any = (like if isinstance(like, ShapedArray) else jax.typeof(like)).sharding
+    spec = PartitionSpec(*[None] * (value.ndim - len(sharding.spec)), *sharding.spec)
+    type_sharding = NamedSharding(sharding.mesh, spec)
+    return _placed.bind(value, mesh=None, type_sharding=type_sharding)
 
 
 def has_explicit_axes(value: Any) -> bool:
-    """Whether the type of an array tells how it is split over a mesh, if only that it is not."""
-    sharding: Any = getattr(jax.typeof(value), "sharding", None)
-    return bool(getattr(getattr(sharding, "mesh", None), "explicit_axes", ()))
+    """Whether a type, or that of an array, tells how it is split over a mesh, or that it is not."""
+    return _is_explicit(_mesh_of(value))
+
+
+def _mesh_of(value: Any) -> Any:
+    kind: Any = value if isinstance(value, ShapedArray) else jax.typeof(value)
+    return getattr(getattr(kind, "sharding", None), "mesh", None)
+
+
+def _is_explicit(mesh: Any) -> bool:
+    return bool(getattr(mesh, "explicit_axes", ())) and not mesh.manual_axes
 
 
 def without_told_meshes(jaxpr: core.Jaxpr) -> core.Jaxpr:
@@ -217,11 +248,14 @@ def _placed_transpose(
     return [_placed.bind(cotangent, mesh=mesh, type_sharding=None) if told else cotangent]
 
 
-def _placed_batch(args: Any, axes: Any, *, mesh: Mesh | None, type_sharding: Any) -> Any:
+def _placed_batch(
+    batch: Any, args: Any, axes: Any, *, mesh: Mesh | None, type_sharding: Any
+) -> Any:
     (value,), (axis,) = args, axes
-    if type_sharding is not None:
+    if type_sharding is not None and axis is not None:
         spec = list(type_sharding.spec)
-        spec = PartitionSpec(*spec[:axis], None, *spec[axis:])
+        # The axis of the mesh along which it is that JAX vmaps, if any.
+        spec = PartitionSpec(*spec[:axis], batch.explicit_mesh_axis, *spec[axis:])
         type_sharding = NamedSharding(type_sharding.mesh, spec)
     return _placed.bind(value, mesh=mesh, type_sharding=type_sharding), axis
 
@@ -232,5 +266,5 @@ _placed = core.Primitive("placed")
 _placed.def_impl(_place)
 _placed.def_abstract_eval(_placed_type)
 ad.deflinear2(_placed, _placed_transpose)
-batching.primitive_batchers[_placed] = _placed_batch
+batching.fancy_primitive_batchers[_placed] = _placed_batch
 mlir.register_lowering(_placed, lambda _, value, **__: [value])

@@ -35,13 +35,15 @@ class TracedFunction:
     Attributes:
       jaxpr: the operations; its constants are operands that `__call__` expects first.
       out_tree: structure of the result.
-      out_avals: shapes and dtypes of the result's leaves.
+      in_avals: types of the arguments.
+      out_avals: types of the result's leaves.
     """
 
     def __init__(self, jaxpr: core.Jaxpr, out_tree: Any):
         """Wraps an open jaxpr and the structure of its results."""
         self.jaxpr = jaxpr
         self.out_tree = out_tree
+        self.in_avals: tuple[Any, ...] = tuple(v.aval for v in jaxpr.invars)
         self.out_avals: tuple[Any, ...] = tuple(v.aval for v in jaxpr.outvars)
         # Taken now, not when it is compared: by then, an array may have changed in place.
         self._signature = out_tree, _of_jaxpr(jaxpr)
