@@ -6,6 +6,7 @@ and prints, as JSON, the traceback of each that fails.
     python meshes.py [--all]
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -282,6 +283,52 @@ def check_points_on_explicit_axes():
     actual = found(placed)
     assert_trees_close(actual, lowest, rtol=1e-4, atol=1e-5)
     assert jax.typeof(actual[0]) == jax.typeof(placed)
+
+
+def check_layers_at_points_on_explicit_axes():
+    """What fun told of how its values are split did not fit the weights of samples, nor reshapes.
+
+    So it was of leaves of x that are split in several ways, and of solutions of all samples.
+    """
+    where = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    x = {"u": jnp.array([0.5, -0.3, 0.8, 0.1]), "v": jnp.arange(4.0).reshape(2, 2) / 3}
+    places = {"u": NamedSharding(where, P("a")), "v": NamedSharding(where, P("a", "b"))}
+
+    def choose(scores):
+        return jax.tree.map(lambda v: (v == jnp.max(v)).astype(v.dtype), scores)
+
+    def square(y):
+        return sum(jnp.sum((v - 0.3) ** 2) for v in jax.tree.leaves(y))
+
+    def made(maker, sigma=0.5, **more):
+        return functools.partial(
+            maker(choose, 8, sigma, NORMAL, sampler=px.Independent(), **more), KEY
+        )
+
+    def jacobian(x):
+        def layer(x, sigma):
+            return made(px.make_perturbed_argmax, sigma)(x)
+
+        return jax.jacrev(layer, argnums=(0, 1))(x, 0.5)
+
+    def gradient(x):
+        def value(x):
+            loss = made(px.make_fenchel_young_loss, multiplicative=True)(x, jnp.abs(x))
+            return loss + square(made(px.make_implicit_mle)(x))
+
+        return jax.grad(value)(x)
+
+    def slope_of_cost(x):
+        return jax.grad(lambda x: made(px.make_perturbed_distribution)(x).expectation(square))(x)
+
+    placed = jax.device_put(x, places)
+    cases = (jacobian, None), (gradient, "v"), (slope_of_cost, "u")
+    for one, name in cases:
+        expected = jax.jit(one)(x[name] if name else x)
+        with jax.set_mesh(where) if name else contextlib.nullcontext():
+            found = jax.jit(one)(placed[name] if name else placed)
+        assert_trees_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert name is None or jax.typeof(found) == jax.typeof(placed[name])
 
 
 def check_functions_of_arrays_on_the_mesh():
