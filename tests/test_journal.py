@@ -940,9 +940,10 @@ def other_database(path, version=None):
 
 DAMAGED = {
     "text": (lambda path: path.write_text("my notes"), "it is no SQLite database"),
+    "one byte": (lambda path: path.write_text("1"), "it is no SQLite database"),
     "another database": (other_database, "a SQLite database of another program"),
     "another release": (lambda path: other_database(path, 7), "it has the format 7"),
-    "overwritten header": (overwrite(b"SQLite format 3"), "damaged|another program|format"),
+    "overwritten header": (overwrite(b"SQLite format 3"), "it is no SQLite database"),
     "overwritten results": (overwrite(b"float32"), "is damaged"),
     "truncated": (truncate, "is damaged"),
 }
@@ -1061,6 +1062,26 @@ def test_threads_that_share_a_journal_share_the_work(journal):
     assert sum(h.counts.recalled for h in both) == 12
     for h in both:
         h.close()
+
+
+LOOK = """
+import sqlite3, sys
+database = sqlite3.connect(sys.argv[1])
+print(*database.execute("SELECT COUNT(*) FROM results").fetchone())
+database.close()
+"""
+
+
+def test_two_functions_of_a_process_keep_the_file_from_others(journal):
+    """To open the second closed the file once more, which gave up the locks of the first: another
+    process took itself for the last one, and deleted the log with all that came to be in it."""
+    both = [JournalFile(px.Journal(journal, name), measured) for name in "ab"]
+    for count in (1, 2):
+        both[0].record({bytes([count]): ([np.array(1.0)], jax.tree.structure(0))})
+        look = subprocess.run([sys.executable, "-c", LOOK, journal], capture_output=True)
+        assert int(look.stdout) == count
+    for file in both:
+        file.close()
 
 
 def test_a_long_evaluation_keeps_its_claim(journal, monkeypatch):

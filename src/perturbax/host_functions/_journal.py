@@ -27,7 +27,6 @@ from ._function_names import name_of, name_of_arguments
 # "pxJ1": says whose database it is.
 _APPLICATION = 0x70784A31
 _VERSION = 2
-_HEADER = b"SQLite format 3\x00"
 _SCHEMA = """
 CREATE TABLE results (key BLOB PRIMARY KEY, function TEXT NOT NULL, value BLOB NOT NULL);
 CREATE TABLE claims (key BLOB PRIMARY KEY, owner TEXT NOT NULL, until REAL NOT NULL);
@@ -95,11 +94,10 @@ class JournalFile:
             raise FileNotFoundError(f"journal: there is no folder {self.path.parent}")
         if self.path.is_dir():
             raise IsADirectoryError(f"journal: {self.path} is a folder; give a file in it")
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                head = file.read(len(_HEADER))
-            if head and head != _HEADER:
-                raise self._foreign("it is no SQLite database")
+        # Never opened here: who closes a file gives up all locks that the process has on it, those
+        # of SQLite too. SQLite tells what is no database, but takes a single byte for an empty one.
+        if self.path.exists() and self.path.stat().st_size == 1:
+            raise self._foreign("it is no SQLite database")
         connections: list[sqlite3.Connection] = []
         self._close = weakref.finalize(self, _close_all, connections)
         try:
@@ -114,9 +112,11 @@ class JournalFile:
                 connections[-1].execute(f"PRAGMA synchronous={synchronous}")
             self._durable, self._fleeting = connections
             self._check()
-        except BaseException:
+        except BaseException as error:
             self._durable = None
             self._close()
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+                raise self._foreign("it is no SQLite database") from error
             raise
 
     def _check(self) -> None:
