@@ -981,7 +981,83 @@ def test_a_full_disk_is_told_and_claims_are_given_up(journal):
         assert f"The journal is {journal}" in caught.value.__notes__
         database.execute("PRAGMA max_page_count=1000000")
         np.testing.assert_array_equal(jax.vmap(h)(points)["parts"][0], 2 * points)
-    assert not [t for t in threading.enumerate() if "_renew" in t.name]
+    assert not [t for t in threading.enumerate() if "_renew" in t.name and t.is_alive()]
+
+
+# --- Ctrl-C
+
+
+class InterruptedOnce:
+    """A connection; Ctrl-C comes while it runs a statement, and is raised when that is over."""
+
+    def __init__(self, connection, statement):
+        self.connection, self.statement = connection, statement
+
+    def __getattr__(self, name):
+        return getattr(self.connection, name)
+
+    def execute(self, statement, *args):
+        found = self.connection.execute(statement, *args)
+        if statement == self.statement:
+            self.statement = None
+            raise KeyboardInterrupt
+        return found
+
+
+@pytest.mark.parametrize("statement", ["BEGIN IMMEDIATE", "COMMIT"])
+@pytest.mark.parametrize("connection", ["_durable", "_fleeting"])
+def test_an_interrupt_leaves_no_transaction_open(connection, statement, journal, monkeypatch):
+    """Every later call failed, and others waited for the lock for a minute."""
+    with px.host_function(measured, journal=journal) as h:
+        h(POINTS[0])
+        real = getattr(h._journal, connection)
+        with monkeypatch.context() as patch:
+            patch.setattr(h._journal, connection, InterruptedOnce(real, statement))
+            with pytest.raises(KeyboardInterrupt):
+                h(POINTS[1])
+        assert rows_of(journal, "claims") == 0
+        h(POINTS[1])
+        real.execute("BEGIN IMMEDIATE")  # as Ctrl-C leaves it that comes twice
+        h(POINTS[2])
+        assert not real.in_transaction
+
+
+def interrupt(moment):
+    """Has Ctrl-C come at that moment among those at which Python looks for it in the journal."""
+    count = 0
+
+    def look(frame, event, _):
+        nonlocal count
+        code = frame.f_code
+        here = code.co_filename.endswith("_journal.py") or code.co_name in ("start", "_end")
+        if here and event in ("call", "c_return"):
+            count += 1
+            if count == moment:
+                raise KeyboardInterrupt
+
+    sys.setprofile(look)
+
+
+def test_an_interrupt_arrives_as_such_and_claims_are_given_up_whenever_it_comes(journal):
+    """Where the thread that renews claims began, it came as a RuntimeError, and they stayed."""
+    with px.host_function(lambda x: x.sum(), journal=journal, like=np.float32(0)) as h:
+        moments = interrupted = 0
+        while moments == interrupted:
+            moments += 1
+            interrupt(moments)
+            try:
+                h(jnp.full(3, float(moments)))
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                sys.setprofile(None)
+            assert rows_of(journal, "claims") == 0, moments
+            assert not h._journal._fleeting.in_transaction, moments
+            for thread in threading.enumerate():
+                if "_renew" in thread.name and thread.is_alive():
+                    thread.join(10.0)
+                    assert not thread.is_alive()
+        assert moments > 40
 
 
 # --- Other processes

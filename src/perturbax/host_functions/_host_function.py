@@ -326,9 +326,11 @@ class HostFunction:
         try:
             schedule.run(self._parts(rows))
         finally:
-            bar.close()
-            if session is not None:
-                session.close()
+            try:
+                _end(bar, session)
+            except KeyboardInterrupt:  # which comes at any moment
+                _end(bar, session)
+                raise
         if like is None:
             if not count:
                 raise call.no_result()
@@ -392,6 +394,14 @@ class HostFunction:
         if not self._batched:
             return [found]
         return [[v[row] for v in found] for row in range(count)]
+
+
+def _end(bar: Bar, session: Session | None) -> None:
+    try:
+        bar.close()
+    finally:
+        if session is not None:
+            session.close()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,14 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ._encoding import decode, encode
 from ._function_names import name_of, name_of_arguments
+
+_T = TypeVar("_T")
 
 # "pxJ1": says whose database it is.
 _APPLICATION = 0x70784A31
@@ -127,12 +129,7 @@ class JournalFile:
             # A log instead of copies of pages: readers do not wait for writers, and a program that
             # is killed leaves nothing half done.
             database.execute("PRAGMA journal_mode=WAL")
-            with self._transaction(durable=True):
-                if not self._tables():  # or another process was first
-                    for statement in _SCHEMA.split(";"):
-                        database.execute(statement)
-                    database.execute(f"PRAGMA application_id={_APPLICATION}")
-                    database.execute(f"PRAGMA user_version={_VERSION}")
+            self._transaction(True, self._make)
             found = self._identity()
         if found[0] != _APPLICATION:
             raise self._foreign("it is a SQLite database of another program")
@@ -143,6 +140,13 @@ class JournalFile:
         [(verdict,), *_] = database.execute("PRAGMA quick_check(1)").fetchall()
         if verdict != "ok":
             raise sqlite3.DatabaseError(verdict)
+
+    def _make(self, database: sqlite3.Connection) -> None:
+        if not self._tables():  # or another process was first
+            for statement in _SCHEMA.split(";"):
+                database.execute(statement)
+            database.execute(f"PRAGMA application_id={_APPLICATION}")
+            database.execute(f"PRAGMA user_version={_VERSION}")
 
     def _identity(self) -> tuple[int, int]:
         database = self._connection(durable=True)
@@ -180,17 +184,24 @@ class JournalFile:
         assert connection is not None
         return connection
 
-    @contextlib.contextmanager
-    def _transaction(self, durable: bool) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, durable: bool, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """What `work` returns. No context manager: Ctrl-C before its body would leave it open."""
         with self._lock, self._explained():
             database = self._connection(durable)
-            database.execute("BEGIN IMMEDIATE")
             try:
-                yield database
+                self._roll_back()  # what Ctrl-C has left, where it came twice
+                database.execute("BEGIN IMMEDIATE")
+                found = work(database)
+                database.execute("COMMIT")
             except BaseException:
-                database.execute("ROLLBACK")
+                self._roll_back()
                 raise
-            database.execute("COMMIT")
+            return found
+
+    def _roll_back(self) -> None:
+        for connection in (self._durable, self._fleeting):
+            if connection is not None and connection.in_transaction:
+                connection.execute("ROLLBACK")
 
     def close(self) -> None:
         """Closes the file; it is opened again when it is needed."""
@@ -217,8 +228,10 @@ class JournalFile:
 
     def claim(self, keys: Sequence[bytes], owner: str) -> list[bytes]:
         """Those of the keys that `owner` is to evaluate: neither done nor claimed by others."""
-        now, granted = time.time(), []
-        with self._transaction(durable=False) as database:
+        now = time.time()
+
+        def work(database: sqlite3.Connection) -> list[bytes]:
+            granted = []
             for key in keys:
                 done = database.execute("SELECT 1 FROM results WHERE key = ?", (key,)).fetchone()
                 other = database.execute(
@@ -230,25 +243,36 @@ class JournalFile:
                     "INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", (key, owner, now + _CLAIM)
                 )
                 granted.append(key)
-        return granted
+            return granted
+
+        return self._transaction(False, work)
 
     def renew(self, owner: str) -> None:
         """Extends the claims of `owner`."""
-        with self._transaction(durable=False) as database:
+
+        def work(database: sqlite3.Connection) -> None:
             until = time.time() + _CLAIM
             database.execute("UPDATE claims SET until = ? WHERE owner = ?", (until, owner))
 
+        self._transaction(False, work)
+
     def release(self, owner: str) -> None:
         """Gives up the claims of `owner`."""
-        with self._transaction(durable=False) as database:
+
+        def work(database: sqlite3.Connection) -> None:
             database.execute("DELETE FROM claims WHERE owner = ?", (owner,))
+
+        self._transaction(False, work)
 
     def record(self, results: dict[bytes, tuple[list[np.ndarray], Any]]) -> None:
         """Writes results, to disk; those that are there already stay."""
         rows = [(key, self.name, encode(*result)) for key, result in results.items()]
-        with self._transaction(durable=True) as database:
+
+        def work(database: sqlite3.Connection) -> None:
             database.executemany("INSERT OR IGNORE INTO results VALUES (?, ?, ?)", rows)
             database.executemany("DELETE FROM claims WHERE key = ?", [(key,) for key in results])
+
+        self._transaction(True, work)
 
 
 def _close_all(connections: list[sqlite3.Connection]) -> None:
@@ -282,6 +306,7 @@ class Session:
         self._written: dict[bytes, tuple[list[np.ndarray], Any]] = {}
         self._over = threading.Event()
         self._renewing: threading.Thread | None = None
+        self._claims = False
 
     def known(self, rows: Iterable[int]) -> dict[int, tuple[list[np.ndarray], Any]]:
         """Results of those of the points that have one."""
@@ -291,6 +316,7 @@ class Session:
 
     def claim(self, rows: Sequence[int]) -> list[int]:
         """Those of the points that are to be evaluated here."""
+        self._claims = True  # before they are there: Ctrl-C may come right after
         granted = set(self._file.claim([self.keys[row] for row in rows], self._owner))
         if self._renewing is None:
             self._renewing = threading.Thread(
@@ -310,13 +336,15 @@ class Session:
             self._written = {}
 
     def close(self) -> None:
-        """Gives up what was claimed and has no result."""
+        """Gives up what was claimed and has no result; where Ctrl-C ended it, call it again."""
         try:
             self.flush()
         finally:  # a claim that is renewed for ever would keep all from the point
-            if self._renewing is not None:
-                self._over.set()
+            self._over.set()
+            # One that Ctrl-C kept from its start cannot be joined, and renews nothing.
+            if self._renewing is not None and self._renewing.is_alive():
                 self._renewing.join()
+            if self._claims:
                 with contextlib.suppress(sqlite3.OperationalError):  # then it runs out
                     self._file.release(self._owner)
 
