@@ -104,7 +104,9 @@ class JournalFile:
         self._close = weakref.finalize(self, _close_all, connections)
         try:
             # Results are on disk after a commit. Claims need not be: they end with their owners.
-            for synchronous in ("FULL", "OFF"):
+            # But with OFF in place of NORMAL, where they or the end bring the log into the
+            # database, results would not be on disk any more either.
+            for synchronous in ("FULL", "NORMAL"):
                 # Transactions are begun by hand.
                 connections.append(
                     sqlite3.connect(
@@ -112,6 +114,10 @@ class JournalFile:
                     )
                 )
                 connections[-1].execute(f"PRAGMA synchronous={synchronous}")
+                # On macOS, fsync leaves what it writes in the cache of the drive, which loses it
+                # with the power; these empty the cache. Elsewhere they do nothing.
+                connections[-1].execute("PRAGMA fullfsync=1")
+                connections[-1].execute("PRAGMA checkpoint_fullfsync=1")
             self._durable, self._fleeting = connections
             self._check()
         except BaseException as error:
