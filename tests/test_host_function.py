@@ -1259,9 +1259,11 @@ def test_what_ends_a_workers_thread_arrives(monkeypatch):
 
     monkeypatch.setattr(_processes._Process, "_start", fails)
     with px.ProcessWorkers(1) as workers:
-        h = px.host_function(lambda x: x.sum(), like=ONE, executor=workers)
+        h = px.host_function(lambda x: x.sum(), like=ONE, executor=workers, on_failure=-1.0)
         with pytest.raises(RuntimeError, match="in the thread"):
             h(X)
+        monkeypatch.undo()
+        assert float(h(X)) == 1.25
 
 
 def test_pytrees_and_exceptions_of_the_scripts_own_classes():

@@ -665,6 +665,31 @@ def test_variables_of_a_notebook_named_like_attributes_do_not_matter():
     assert names[0] == names[1] != names[2]
 
 
+OWN = {
+    "of_users.py": "import of_users\nscale = {}\ndef fun(x):\n    return x * of_users.scale",
+    "itself.py": "def two():\n return {}\ndef fun(x):\n import itself\n return itself.two()",
+    "pack/__init__.py": "",
+    "pack/a.py": "import pack as p, pack.a\nscale = {}\ndef fun(x):\n    return x * p.a.scale",
+}
+
+
+@pytest.mark.parametrize("module", ["of_users", "itself", "pack.a"])
+def test_names_tell_what_a_module_gets_of_itself_apart(module, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def name(number):
+        for file, text in OWN.items():
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).write_text(text.format(number))
+        importlib.invalidate_caches()
+        for known in ("of_users", "itself", "pack", "pack.a"):
+            sys.modules.pop(known, None)
+        return name_of(importlib.import_module(module).fun)
+
+    assert name(2) == name(2) != name(3)
+
+
 @pytest.mark.parametrize(("folder", "is_users"), [("dist-packages", False), ("packages", True)])
 def test_packages_are_known_by_their_folder(folder, is_users, tmp_path, monkeypatch):
     """Debian's Python, and Colab's, have them in dist-packages; all were the user's own code."""

@@ -806,6 +806,7 @@ def test_a_checkpoint_waits_for_who_has_the_file_open(tmp_path, monkeypatch):
         replace(new, path)
 
     monkeypatch.setattr(os, "replace", sometimes)
+    monkeypatch.setattr(_checkpoint, "_WAITS", ())
     with pytest.raises(PermissionError):
         _checkpoint._save(place, {}, {"a": np.ones(2)})
     monkeypatch.setattr(_checkpoint, "_WAITS", (0.0, 0.0, 0.0))

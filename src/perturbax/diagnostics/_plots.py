@@ -50,7 +50,7 @@ def legend_above(ax: Any, twin: Any, handles: Sequence[Any], side: str) -> None:
     twin.patch.set_visible(True)
     legend = ax.legend(handles=handles, loc=f"upper {side}", frameon=False)
     legend.set_in_layout(False)  # lest narrow axes become narrower
-    strip = min(legend.get_window_extent().height / ax.bbox.height, 0.5)
+    strip = min(legend.get_window_extent().height / max(ax.bbox.height, 1), 0.5)
     for one in (ax, twin):
         scale = one.yaxis.get_transform()
         low, high = scale.transform(one.get_ylim())

@@ -271,6 +271,8 @@ def estimates_by_degree(
     leaves, tree = jax.tree.flatten(numbers)
     found = tree.unflatten(_scales.nan_unless_valid(leaves, call.sigma, call.x))
 
+    aux = list(map(with_explicit_axes, aux, plan.fun.out_avals[plan.num_outputs :]))
+
     def like_value(parts: list[Array]) -> Any:
         return jax.tree.unflatten(call.value_tree, map(with_explicit_axes, parts, plan.outputs))
 

@@ -140,8 +140,9 @@ def _serve(shared: _Shared, caller: Caller) -> None:
                 attempt.taken, attempt.place = time.monotonic(), caller
             try:
                 caller.call(attempt)
-            except BaseException as error:  # lest the call wait for ever
-                attempt.error = error
+            except BaseException as error:  # not fun's; lest the call wait for ever
+                attempt.error, attempt.fatal = error, True
+                caller.close()
             with shared.lock:
                 attempt.ended = True
                 if attempt.left_behind:

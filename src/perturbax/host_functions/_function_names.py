@@ -57,13 +57,16 @@ def name_of(fun: Callable[..., Any]) -> str:
     try:
         digest = hashlib.sha256(_content(fun, {})).hexdigest()
     except (_Unnamed, RecursionError) as error:
-        what = error if isinstance(error, _Unnamed) else "a long chain of objects"
         raise ValueError(
-            f"journal cannot tell fun from others, for it refers to {what}: give it a name, "
-            "journal=perturbax.Journal(path, name='...'), another one whenever fun changes"
+            f"journal cannot tell fun from others, for it refers to {_obstacle(error)}: give it a "
+            "name, journal=perturbax.Journal(path, name='...'), another one whenever fun changes"
         ) from None
     module = getattr(fun, "__module__", "")
     return f"{module}.{getattr(fun, '__qualname__', type(fun).__name__)}:{digest[:32]}"
+
+
+def _obstacle(error: Exception) -> str:
+    return str(error) if isinstance(error, _Unnamed) else "a long chain of objects"
 
 
 def known_by(fun: Callable[..., Any]) -> str:
@@ -87,9 +90,10 @@ def name_of_arguments(tree: Any, fixed: tuple[Any, ...], kinds: dict[type, bytes
     """
     try:
         return _joined(_structure(tree, kinds), [_content(fixed, {})]).hex()
-    except _Unnamed as error:
+    except (_Unnamed, RecursionError) as error:
         raise ValueError(
-            f"journal cannot tell arguments from others, for beside arrays they hold {error}: pass "
+            "journal cannot tell arguments from others, for beside arrays they hold "
+            f"{_obstacle(error)}: pass "
             "dicts, lists and tuples"
         ) from None
 
@@ -393,7 +397,8 @@ def _globals_of(function: types.FunctionType, seen: dict[int, tuple[int, Any]]) 
         found = {name: space[name] for name in (every if i else own) if name in space}
         for value in found.values():
             if isinstance(value, types.ModuleType) and _is_of_user(value):
-                if not any(vars(value) is other for other in spaces):
+                # The function's own module too, if it is got at by attributes.
+                if not any(vars(value) is other for other in spaces[1:]):
                     spaces.append(vars(value))
         yield from _named(found, seen)
 
