@@ -232,10 +232,8 @@ def evaluate(call: Call) -> PyTree:
     value, aux = run(call, _estimator.estimate, call.plan)
     if _checks.is_traced(settings.sigma):
         value = _scales.nan_unless_valid(value, call.sigma, call.x)
-    types = call.plan.fun.out_avals
-    value, aux = (
-        list(map(with_explicit_axes, parts, kinds))
-        for parts, kinds in ((value, types[: len(value)]), (aux, types[len(value) :]))
-    )
-    value = jax.tree.unflatten(call.value_tree, value)
-    return (value, jax.tree.unflatten(call.aux_tree, aux)) if settings.has_aux else value
+    told = list(map(with_explicit_axes, [*value, *aux], call.plan.fun.out_avals))
+    value = jax.tree.unflatten(call.value_tree, told[: call.plan.num_outputs])
+    if not settings.has_aux:
+        return value
+    return value, jax.tree.unflatten(call.aux_tree, told[call.plan.num_outputs :])

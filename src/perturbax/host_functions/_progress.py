@@ -26,6 +26,11 @@ def _tqdm() -> Any:
     return auto.tqdm
 
 
+def has_console() -> bool:
+    """Whether there is a standard error to tell something on; under pythonw there is none."""
+    return sys.stderr is not None
+
+
 def backdate(bar: Any, seconds: float) -> None:
     """Has a bar of tqdm count from so long ago, for its rates and for the time that is left."""
     bar.start_t -= seconds
@@ -41,8 +46,7 @@ class Bar:
 
     def __init__(self, shown: bool, name: str, total: int):
         """A bar for `total` points."""
-        # Programs without a console, as by pythonw, have no standard error.
-        self._shown = shown and sys.stderr is not None
+        self._shown = shown and has_console()
         self._name, self._total = name, total
         self._since = time.monotonic()
         self._bar: Any = None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..host_functions._progress import backdate
+from ..host_functions._progress import backdate, has_console
 
 # Seconds before a run says anything, and, without a bar, between two lines.
 _SILENT = 1.0
@@ -19,9 +19,7 @@ class Telling:
 
     def __init__(self, shown: bool, total: int, clock: Callable[[], float] = time.monotonic):
         """Starts the clock."""
-        # Programs without a console, as by pythonw, have no standard error.
-        self._shown = shown and sys.stderr is not None
-        self._total, self._clock = total, clock
+        self._shown, self._total, self._clock = shown and has_console(), total, clock
         self._begun = self._last = clock()
         self._bar: Any = None
         self._appeared = False

@@ -47,10 +47,14 @@ def varying(value: Array, axes: frozenset[Any]) -> Array:
 
 def varying_axes(value: Any) -> frozenset[Any]:
     """The mesh axes that an array, or a described one, varies over inside `shard_map`."""
-    described = isinstance(value, jax.ShapeDtypeStruct | ShapedArray)
-    kind: Any = value if described else jax.typeof(value)
+    kind = _type_of(value)
     kind = getattr(kind, "manual_axis_type", kind)  # its name since jax 0.10
     return frozenset(getattr(kind, "varying", None) or getattr(kind, "vma", None) or ())
+
+
+def _type_of(value: Any) -> Any:
+    described = isinstance(value, jax.ShapeDtypeStruct | ShapedArray)
+    return value if described else jax.typeof(value)
 
 
 # --- Outside it, for what brings a mesh of its own
@@ -102,12 +106,7 @@ def without_explicit_axes(values: Any) -> Any:
     Where types tell how arrays are split, operations that mix coordinates need to be told as well.
     Without, XLA chooses.
     """
-
-    def one(value: Any) -> Any:
-        told = isinstance(value, Array) and has_explicit_axes(value)
-        return _told(value, None) if told else value
-
-    return jax.tree.map(one, values)
+    return _all_told(values, None)
 
 
 def in_types_of_constants(values: Any) -> Any:
@@ -117,12 +116,15 @@ def in_types_of_constants(values: Any) -> Any:
     of its axes: JAX asks for that axis.
     """
     told: Any = jax.sharding.get_abstract_mesh()
-    like = NamedSharding(told, PartitionSpec()) if _is_explicit(told) else None
+    return _all_told(values, NamedSharding(told, PartitionSpec()) if _is_explicit(told) else None)
+
+
+def _all_told(values: Any, like: NamedSharding | None) -> Any:
+    """A pytree with the same arrays, of types that tell `like` where these were explicit."""
 
     def one(value: Any) -> Any:
-        if not isinstance(value, Array) or not has_explicit_axes(value):
-            return value
-        return _told(value, None, like)
+        told = isinstance(value, Array) and has_explicit_axes(value)
+        return _told(value, None, like) if told else value
 
     return jax.tree.map(one, values)
 
@@ -134,7 +136,7 @@ def with_explicit_axes(value: Array, like: Any) -> Array:
     """
     if not has_explicit_axes(like):
         return value
-    sharding: Any = (like if isinstance(like, ShapedArray) else jax.typeof(like)).sharding
+    sharding = _sharding_of(like)
     spec = PartitionSpec(*[None] * (value.ndim - len(sharding.spec)), *sharding.spec)
     type_sharding = NamedSharding(sharding.mesh, spec)
     return _placed.bind(value, mesh=None, type_sharding=type_sharding)
@@ -142,12 +144,11 @@ def with_explicit_axes(value: Array, like: Any) -> Array:
 
 def has_explicit_axes(value: Any) -> bool:
     """Whether a type, or that of an array, tells how it is split over a mesh, or that it is not."""
-    return _is_explicit(_mesh_of(value))
+    return _is_explicit(getattr(_sharding_of(value), "mesh", None))
 
 
-def _mesh_of(value: Any) -> Any:
-    kind: Any = value if isinstance(value, ShapedArray) else jax.typeof(value)
-    return getattr(getattr(kind, "sharding", None), "mesh", None)
+def _sharding_of(value: Any) -> Any:
+    return getattr(_type_of(value), "sharding", None)
 
 
 def _is_explicit(mesh: Any) -> bool:
