@@ -183,6 +183,14 @@ def test_a_batch_of_starts_is_each_start_alone(found):
     np.testing.assert_allclose(smoothed[:2], found.history.smoothed_value[:2], rtol=1e-2)
 
 
+def test_a_start_of_a_weak_type_is_one_like_any_other(found):
+    """The steps from a start like `jnp.full(4, 0.0)` were compiled twice."""
+    before = block._cache_size()
+    run = quiet(staircase, jnp.full(4, 0.0), jax.random.key(0), max_evaluations=600)
+    assert block._cache_size() == before
+    assert run.value == found.value
+
+
 def test_trees_keep_structure_and_dtypes():
     x0 = {"a": jnp.zeros((2, 2)), "b": jnp.zeros((), jnp.bfloat16), "c": jnp.zeros((0, 3))}
 

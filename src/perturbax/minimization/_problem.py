@@ -155,7 +155,9 @@ def make_problem(
         # Noise as wide as the bounds says nothing about what is between them.
         return width, width * np.where(bounded, 1, _FAR).astype(dtype)
 
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    # Not of a weak type, as `jnp.full` makes them: those of later steps are not, and each step would
+    # be compiled twice.
+    leaves = [jnp.asarray(leaf, jnp.result_type(leaf)) for leaf in leaves]
     traced, operands, *_ = trace_fun(value, [key, *leaves], has_aux=False)
     free = leaves
     if any(map(has_explicit_axes, jax.tree.leaves((key, leaves, operands)))):
