@@ -173,6 +173,16 @@ def check_exceptions_of_host_functions_arrive():
     with pytest.raises(ArithmeticError, match="diverged"):
         jitted(KEY, X)
 
+    def solver(y):
+        failing(y)
+        return np.round(y)
+
+    solve = px.host_function(solver, like=X)
+    layer = px.make_perturbed_argmax(solve, 16, mesh=where, **INDEPENDENT)
+    calls.clear()
+    with pytest.raises(ArithmeticError, match="diverged"):
+        layer(KEY, X)
+
 
 def check_each_device_calls_the_host_for_its_own_samples():
     lock, points = threading.Lock(), []

@@ -16,6 +16,7 @@ from .noise._protocol import NoiseDistribution
 from .noise._smooth import Gumbel
 from .sampling._protocol import Sampler
 from .tracing._derivative_rules import live_jvp, with_jvp
+from .tracing._host_call import called
 from .tracing._signature import TracedFunction, trace
 
 
@@ -99,11 +100,12 @@ def make_straight_through_fun(
         operands = (operands, hard_operands)
         if soft.jaxpr.effects:  # which a derivative rule may not have (jax#11916)
             # Held fixed, for what has side effects may have no derivative either.
-            values = _value(soft, hard, *jax.lax.stop_gradient((leaves, operands)))
-            means = soft(operands[0], *leaves)
+            fixed = jax.lax.stop_gradient((leaves, operands))
+            values = called(hard.hosts, _value, soft, hard, *fixed)
+            means = called(soft.hosts, soft, operands[0], *leaves)
             out = [with_value(v, mean) for v, mean in zip(values, means, strict=True)]
         else:
-            out = _straight_through(soft, hard, leaves, operands)
+            out = called(soft.hosts, _straight_through, soft, hard, leaves, operands)
         return jax.tree.unflatten(soft.out_tree, out)
 
     does = "Gives {name}(x), with the derivatives of E[{name}(x + sigma eps)]."

@@ -23,6 +23,7 @@ from ..estimator._surrogate import num_features
 from ..sampling._independent import Independent
 from ..sampling._nets import OrthogonalArray, Sobol
 from ..scale import _scales
+from ..tracing._host_call import own_exceptions
 from . import _variance_law
 from ._standard_errors import estimates_by_degree
 from ._variance_law import Law, Runs
@@ -349,7 +350,7 @@ class Subject:
     def _timed(self, program: Any, keys: Array, num_samples: int) -> Any:
         """The results of a program, in double precision; evaluations and seconds are noted."""
         start = time.perf_counter()
-        found = jax.block_until_ready(program(keys, self.leaves))
+        found = jax.block_until_ready(own_exceptions(program)(keys, self.leaves))
         seconds = time.perf_counter() - start
         # Few samples of degree 0 take the value at x as well.
         self.num_evaluations += (num_samples + 1) * len(keys)

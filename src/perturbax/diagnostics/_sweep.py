@@ -16,6 +16,7 @@ from .._perturb import make_perturbed_fun
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
+from ..tracing._host_call import own_exceptions
 from . import _plots
 from ._standard_errors import estimate
 from ._subject import FEW_SPACINGS, PLATEAU
@@ -237,7 +238,7 @@ def sweep_sigma(
         return jax.lax.map(functools.partial(one, leaves=leaves), (keys, scales))
 
     keys = jax.random.split(key, len(scales))
-    found = all_of(keys, jnp.asarray(scales, _checks.noise_dtype(leaves)), leaves)
+    found = own_exceptions(all_of)(keys, jnp.asarray(scales, _checks.noise_dtype(leaves)), leaves)
     values, value_errors, gradients, errors, equal, failed, absent = map(wide, found)
     with np.errstate(all="ignore"):
         squares, square_errors = squared_length(gradients, errors**2)

@@ -13,6 +13,7 @@ from .._types import Fun, PyTree
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
+from ..tracing._host_call import called
 from ..tracing._signature import trace
 from ._layer import Drawn, Layer
 from ._perturbed_scores import (
@@ -126,7 +127,9 @@ def make_perturbed_argmax(
         traced, operands = trace(mean, *inputs)
         symmetric = symmetrize and not layer.multiplicative
         num_symmetric = len(leaves) if symmetric and not traced.jaxpr.effects else 0
-        value = symmetrized(traced, len(leaves), num_symmetric, inputs, operands)
+        value = called(
+            traced.hosts, symmetrized, traced, len(leaves), num_symmetric, inputs, operands
+        )
         return jax.tree.unflatten(tree, value)
 
     does = f"Estimates E[{{name}}(theta + sigma Z)] by the mean of {num_samples} solutions."

@@ -22,6 +22,7 @@ from ..noise._protocol import NoiseDistribution, Shape
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
 from ..tracing._derivative_rules import aligned, without_derivatives
+from ..tracing._host_call import called
 from ..tracing._signature import TracedFunction, trace
 from ._perturbed_scores import same_shapes, score_leaves
 
@@ -127,7 +128,7 @@ def make_implicit_mle(
 
         traced, operands = trace(mean, key, *leaves)
         scores = [sign * v for v in leaves]
-        value = traced(operands, key, *lax.stop_gradient(scores))
+        value = called(traced.hosts, traced, operands, key, *lax.stop_gradient(scores))
         fixed = lax.stop_gradient((value, operands, jnp.asarray(lam, _checks.noise_dtype(value))))
         # The target steps from alpha theta, but the gradient is one in theta.
         start = [v + lax.stop_gradient(_scaled(v, alpha - 1)) for v in scores]
@@ -189,7 +190,7 @@ def _zeros_bwd(traced: TracedFunction, two_sided: bool, inputs: PyTree, y_bar: l
             for v, g in zip(scores, y_bar, strict=True)
         ]
         # The same noise again: the key is used once more on purpose.
-        return traced(operands, jax.random.clone(key), *moved)
+        return called(traced.hosts, traced, operands, jax.random.clone(key), *moved)
 
     if two_sided:
         start, width = mean(lam), 2 * lam

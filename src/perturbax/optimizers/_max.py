@@ -15,6 +15,7 @@ from .._types import Fun, PyTree
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
+from ..tracing._host_call import called
 from ..tracing._signature import trace
 from ._layer import Drawn, Layer
 from ._perturbed_scores import (
@@ -171,14 +172,18 @@ def maximum(layer: Layer, objective: Fun | None, symmetrize: bool) -> Callable[.
                 g, value = solution(u)
                 return slopes_of(lax.stop_gradient(g), noise), value, lax.stop_gradient(value)
 
-            *slopes, value, fixed = layer.expectation(
-                with_fixed_value, key, *layer.split(inputs, scales)
+            parts = layer.split(inputs, scales)
+            *slopes, value, fixed = called(
+                traced.hosts, layer.expectation, with_fixed_value, key, *parts
             )
             if not layer.has_traced_noise(_checks.num_elements(leaves)):
                 value = with_slopes(value, fixed, slopes, inputs)
         else:
             num_symmetric = len(leaves) if symmetrize else 0
-            value = with_envelope_derivatives(traced, len(leaves), num_symmetric, inputs, operands)
+            sizes = len(leaves), num_symmetric
+            value = called(
+                traced.hosts, with_envelope_derivatives, traced, *sizes, inputs, operands
+            )
         return value if layer.maximize else -value
 
     return perturbed_max
