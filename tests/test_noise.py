@@ -432,6 +432,21 @@ def test_derivatives_are_unbiased(name):
     )
 
 
+class ManyDerivatives:
+    derivatives = 1000
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return jax.random.normal(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return -(inputs**2) / 2
+
+
+def test_a_noise_may_promise_any_number_of_derivatives():
+    """As many rules were made at once, one inside the other: RecursionError."""
+    assert np.isfinite(jax.grad(lambda x: scalar_estimate(ManyDerivatives(), x))(X)).all()
+
+
 def scalar_estimate(noise, x, sigma=0.5):
     fun = px.make_perturbed_fun(lambda y: jnp.sum(y**2), 8, sigma=sigma, noise=as_noise(noise))
     return fun(KEY, x)

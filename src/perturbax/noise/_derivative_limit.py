@@ -78,7 +78,6 @@ def _limited(limit: Limit, taken: int) -> Callable[[Array], Array]:
     What the rule closes over is plain data and other such identities, so that two traces of a
     function that contains it can be told to be equal.
     """
-    following = _limited(limit, taken + 1) if taken < limit.derivatives else None
 
     @jax.custom_jvp
     def identity(inputs: Array) -> Array:
@@ -89,10 +88,10 @@ def _limited(limit: Limit, taken: int) -> Callable[[Array], Array]:
         (inputs,), (inputs_dot,) = primals, tangents
         if isinstance(inputs_dot, SymbolicZero):
             return identity(inputs), jnp.zeros_like(inputs)
-        if following is None:
+        if taken >= limit.derivatives:
             raise limit.error(taken + 1)
         # One more is taken, here and in all that is computed from here on.
-        return following(inputs), inputs_dot
+        return _limited(limit, taken + 1)(inputs), inputs_dot
 
     del identity_jvp
     return identity
