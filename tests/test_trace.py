@@ -105,9 +105,19 @@ def rounded_made_anew(y):
 
 LABELS = np.array([0.0, 1.0, 0.0], np.float32)
 
+
 # Each entry makes the function: what is called twice is not one Python object.
+def looped():
+    """A list that holds itself."""
+    found = [1.0]
+    found.append(found)
+    return found
+
+
 ALIKE = {
     "lambda": lambda: lambda y: jnp.sum(y**2),
+    "list of a rule": lambda: custom_first([1.0, looped()]),
+    "dict of a rule": lambda: custom_first({0: 1.0, "more": looped()}),
     "constants": lambda: lambda y: y @ BIG.T + np.arange(4.0, dtype=np.float32) * 2,
     "nan": lambda: lambda y: jnp.where(y > 0, y, jnp.nan),
     "relu": lambda: lambda y: jax.nn.relu(y),
@@ -596,6 +606,10 @@ def custom(factor):
     return rule_of(lambda: factor)
 
 
+def custom_first(factors):
+    return rule_of(lambda: factors[0])
+
+
 def custom_backward(factor):
     return backward_rule_of(lambda: factor)
 
@@ -719,7 +733,9 @@ DIFFERENT = {
     "closure of a rule": (custom(1.0), custom(2.0)),
     "sign of a zero in a rule": (custom(0.0), custom(-0.0)),
     "array of a rule": (custom(np.ones(3)), custom(np.zeros(3))),
-    "list of a rule": (custom([1.0]), custom([1.0])),
+    "list of a rule": (custom_first([1.0]), custom_first([2.0])),
+    "dict of a rule": (custom_first({0: 1.0}), custom_first({0: 2.0})),
+    "object of a rule": (custom_first(Counter()), custom_first(Counter())),
     "function of a rule": (custom(lambda: 1.0), custom(lambda: 2.0)),
     "closure of a backward rule": (custom_backward(1.0), custom_backward(2.0)),
     "namespace of a rule": (from_namespace(1.0), from_namespace(2.0)),
@@ -728,6 +744,33 @@ DIFFERENT = {
         lambda y: jax.checkpoint(jnp.sin, policy=jax.checkpoint_policies.nothing_saveable)(y),
     ),
 }
+
+
+class Slopes:
+    slope = 2.0
+
+
+class Inheriting(Slopes):
+    pass
+
+
+package = types.ModuleType("package")
+package.constants = types.ModuleType("package.constants")
+package.constants.slope = 2.0
+
+
+@pytest.mark.parametrize(
+    ("owner", "slope"),
+    [(Slopes, lambda: Inheriting.slope), (package.constants, lambda: package.constants.slope)],
+    ids=["class", "package"],
+)
+def test_what_a_rule_inherits_or_finds_in_a_package_is_not_stale(owner, slope, monkeypatch):
+    """The program of the call before was met, with the old slope."""
+    before, _ = trace(rule_of(slope), SPEC)
+    assert before == trace(rule_of(slope), SPEC)[0]
+    monkeypatch.setattr(owner, "slope", 4.0)
+    after, _ = trace(rule_of(slope), SPEC)
+    assert before != after
 
 
 @pytest.mark.parametrize("name", DIFFERENT)

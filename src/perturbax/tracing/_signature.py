@@ -276,6 +276,11 @@ def _of_captured(value: Any, live: bool, seen: dict[int, int], by_value: bool = 
         return _of_captured(tuple(getattr(value, name, None) for name in parts), live, seen)
     if isinstance(value, tuple):
         return type(value), tuple(_of_captured(v, live, seen) for v in value)
+    held: Any = value
+    if type(held) in (list, dict) and not live:
+        seen[id(held)] = len(seen)  # it may hold itself
+        parts = [*held, *held.values()] if isinstance(held, dict) else held
+        return type(held), tuple(_of_captured(v, live, seen) for v in parts)
     if isinstance(value, np.ndarray | np.generic) and not live and not value.dtype.hasobject:
         return value.dtype, value.shape, value.tobytes()
     if isinstance(value, float | complex):
@@ -296,9 +301,13 @@ def _references(function: types.FunctionType) -> Any:
     names = _names(function.__code__)
     known = function.__globals__
     values = [*_contents(function).values(), *(known[n] for n in names if n in known)]
-    for owner in tuple(values):
-        if isinstance(owner, types.ModuleType | type) and not _is_library(owner):
-            values.extend(vars(owner)[n] for n in names if n in vars(owner))
+    seen: set[int] = set()
+    for owner in values:  # which grow: a package's module, what a class inherits
+        if isinstance(owner, types.ModuleType | type) and id(owner) not in seen:
+            seen.add(id(owner))
+            for space in getattr(owner, "__mro__", (owner,)):
+                if not _is_library(space):
+                    values.extend(vars(space)[n] for n in names if n in vars(space))
     return tuple(values)
 
 
