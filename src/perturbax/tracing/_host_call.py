@@ -137,7 +137,7 @@ def _batch(
 ) -> tuple[list[Array], list[int]]:
     """One more axis, merged with the one that is there."""
     count = next(v.shape[d] for v, d in zip(arrays, dims, strict=True) if d is not None)
-    inner, merged = size or 1, []
+    inner, merged = 1 if size is None else size, []
     for value, dim, has_points in zip(arrays, dims, mapped, strict=True):
         if dim is not None:
             moved = jnp.moveaxis(value, dim, 0)
@@ -231,6 +231,7 @@ class HostFunctionError(RuntimeError):
 _exceptions: collections.OrderedDict[int, BaseException] = collections.OrderedDict()
 _numbers = itertools.count(1)
 _MOST = 32
+_PACKAGE = __name__.partition(".")[0]
 
 
 class _Running:
@@ -275,10 +276,16 @@ def _nothing_like(aval: Any) -> np.ndarray:
 
 def _carried(error: BaseException) -> HostFunctionError:
     number = next(_numbers)
+    shown = "".join(traceback.format_exception(error))
+    # Frames of the library's own hold arguments and results of the whole call back.
+    for top, _ in traceback.walk_tb(error.__traceback__):
+        for frame, _ in traceback.walk_stack(top):
+            if frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+                with contextlib.suppress(RuntimeError):  # one that still runs
+                    frame.clear()
     _exceptions[number] = error
     while len(_exceptions) > _MOST:
         _exceptions.popitem(last=False)
-    shown = "".join(traceback.format_exception(error))
     return HostFunctionError(f"host function, exception {number}:\n\n{shown}")
 
 
