@@ -9,6 +9,7 @@ import copy
 import functools
 import gc
 import io
+import itertools
 import math
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import weakref
 from typing import Any, NamedTuple
 
@@ -1249,6 +1251,95 @@ def test_a_group_of_dead_processes_that_may_not_be_killed(monkeypatch):
         h = px.host_function(fun, like=ONE, executor=workers, timeout=0.2, on_failure=-1.0)
         for first in (1.0, 1.0, -1.0):
             assert float(h(jnp.full(2, first))) == -1.0
+
+
+def fails_at(number):
+    """A function and a solver that raise at so many evaluations."""
+    made = itertools.count(1)
+
+    def value(x):
+        if next(made) == number:
+            raise ArithmeticError("no solution")
+        return np.float32(np.sum(x > 0))
+
+    def solution(x):
+        return np.round(x) + 0 * value(x)
+
+    return px.host_function(value, like=0.0), px.host_function(solution, like=X)
+
+
+CALLS: dict[str, Any] = {
+    "estimate": lambda fun, _: px.estimate(smooth(fun), KEY, X),
+    "straight-through": lambda fun, _: jax.grad(px.make_straight_through_fun(fun, 12), 1)(KEY, X),
+    "argmax": lambda _, solver: px.make_perturbed_argmax(solver, 12)(KEY, X),
+    "max": lambda _, solver: px.make_perturbed_max(solver, 12)(KEY, X),
+    "loss": lambda _, solver: px.make_fenchel_young_loss(solver, 12)(KEY, X, X),
+    "implicit MLE": lambda _, solver: px.make_implicit_mle(solver, 12)(KEY, X),
+    "distribution": lambda _, solver: px.make_perturbed_distribution(solver, 12)(KEY, X),
+    "sweep": lambda fun, _: px.sweep_sigma(fun, KEY, X, num_samples=12, sigmas=(0.5, 1.0)),
+    "diagnosis": lambda fun, _: px.diagnose(smooth(fun, 32), KEY, X),
+    "minimum": lambda fun, _: px.minimize(fun, X, KEY, max_evaluations=500, progress=False),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_exception_arrives_as_it_was_raised_wherever_the_function_is_called(name):
+    """From layers, sweeps and diagnoses it came as JAX's error, with its text in the middle."""
+    with pytest.raises(ArithmeticError, match=r"^no solution"):
+        CALLS[name](*fails_at(4))
+
+
+def test_failures_do_not_keep_what_the_call_back_held():
+    """Under jit each kept all results of its batch, of the last 32 failures."""
+
+    def large(x):
+        if x[0] > 10:
+            raise ArithmeticError("no solution")
+        return np.zeros(2**17, np.float32)
+
+    program = jax.jit(jax.vmap(px.host_function(large, like=jnp.zeros(2**17))))
+    kept = []
+    tracemalloc.start()
+    try:
+        for _ in range(5):
+            with pytest.raises(jax.errors.JaxRuntimeError, match="no solution"):
+                jax.block_until_ready(program(jnp.arange(15.0).reshape(5, 3)))
+            gc.collect()
+            kept.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert kept[-1] - kept[0] < 2**20
+
+
+def test_a_call_after_close_has_threads_of_its_own():
+    """A thread of the next call took what was to end that of the last one, and was missing then."""
+    begun = threading.Event()
+
+    def slow(seconds):
+        begun.set()
+        time.sleep(float(seconds))
+        return seconds
+
+    h = px.host_function(slow, executor=1, timeout=0.5, like=0.0)
+    first = threading.Thread(target=h, args=(0.4,))
+    first.start()
+    begun.wait()
+    h.close()
+    h(0.0)
+    first.join()
+    with pytest.raises(TimeoutError):
+        h(2.0)
+    found = []
+    last = threading.Thread(target=lambda: found.append(h(0.0)), daemon=True)
+    last.start()
+    last.join(20)
+    assert found == [0]
+
+
+def test_an_empty_batch_inside_a_batch():
+    h = px.host_function(np.sum, like=0.0)
+    assert jax.vmap(jax.vmap(h))(jnp.zeros((2, 0, 3))).shape == (2, 0)
+    assert jax.vmap(jax.vmap(h))(jnp.zeros((0, 2, 3))).shape == (0, 2)
 
 
 def test_what_ends_a_workers_thread_arrives(monkeypatch):

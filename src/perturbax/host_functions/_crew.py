@@ -78,7 +78,8 @@ class Crew:
 
     def submit(self, attempt: Attempt) -> None:
         """Puts the attempt in the queue, and starts a thread if one may be missing."""
-        self._shared.tasks.put(attempt)
+        with self._shared.lock:
+            self._shared.tasks.put(attempt)
         self._grow()
 
     def _grow(self) -> None:
@@ -88,7 +89,10 @@ class Crew:
                 return
             caller = shared.make()
             thread = threading.Thread(
-                target=_serve, args=(shared, caller), daemon=True, name="perturbax: evaluations"
+                target=_serve,
+                args=(shared, shared.tasks, caller),
+                daemon=True,
+                name="perturbax: evaluations",
             )
             shared.threads[thread] = caller
         thread.start()
@@ -130,10 +134,10 @@ class Crew:
         _end_crew(self._shared, wait)
 
 
-def _serve(shared: _Shared, caller: Caller) -> None:
+def _serve(shared: _Shared, tasks: "queue.SimpleQueue[Attempt | None]", caller: Caller) -> None:
     """What a thread of a crew does."""
     try:
-        while (attempt := shared.tasks.get()) is not None:
+        while (attempt := tasks.get()) is not None:
             with shared.lock:
                 if attempt.given_up:
                     continue
@@ -158,8 +162,10 @@ def _serve(shared: _Shared, caller: Caller) -> None:
 def _end_crew(shared: _Shared, wait: float = 0.0) -> None:
     with shared.lock:
         threads, shared.threads = shared.threads, {}
+        # Of their own, lest the threads of later calls take what ends these.
+        tasks, shared.tasks = shared.tasks, queue.SimpleQueue()
     for caller in threads.values():
-        shared.tasks.put(None)
+        tasks.put(None)
         caller.kill()
     for thread in threads:
         if wait and thread is not threading.current_thread():
