@@ -974,6 +974,12 @@ DAMAGED = {
 }
 
 
+def test_a_database_in_memory_is_refused():
+    """It ended in SQLite's error."""
+    with pytest.raises(ValueError, match="the path of a file"):
+        px.host_function(np.sum, like=0.0, journal=":memory:")
+
+
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_and_foreign_files_are_errors_and_stay(journal, name):
     damage, message = DAMAGED[name]

@@ -57,6 +57,7 @@ class Journal:
 
     Raises:
       TypeError: if path is no path, or name neither None nor a string.
+      ValueError: if path is SQLite's name of a database in memory.
     """
 
     path: str | os.PathLike[str]
@@ -68,6 +69,10 @@ class Journal:
             raise TypeError(
                 "journal must be None, a path or perturbax.Journal(path, name=...), got "
                 f"{self.path!r} ({type(self.path).__name__})"
+            )
+        if os.fspath(self.path) == ":memory:":
+            raise ValueError(
+                "journal=':memory:' would be gone with the program: give the path of a file"
             )
         if not isinstance(self.name, str | None):
             raise TypeError(f"name must be a string or None, got {type(self.name).__name__}")
