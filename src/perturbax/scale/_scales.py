@@ -233,11 +233,23 @@ def spacings(scale: Any, leaf: Any) -> float:
     return float(np.min(ratios, initial=np.inf))
 
 
+def _is_lost(scale: Any, leaf: Any) -> bool:
+    """Whether x + sigma z rounds to x in a coordinate."""
+    leaf = np.asarray(leaf)
+    with np.errstate(all="ignore"):
+        # The largest number has the widest spacing. Where sigma is above that, as it nearly always
+        # is, no array as large as x is made.
+        widest = np.spacing(np.maximum(leaf.max(initial=0), -leaf.min(initial=0)))
+        if np.min(of_coordinates(scale, leaf), initial=np.inf) >= 0.5 * np.float64(widest):
+            return False
+    return spacings(scale, leaf) < 0.5
+
+
 def _warn_if_lost(scales: list[Any], leaves: list[Array], names: list[str]) -> None:
     """Warns where x + sigma z rounds to x, so that fun would hardly see a perturbation at all."""
     for scale, leaf, name in zip(one_each(scales, leaves), leaves, names, strict=True):
         found = _value_of(scale), _value_of(leaf)
-        if all(map(_is_known, found)) and spacings(*jax.device_get(found)) < 0.5:
+        if all(map(_is_known, found)) and _is_lost(*jax.device_get(found)):
             warnings.warn(
                 f"sigma is below the spacing of {leaf.dtype} numbers at leaf {name!r}: fun sees "
                 "the same input at most samples, and the gradient is noise. Use a larger sigma, "
