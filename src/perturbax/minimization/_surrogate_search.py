@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
-from jax.scipy.special import ndtri
 
 from .._call import run
 from .._perturb import make_perturbed_fun
@@ -134,11 +133,11 @@ class Attempt(NamedTuple):
 def normal_scores(values: Array) -> Array:
     """Quantiles of the normal distribution in place of values, by their ranks; ties share one."""
     known = jnp.isfinite(values)
-    ordered = jnp.sort(jnp.where(known, values, jnp.inf))
-    below = jnp.searchsorted(ordered, values, side="left")
-    up_to = jnp.searchsorted(ordered, values, side="right")
-    share = (below + up_to) / 2 / jnp.maximum(known.sum(), 1)
-    return jnp.where(known, ndtri(jnp.where(known, share, 0.5)), jnp.nan).astype(values.dtype)
+    others = jnp.where(known, values, jnp.inf)[None]
+    below = jnp.sum(others < values[:, None], axis=1)
+    up_to = jnp.sum(others <= values[:, None], axis=1)
+    centred = (below + up_to).astype(values.dtype) / jnp.maximum(known.sum(), 1) - 1
+    return jnp.where(known, math.sqrt(2) * lax.erf_inv(jnp.where(known, centred, 0)), jnp.nan)
 
 
 def fit(
@@ -166,10 +165,11 @@ def fit(
     """
     dim = z.shape[1]
     known = jnp.isfinite(values)
-    middle = jnp.nanmedian(jnp.where(known, values, jnp.nan))
+    num = jnp.maximum(known.sum(), 1)
+    ordered = jnp.sort(jnp.where(known, values, jnp.inf))
+    middle = ordered[(num - 1) // 2] / 2 + ordered[num // 2] / 2
     middle = jnp.where(jnp.isfinite(middle), middle, 0)
     residual = jnp.where(known, values - middle, 0)
-    num = jnp.maximum(known.sum(), 1)
     unit = jnp.abs(residual).sum() / num + jnp.finfo(values.dtype).tiny
     residual = residual / unit
     gram = z @ z.T
@@ -190,7 +190,10 @@ def fit(
         """Each value against the fit to all others."""
         return jnp.where(known, inverse.T @ white, 0) / jnp.sum(inverse**2, 0)
 
-    def quality(logs: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    few = dim <= _MOST_METRIC
+
+    def quality(logs: Array) -> tuple[Array, Array]:
+        """How good it is, and the root of the covariances; in few coordinates, its inverse."""
         ridge, prior, *common = 10.0 ** logs.astype(z.dtype)
         kernel = _CONSTANT + gram / dim
         kernel = kernel + prior * (gram**2 / (2 * dim**2) + 3 * jnp.outer(spread, spread))
@@ -199,27 +202,28 @@ def fit(
         noise = ridge / trust
         matrix = jnp.where(both, kernel, 0) + jnp.diag(jnp.where(known, noise, 1))
         root = jnp.linalg.cholesky(matrix)
-        white = solve_triangular(root, residual, lower=True)
-        variance = white @ white / num
-        if dim <= _MOST_METRIC:
-            good = -(counted @ left_out(inverse_of(root), white) ** 2)
+        if few:
+            root = inverse_of(root)
+            good = -(counted @ left_out(root, root @ residual) ** 2)
         else:
+            white = solve_triangular(root, residual, lower=True)
             log_det = jnp.sum(jnp.log(jnp.diagonal(root)))
             tiny = jnp.finfo(values.dtype).tiny
-            good = -0.5 * num * jnp.log(variance + tiny) - log_det
-        return jnp.where(jnp.isfinite(good), good, -jnp.inf), (root, white, variance)
+            good = -0.5 * num * jnp.log(white @ white / num + tiny) - log_det
+        return jnp.where(jnp.isfinite(good), good, -jnp.inf), root
 
     axes = jnp.eye(before.size, dtype=jnp.int32)
     up = jnp.concatenate([axes[count % 2][None], axes[2:]])
     moves = jnp.concatenate([jnp.zeros_like(up[:1]), up, -up])
     priors = jnp.clip(before + moves, lowest, highest)
-    good, found = jax.vmap(quality)(priors)
+    good, roots = jax.vmap(quality)(priors)
     best = jnp.argmax(good)
-    root, white, variance = jax.tree.map(lambda v: v[best], found)
     failed = ~jnp.isfinite(good[best])
     prior = 10.0 ** priors[best, 1].astype(z.dtype)
 
-    inverse = inverse_of(root)
+    inverse = roots[best] if few else inverse_of(roots[best])
+    white = inverse @ residual
+    variance = white @ white / num
     weights = inverse.T @ white
     weights = jnp.where(known, weights, 0)
     isotropic = prior * 3 * (spread @ weights) * math.sqrt(2 / dim)
