@@ -21,7 +21,7 @@ from ._run import begin, empty_history, joined, own_settings, step
 from ._setup import ADAPTED, Setup
 from ._states import Operands, Run
 
-_FORMAT = "perturbax minimize 3"
+_FORMAT = "perturbax minimize 4"
 # Between two checkpoints.
 _SECONDS_A_CHECKPOINT = 3.0
 # Seconds before a file is replaced once more, where that was denied.
@@ -57,7 +57,11 @@ class Checkpoint:
             ),
             "bounds": (problem.scale, problem.widest),
             "sigma or tol": (operands.sigma, operands.tol, setup.sigma == ADAPTED),
-            "optimizer, sigma or noise": (operations(stepped.jaxpr), stepped.consts),
+            "optimizer, sigma or noise": (
+                operations(stepped.jaxpr),
+                stepped.consts,
+                operands.optimizer,
+            ),
             "num_samples": (setup.num_samples, setup.grows),
         }
         self._prints = {name: fingerprint(value) for name, value in known_by.items()}

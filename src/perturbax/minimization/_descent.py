@@ -10,8 +10,8 @@ from jax import Array, lax
 from .._perturb import make_perturbed_fun
 from ..diagnostics._standard_errors import estimate
 from ..estimator._default_rule import RULE
-from ._schedules import SWEEP_EVALUATIONS, given_sigma, sweep
-from ._setup import ADAPTED, Optimizer, Setup
+from ._schedules import SWEEP_EVALUATIONS, given_sigma, sweep, widths
+from ._setup import ADAPTED, Setup, TracedOptimizer
 from ._states import Method, Operands, Start, Step, where
 
 # Steps between two looks at the signal.
@@ -47,7 +47,7 @@ class Descent(NamedTuple):
     signal: Array
 
 
-def descent(setup: Setup, optimizer: Optimizer) -> Method:
+def descent(setup: Setup, optimizer: TracedOptimizer) -> Method:
     """The method: estimate the gradient, hand it to the optimiser, look at the signal."""
     objective, sigma, noise = setup.objective, setup.sigma, setup.noise
     num_samples = setup.num_samples << setup.doublings
@@ -69,7 +69,7 @@ def descent(setup: Setup, optimizer: Optimizer) -> Method:
         multiple = choose(operands, keys[0], u) if adapts else jnp.ones(())
         state = Descent(
             point=u,
-            optimizer=optimizer.init(u),
+            optimizer=optimizer.start(operands.optimizer, u),
             multiple=jnp.asarray(multiple, dtype),
             sum=jax.tree.map(lambda v: jnp.zeros(v.shape, dtype), u) if looks else (),
             noise=jnp.zeros((), dtype),
@@ -115,14 +115,9 @@ def descent(setup: Setup, optimizer: Optimizer) -> Method:
         given = jax.tree.map(
             lambda g, u: jnp.where(finite, g, 0).astype(u.dtype), gradient, state.point
         )
-        try:
-            updates, optimizer_state = optimizer.update(given, state.optimizer, state.point)
-        except TypeError as error:
-            error.add_note(
-                "minimize calls optimizer.update(gradients, state, x) alone; if the optimizer "
-                "needs more, as for a line search, it is not supported"
-            )
-            raise
+        updates, optimizer_state = optimizer.step(
+            operands.optimizer, given, state.optimizer, state.point
+        )
         moved = jax.tree.map(lambda u, d: (u + d).astype(u.dtype), state.point, updates)
         # A step without a gradient is not made, and does not reach the optimiser's averages.
         moved = where(finite, moved, state.point)
@@ -134,14 +129,13 @@ def descent(setup: Setup, optimizer: Optimizer) -> Method:
             lambda: objective.value(operands.function, fun_key, state.point),
             lambda: jnp.full((), jnp.nan, dtype),
         )
-        parts = [jnp.asarray(s, dtype) for s in jax.tree.leaves(scale)]
-        sigmas = jnp.stack([jnp.mean(part) for part in parts if part.size])
+        each = widths(scale, state.point).astype(dtype)
         told = Step(
             smoothed_value=mean,
             standard_error=error,
             hard_value=hard,
-            sigma=jnp.mean(sigmas),
-            most_noise=jnp.mean(sigmas),
+            sigma=jnp.exp(jnp.mean(jnp.log(each))),
+            most_noise=jnp.max(each),
             candidate=state.point,
             candidate_value=hard,
             centre=state.point,

@@ -25,12 +25,13 @@ from ..scale._scales import check_sigma, scale_leaves
 from ..tracing._derivative_rules import without_derivatives
 from ..tracing._host_call import called
 from ..tracing._mesh_axes import without_explicit_axes
+from ..tracing._signature import trace
 from ._checkpoint import Checkpoint
 from ._problem import Objective, Problem, make_problem
 from ._progress import Telling
 from ._result import MinimizeHistory, MinimizeResult
 from ._run import Found, begin, block, finish, joined, method_of, own_settings
-from ._setup import ADAPTED, GIVEN, Optimizer, Setup, Sigma
+from ._setup import ADAPTED, GIVEN, Optimizer, Setup, trace_optimizer
 from ._states import CALLED_OFF, EXHAUSTED, RUNNING, Operands, Run
 
 _MAX_EVALUATIONS = 2**31 - 1
@@ -188,14 +189,18 @@ def minimize(
         )
     problem = make_problem(fun, x0, key, args, takes_key, lower, upper)
     objective = problem.objective
-    kind, numbers = _sigma(sigma)
-    if kind != ADAPTED:
-        _check_fits(kind, numbers, problem, optimizer)
+    if sigma is not None:
+        _check_fits(sigma, problem, optimizer)
     if optimizer is None and sampler is None:
         sampler = Orthogonal() if is_invertible(law) else Independent()
+    with own_settings():
+        kind, numbers = _sigma(sigma)
+        traced, rates = None, ()
+        if optimizer is not None:
+            traced, rates = trace_optimizer(optimizer, problem.start)
     setup = Setup(
         objective=objective,
-        optimizer=optimizer,
+        optimizer=traced,
         sigma=kind,
         num_samples=_num_samples(num_samples, objective, optimizer),
         grows=num_samples is None,
@@ -211,6 +216,7 @@ def minimize(
         widest=problem.widest,
         sigma=numbers,
         tol=jnp.asarray(-1.0 if tol is None else _tolerance(tol)),
+        optimizer=rates,
     )
     key, operands = without_explicit_axes((key, operands))
     method = method_of(setup)
@@ -372,13 +378,14 @@ def _sigma(sigma: Any) -> tuple[Any, Any]:
     if sigma is None:
         return ADAPTED, None
     if callable(sigma):
-        return sigma, None
+        return trace(sigma, jnp.zeros((), jnp.int32))
     return GIVEN, jax.tree.map(jnp.asarray, check_sigma(sigma))
 
 
-def _check_fits(kind: Sigma, numbers: Any, problem: Problem, optimizer: Optimizer | None) -> None:
+def _check_fits(sigma: Any, problem: Problem, optimizer: Optimizer | None) -> None:
     """Raises unless sigma fits x0; of a schedule, that of the first step."""
-    given = check_sigma(kind(jnp.zeros((), jnp.int32))) if callable(kind) else numbers
+    given = check_sigma(sigma(jnp.zeros((), jnp.int32)) if callable(sigma) else sigma)
+    given = jax.tree.map(jnp.asarray, given)
     leaves, names, _ = _checks.perturbed_leaves(problem.start)
     scales = scale_leaves(given, problem.start, leaves, names)
     if optimizer is not None or len(scales) != len(leaves):

@@ -155,8 +155,8 @@ def make_problem(
         # Noise as wide as the bounds says nothing about what is between them.
         return width, width * np.where(bounded, 1, _FAR).astype(dtype)
 
-    # Not of a weak type, as `jnp.full` makes them: those of later steps are not, and each step would
-    # be compiled twice.
+    # Not of a weak type, which `jnp.full` gives: those of later steps have none, and steps would be
+    # compiled twice.
     leaves = [jnp.asarray(leaf, jnp.result_type(leaf)) for leaf in leaves]
     traced, operands, *_ = trace_fun(value, [key, *leaves], has_aux=False)
     free = leaves

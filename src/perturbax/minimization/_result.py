@@ -27,7 +27,7 @@ class MinimizeHistory:
       hard_value: of the function itself where the step drew its samples around; NaN in steps that
         did not evaluate it there.
       best_value: the lowest value seen so far; of a noisy function, the lowest smoothed value.
-      sigma: scale of the noise, the geometric mean over its axes.
+      sigma: scale of the noise, the geometric mean over coordinates.
     """
 
     evaluations: Any

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .. import _checks
 from .._perturb import make_perturbed_fun
 from ..sampling._independent import Independent
+from ..scale._matrices import is_matrix, row_lengths
+from ..scale._scales import one_each, scale_leaves
 from ._setup import Setup, Sigma
 from ._states import Operands
 
@@ -21,7 +24,22 @@ SWEEP_EVALUATIONS = _SAMPLES * len(_MULTIPLES)
 
 def given_sigma(sigma: Sigma, operands: Operands, count: Array) -> Any:
     """Sigma of a step, where it is given as numbers or as a schedule of steps."""
-    return operands.sigma if isinstance(sigma, str) else sigma(count)
+    if isinstance(sigma, str):
+        return operands.sigma
+    return jax.tree.unflatten(sigma.out_tree, sigma(operands.sigma, count))
+
+
+def widths(scale: Any, u: Any) -> Array:
+    """The scale of the noise of each coordinate, flat; of a matrix, the lengths of its rows."""
+    leaves, names, _ = _checks.perturbed_leaves(u)
+    scales = one_each(scale_leaves(scale, u, leaves, names), leaves)
+    each = [
+        row_lengths(s.reshape(leaf.size, leaf.size))
+        if is_matrix(s, leaf)
+        else jnp.broadcast_to(s, leaf.shape).ravel()
+        for s, leaf in zip(scales, leaves, strict=True)
+    ]
+    return jnp.concatenate(each)
 
 
 def sweep(setup: Setup) -> Callable[[Operands, Array, Any], Array]:

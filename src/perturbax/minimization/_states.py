@@ -14,8 +14,9 @@ class Operands(NamedTuple):
       function: what the function closes over.
       scale: how wide each coordinate may be expected to range.
       widest: most noise that each coordinate is to have.
-      sigma: as it was given, if as numbers.
+      sigma: as it was given, if as numbers; of a schedule, those in it.
       tol: the tolerance, below 0 for none.
+      optimizer: the numbers in it.
     """
 
     function: Any
@@ -23,6 +24,7 @@ class Operands(NamedTuple):
     widest: Any
     sigma: Any
     tol: Array
+    optimizer: Any
 
 
 class Start(NamedTuple):
@@ -46,8 +48,8 @@ class Step(NamedTuple):
       smoothed_value: estimate of the smoothed function where the step was taken.
       standard_error: of that estimate.
       hard_value: of the function itself at the step's centre, NaN where it was not evaluated.
-      sigma: scale of the noise, averaged over coordinates.
-      most_noise: that of the coordinate that has most; sigma, where an optimizer steps.
+      sigma: scale of the noise, the geometric mean over coordinates.
+      most_noise: that of the coordinate that has most.
       candidate: the point of this step with the lowest value.
       candidate_value: its value, NaN if the step has none to offer.
       centre: the centre of the step, which the smoothed value belongs to.
