@@ -202,9 +202,9 @@ def prepare(
 
 
 def run(call: Call, program: Callable[..., Any], *static: Any) -> Any:
-    """program(*static, key, x, sigma, operands), with what fun raises outside JAX as it is raised.
+    """program(*static, key, x, sigma, operands), all but the first from the call.
 
-    What JAX raises has remedies added.
+    Exceptions of host functions arrive as they were raised, those of JAX with remedies added.
     """
     explained = _user_code.explained_vmap(call.settings.batch_size)
     *inputs, operands = call.inputs

@@ -78,7 +78,7 @@ def check_bool(value: object, name: str) -> bool:
 
 
 def check_missing(value: Any) -> None:
-    """Raises unless `value` is one of the words."""
+    """Raises ValueError unless `value` is 'propagate' or 'drop'."""
     if not isinstance(value, str) or value not in ("propagate", "drop"):
         raise ValueError(f"missing must be 'propagate' or 'drop', got {value!r}")
 

@@ -28,9 +28,10 @@ class Rule:
         it is worth.
       block_degree: most coordinates, and samples for each from which a fit of degree 1 pays with
         orthogonal directions, which tell it more. In more coordinates they leave little to fit.
-      parts: samples for each coordinate from which a block of orthogonal directions pays, of all
-        samples but twice their root, or a third, which make a baseline for it; and up to how many
-        coordinates. In many, drawing it takes twice the time, and hardly gains at first.
+      parts: pairs (r, d): in up to d coordinates a block of orthogonal directions pays from r
+        samples for each coordinate on. It takes all N samples but 2 sqrt(N), or a third if that is
+        less: those make its baseline. In many coordinates drawing it takes twice the time, and
+        hardly gains at first.
       pairs: the same for whole blocks of directions with their opposites, and the most: with more,
         nets are better.
       block_coordinates: fewest and most for which blocks are taken.

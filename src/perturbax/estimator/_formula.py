@@ -53,6 +53,7 @@ from ..execution._plan import (
 from ..scale._matrices import Blocks
 from ..tracing._broadcasting import where
 from ..tracing._derivative_rules import live_jvp, with_jvp
+from ..tracing._linear_algebra import matmul
 from . import _left_out, _surrogate
 
 # Values that tell the unit of all. XLA compiles a larger maximum in three parts.
@@ -266,7 +267,7 @@ def residual(plan: Plan, noise: Any, z: Array, part: Part) -> Array:
     rest = part.rest
     if part.beta is not None:
         phi = _surrogate.features(in_groups(plan, z), plan.degree or 0, noise.mean)
-        q = _surrogate.predict(phi.astype(rest.dtype), part.beta)
+        q = matmul(phi.astype(rest.dtype), part.beta)
         rest = rest - q.reshape(q.shape[0] * q.shape[1], q.shape[2])[: rest.shape[0]]
     return kept(rest, part.present)
 

@@ -11,8 +11,9 @@ e_i is what it leaves of g_i, so that one inverse serves all N fits.
 
 Each is drawn towards a constant, to (1 - keep_i) constant + keep_i regression, with the keep_i from
 0 to 1 that would predict its own samples best had each been left out, which the same inverse tells.
-Of few samples this is itself uncertain: it is the mean of what they leave likely if before
-them any number of a size of about 1 was, with what chance leaves unexplained of n - 1 numbers.
+Few samples leave keep uncertain. So it is a posterior mean, cut to 0 and 1: the prior is normal of
+mean 0 and variance 1, and errors are normal, with the mean square that the best keep leaves of
+n - 1 numbers.
 Nothing in the surrogate of sample i depends on z_i or f_i.
 
 References:

@@ -254,11 +254,6 @@ def _lost(gain: Array, explained: Array, tried: int, size: int, sums: Sums) -> A
     return jax.lax.stop_gradient(where(told, chance, 1) / where(told, gain * weight, safe))
 
 
-def predict(phi: Array, beta: Array) -> Array:
-    """q at each sample, (groups, n, M), of phi (groups, n, P) and beta (groups, P, M)."""
-    return matmul(phi, beta)
-
-
 def _apply(matrix: Array, beta: Array) -> Array:
     """matrix @ beta, (groups, P, M); if small, in a form that compiles faster."""
     if beta.shape[2] == 1 and matrix.shape[1] <= _FEW:

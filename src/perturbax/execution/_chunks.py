@@ -48,8 +48,9 @@ def draw_noise(plan: Plan, key: Array, operands: Operands, chunk: Chunk) -> Arra
 def draw_next(plan: Plan, key: Array, operands: Operands, first: Array, count: int) -> Array:
     """Noise of the samples first, ..., first + count - 1 of all groups in a row, (count, D).
 
-    Who takes few samples at a time, one after another, gets whole groups in the end. `first` is an
-    uint32 scalar, a multiple of `count`.
+    Who asks for one range of `count` samples after another has whole groups after enough calls, so
+    that samples of several calls are orthogonal or stratified together. `first` is an uint32
+    scalar, a multiple of `count`.
     """
     size = plan.group_size
     if count % size == 0:
@@ -149,7 +150,11 @@ def summed(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> Any:
 
 
 def stacked(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> Any:
-    """What body(chunk, xs of its samples or groups) has a row a sample, or a group, of, of all."""
+    """What body(chunk, xs) returns for all chunks, one behind the other.
+
+    body gets the part of xs that belongs to the chunk, and returns arrays with a row for each of
+    its samples, or for each of its groups.
+    """
     return over_groups(plan, lambda chunk, xs: ((), body(chunk, xs)), xs)[1]
 
 

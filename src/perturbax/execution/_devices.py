@@ -33,9 +33,10 @@ def num_slots(mesh: Mesh) -> int:
 
 
 def starts(number: int, parts: int) -> np.ndarray:
-    """Ends of as many parts of `number` things as alike as can be: part i ends where i + 1 starts.
+    """Where the parts of `number` things start, and the last one ends: (parts + 1,).
 
-    The size of parts is spread evenly, so that any parts in a row have a fair share, too.
+    Sizes differ by one at most, and larger parts are spread evenly, so that any parts in a row have
+    a fair share, too.
     """
     return np.arange(parts + 1, dtype=np.int64) * number // parts
 

@@ -22,8 +22,8 @@ from . import _devices
 # Numbers in flight at a time: a chunk of noise should stay in the cache of a core, and fill a GPU.
 CHUNK = {"cpu": 2**19}
 _CHUNK_ACCELERATOR = 2**26
-# A sample of the noise that several passes read is drawn again in each of them if there are several
-# chunks; chunks this many times as large cost less.
+# Where several passes read the noise, each draws that of every chunk again, if there are several:
+# chunks this many times as large make that rarer.
 _PASSES = 2
 # Slightly more than a chunk is one, which saves what is left a compilation of its own.
 _AT_ONCE = 1.5
