@@ -285,6 +285,33 @@ def trust_region_step(gradient: Array, curvatures: Array, radius: Array) -> tupl
     return jnp.where(free, step(jnp.zeros_like(low)), step(high)), ~free
 
 
+def reshaped(
+    metric: Array, axes: Array, curvatures: Array, unsure: Array, explained: Array
+) -> Array:
+    """The metric with more noise along axes of little curvature, and less along those of much.
+
+    Samples are fewer than curvatures: ratios are drawn towards one by how unsure each is, and by
+    the correlation of what is predicted with what is seen.
+    """
+    typical, curved = jnp.mean(jnp.abs(curvatures)), jnp.maximum(curvatures, 0)
+    stretch = jnp.sqrt((typical + unsure) / (curved + unsure)) ** jnp.sqrt(explained)
+    stretch = jnp.clip(stretch, 1 / _STRETCH, _STRETCH)
+    stretch = stretch / jnp.exp(jnp.mean(jnp.log(stretch)))
+    after = metric @ (axes * stretch) @ axes.T
+    return jnp.where((typical > 0) & jnp.isfinite(after).all(), after, metric)
+
+
+def limited_noise(sigma: Array, metric: Array, widest: Array) -> tuple[Array, Array]:
+    """Sigma and metric whose noise is as wide as `widest` at most in each coordinate.
+
+    What all rows lose is sigma's: it would grow without end, and the metric vanish, where the
+    function does not depend on a coordinate.
+    """
+    left = jnp.minimum(1, widest / (sigma * jnp.linalg.norm(metric, axis=1)))
+    common = jnp.exp(jnp.mean(jnp.log(left)))
+    return sigma * common, metric * (left / common)[:, None]
+
+
 def surrogate_search(setup: Setup) -> Method:
     """The method: draw around a proposal, fit, go back if it is worse, propose."""
     objective, sigma, num_samples = setup.objective, setup.sigma, setup.num_samples
@@ -477,16 +504,7 @@ def surrogate_search(setup: Setup) -> Method:
             along, limited = trust_region_step(axes.T @ found.gradient, curvatures, radius)
             move = axes @ along
             proposal = centre + scale @ move
-            typical = jnp.mean(jnp.abs(curvatures))
-            # Samples are fewer than curvatures: ratios are drawn towards one by how unsure each is,
-            # and by the correlation of what is predicted with what is seen.
-            curved = jnp.maximum(curvatures, 0)
-            stretch = jnp.sqrt((typical + found.unsure) / (curved + found.unsure))
-            stretch = stretch ** jnp.sqrt(explained)
-            stretch = jnp.clip(stretch, 1 / _STRETCH, _STRETCH)
-            stretch = stretch / jnp.exp(jnp.mean(jnp.log(stretch)))
-            metric = state.metric @ (axes * stretch) @ axes.T
-            metric = jnp.where((typical > 0) & jnp.isfinite(metric).all(), metric, state.metric)
+            metric = reshaped(state.metric, axes, curvatures, found.unsure, explained)
         else:
             curvatures = jnp.full(dim, jnp.trace(found.curvature) / dim)
             move, limited = trust_region_step(found.gradient, curvatures, radius)
@@ -515,12 +533,7 @@ def surrogate_search(setup: Setup) -> Method:
         if adapts:
             widest = flat(operands.widest)
             if learns_metric:
-                left = jnp.minimum(1, widest / noises(new_sigma, metric))
-                # What all rows lose is sigma's: it would grow without end, and the metric vanish,
-                # where the function does not depend on a coordinate.
-                common = jnp.exp(jnp.mean(jnp.log(left)))
-                new_sigma = new_sigma * common
-                metric = metric * (left / common)[:, None]
+                new_sigma, metric = limited_noise(new_sigma, metric, widest)
             else:
                 new_sigma = unlimited = jnp.minimum(new_sigma, jnp.min(widest / metric))
 
