@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -256,10 +257,25 @@ def test_keys_of_steps_are_those_of_jax():
         np.testing.assert_array_equal(*data)
 
 
-@pytest.mark.covering
-@pytest.mark.parametrize("degree", [0, 1, 2])
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("noise_name", ["normal", "gumbel"])
+def cases_of_derivatives():
+    """Each sampler with degree 2, under one of the laws; a few with others.
+
+    The two tests that follow have each sampler with degrees 0 and 1, but blocks with degree 0.
+    """
+    more = [
+        ("independent", "normal", 0),
+        ("blocks", "gumbel", 0),
+        ("orthogonal", "normal", 1),
+        ("two nets", "gumbel", 1),
+    ]
+    laws = "normal", "gumbel"
+    for i, name in enumerate(SAMPLERS):
+        for case in itertools.product([name], laws, [0, 1, 2]):
+            chosen = case == (name, laws[i % 2], 2) or case in more
+            yield pytest.param(*case, marks=() if chosen else pytest.mark.full)
+
+
+@pytest.mark.parametrize(("name", "noise_name", "degree"), [*cases_of_derivatives()])
 def test_derivatives_are_unbiased(name, noise_name, degree, everything):
     noise = {"normal": px.Normal(), "gumbel": px.Gumbel()}[noise_name]
     case = cf.step_and_choice(getattr(cf, noise_name))
@@ -348,10 +364,10 @@ def test_smooth_laws_are_unbiased(name, degree):
             return fun(key, p[:1])
 
         p = jnp.array([STEP_AT, SIGMA])
-        slope, push = jax.linearize(jax.grad(estimate), p)
-        hessian = push(jnp.array([1.0, 0.0]))[0]
+        (value, slope), push = jax.linearize(jax.value_and_grad(estimate), p)
+        _, hessian = push(jnp.array([1.0, 0.0]))
         return {
-            "value": estimate(p), "gradient": slope[0], "dsigma": slope[1], "hessian": hessian
+            "value": value, "gradient": slope[0], "dsigma": slope[1], "hessian": hessian[0]
         }  # fmt: skip
 
     assert_unbiased(
@@ -713,10 +729,11 @@ def test_any_number_of_samples_is_evaluated_exactly(name, num_samples):
     np.testing.assert_allclose(value, np.mean(np.sum(points, axis=1)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.covering("name")
+@pytest.mark.parametrize("batch_size", [50, 1, 16])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_batch_size_changes_nothing(name, everything):
+def test_the_batch_size_changes_nothing(name, batch_size):
     x = jnp.array([0.3, -0.2, 0.1])
-    sizes = (None, 1, 16, 50) if everything else (None, 1, 50)
 
     def gradient(x, batch_size):
         fun = smooth(
@@ -725,9 +742,8 @@ def test_the_batch_size_changes_nothing(name, everything):
         )  # fmt: skip
         return jax.grad(fun, argnums=1)(jax.random.key(9), x)
 
-    expected, *found = jax.jit(lambda x: [gradient(x, size) for size in sizes])(x)
-    for one in found:
-        np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-5)
+    found, expected = jax.jit(lambda x: [gradient(x, size) for size in (batch_size, None)])(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
