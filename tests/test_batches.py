@@ -146,12 +146,18 @@ def test_large_batches_are_gone_through_in_turn(monkeypatch, everything):
 
     The first of the two sizes once took what was traced for whole batches.
     """
-    cases = [({}, 2), ({}, 6), ({"degree": 0}, 5), ({"use_baseline": False}, 6)]
+    independent = {"sampler": px.Independent()}
+    cases = [
+        ({}, 6),
+        ({**independent, "degree": 1}, 2),
+        (INDEPENDENT, 5),
+        ({**independent, "use_baseline": False}, 6),
+    ]
     if everything:
-        cases.append(({}, 5))
+        cases += [({}, 2), ({}, 5), ({"degree": 0}, 5), ({"use_baseline": False}, 6)]
 
     def estimates(options, size):
-        x = jnp.linspace(-1.0, 1.0, size * 40).reshape(size, 40)
+        x = np.linspace(-1.0, 1.0, size * 40, dtype=np.float32).reshape(size, 40)
         keys = jax.random.split(jax.random.key(3), size)
         fun = px.make_perturbed_fun(lambda y: jnp.sum(jnp.abs(y)), 300, 0.5, **options)
         one = jax.value_and_grad(fun, argnums=1)
