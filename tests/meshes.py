@@ -21,7 +21,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import perturbax as px
-from helpers import AS_FOR_USERS, assert_trees_close, failures
+from helpers import AS_FOR_USERS, assert_trees_close, failures, twice
 
 KEY = jax.random.key(0)
 X = jnp.array([0.5, -1.0, 2.0])
@@ -69,11 +69,13 @@ def check_every_sampler_and_degree():
         {"num_samples": 64},  # two Sobol nets, whose points are shared
         {"num_samples": 65, "sampler": px.OrthogonalArray(num_groups=4), "batch_size": 5},
     ]
-    for i, settings in enumerate(cases):
-        found = functools.partial(derivatives, argnums=(2,) if i in (0, 4) else (0, 1), **settings)
+    argnums = [(2,), (0, 1), (0, 1), (0,), (2,), (0, 1)]
+    for settings, which in zip(cases, argnums, strict=True):
+        found = functools.partial(derivatives, argnums=which, **settings)
         assert_trees_close(found(mesh(3)), found(None), rtol=1e-4, atol=1e-5)
-    actual, expected = errors(mesh(3), **cases[4]), errors(None, **cases[4])
-    assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
+    if "--all" in sys.argv:  # else on two devices, by processes.py
+        actual, expected = errors(mesh(3), **cases[4]), errors(None, **cases[4])
+        assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def check_bits_on_any_number_of_devices():
@@ -133,10 +135,10 @@ def check_layers():
     def run(where):
         settings = {"num_samples": 50, "sigma": 0.5, "mesh": where, **INDEPENDENT}
         layer = px.make_perturbed_argmax(px.solvers.one_hot_argmax, **settings)
-        value = jax.jit(jax.jacrev(layer, argnums=1))(KEY, X)
+        jacobian, value = jax.jit(jax.jacrev(twice(functools.partial(layer, KEY)), has_aux=True))(X)
         loss = px.make_fenchel_young_loss(px.solvers.one_hot_argmax, **settings)
         slope = jax.jit(jax.grad(loss, argnums=1))(KEY, X, jnp.array([1.0, 0.0, 0.0]))
-        return layer(KEY, X), value, slope
+        return value, jacobian, slope
 
     assert_trees_close(run(mesh(2)), run(None), rtol=1e-4, atol=1e-5)
 
@@ -236,20 +238,20 @@ def check_arguments_elsewhere():
     Types of arrays on the mesh tell of it in eager calls. They met those of shard_map in all that
     is more than a gradient: second derivatives, estimate, and functions with aux, as of carry.
     """
-    x, wide = jnp.arange(4.0) - 1.5, {**INDEPENDENT, "degree": 1}
+    x = jnp.arange(4.0) - 1.5
 
     def run(where, x):
-        g = smooth(where, **wide)
-        with_aux = smooth(where, lambda y: (fun(y), y), has_aux=True, **wide)
+        g = smooth(where, **INDEPENDENT)
+        with_aux = smooth(where, lambda y: (fun(y), y), has_aux=True, **INDEPENDENT)
         return (
             jax.value_and_grad(g, argnums=1)(KEY, x),
             jax.jacrev(jax.grad(g, argnums=1), argnums=1)(KEY, x),
             jax.grad(with_aux, argnums=1, has_aux=True)(KEY, x),
-            errors(where, x, **wide),
+            errors(where, x, **{**INDEPENDENT, "degree": 1}),
         )
 
     where, expected = mesh(2), jax.jit(functools.partial(run, None))(x)
-    gradient = jax.value_and_grad(smooth(where, **wide), argnums=1)
+    gradient = jax.value_and_grad(smooth(where, **INDEPENDENT), argnums=1)
     found = gradient(KEY, jax.device_put(x, jax.devices()[5]))
     assert_trees_close(found, expected[0], rtol=1e-4, atol=1e-5)
     for placed in (
@@ -288,8 +290,8 @@ def check_points_on_explicit_axes():
         placed = on_explicit_axes(x, 2, spec)
         assert_trees_close(jax.jit(run)(placed), expected, rtol=1e-3, atol=1e-4)
         carried = px.carry(smooth(where, stairs))
-        jax.jit(carried.value_and_grad).lower(carried.init(placed), KEY, placed)
-        jax.jit(lambda x: px.minimize(stairs, x, KEY, max_evaluations=60)).lower(placed)
+        jax.eval_shape(carried.value_and_grad, carried.init(placed), KEY, placed)
+        jax.eval_shape(lambda x: px.minimize(stairs, x, KEY, max_evaluations=60), placed)
     actual = found(placed)
     assert_trees_close(actual, lowest, rtol=1e-4, atol=1e-5)
     assert jax.typeof(actual[0]) == jax.typeof(placed)
@@ -360,7 +362,7 @@ def check_functions_of_arrays_on_the_mesh():
     assert_trees_close(found, derivatives(None, c), rtol=1e-4, atol=1e-5)
     carried = px.carry(smooth(where, num_samples=64))
     state = jax.device_put(carried.init(X), NamedSharding(where, P()))
-    jax.jit(carried.value_and_grad).lower(state, KEY, X)
+    jax.eval_shape(carried.value_and_grad, state, KEY, X)
 
 
 def collectives(text):

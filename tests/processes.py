@@ -42,9 +42,10 @@ def found(mesh):
     smooth = make(fun, NUM_SAMPLES, 0.5, **INDEPENDENT)
 
     @jax.jit
+    @functools.partial(jax.jacfwd, has_aux=True)
     def derivatives(x):
         first = jax.value_and_grad(smooth, argnums=(1, 2))(key, x, 1.5)
-        return first, jax.jacfwd(jax.grad(smooth, argnums=1), argnums=1)(key, x, 1.5)
+        return first[1][0], first
 
     # Of two nets the points are shared out, for lack of groups.
     nets = px.estimate(make(fun, 64, 0.5, sampler=px.Sobol(), degree=1), key, X, 1.5)
