@@ -36,6 +36,8 @@ def rosenbrock(x):
 
 
 ADAM = optax.adam(0.05)
+# A run whose steps are quickly compiled, for what holds of any.
+QUICK = {"optimizer": ADAM, "sigma": 0.5, "sampler": px.Independent(), "degree": 0}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_noise_keeps_its_shape_where_curvatures_are_not_known():
         return found.value / sphere(start)
 
     # It was .04.
-    assert np.median(jax.vmap(left)(jax.random.split(jax.random.key(0), 16))) < 0.01
+    assert np.median(jax.jit(jax.vmap(left))(jax.random.split(jax.random.key(0), 16))) < 0.01
 
 
 def test_history_counts_and_falls(found):
@@ -95,44 +97,46 @@ def test_history_counts_and_falls(found):
     assert found.reason == "max_evaluations reached"
 
 
+# Points at which `tilted` was evaluated; tests share its programs, so it is one list.
+CALLS = []
+
+
+def tilted_on_host(x, tilt):
+    CALLS.append(x.copy())
+    return np.float32(np.linalg.norm(x) + tilt * x[0])
+
+
+def tilted(x, tilt):
+    like = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.pure_callback(tilted_on_host, like, x, tilt, vmap_method="sequential")
+
+
+def run_tilted(tilt, **options):
+    """A run, and the points at which it evaluated its function."""
+    CALLS.clear()
+    run = quiet(tilted, jnp.zeros(4), jax.random.key(0), args=(jnp.float32(tilt),), **options)
+    return run, CALLS.copy()
+
+
 def test_every_evaluation_is_counted():
-    calls = []
-
-    def on_host(x):
-        calls.append(x.copy())
-        return np.float32(np.sum(np.round(4 * (x - 1)) ** 2))
-
-    def fun(x):
-        like = jax.ShapeDtypeStruct((), jnp.float32)
-        return jax.pure_callback(on_host, like, x, vmap_method="sequential")
-
     for optimizer in (None, ADAM):
-        calls.clear()
-        run = quiet(fun, jnp.zeros(4), jax.random.key(0), optimizer=optimizer, max_evaluations=200)
+        run, calls = run_tilted(3.0, optimizer=optimizer, max_evaluations=200)
         assert len(calls) == run.num_evaluations <= 200
         # In the end the best point, and with an optimiser where it ended; the better one is found.
         tried = calls[-1 if optimizer is None else -2 :]
-        np.testing.assert_array_equal(min(tried, key=lambda x: fun(x)), run.x)
+        np.testing.assert_array_equal(min(tried, key=lambda x: tilted_on_host(x, 3.0)), run.x)
 
 
-@pytest.mark.parametrize(("tilt", "looks"), [(3.0, 4), (0.0, 24)])
-def test_a_first_sigma_is_looked_for_no_longer_than_it_takes(tilt, looks):
+def test_a_first_sigma_is_looked_for_no_longer_than_it_takes():
     """The widest that is good is taken at once; what was seen on the way counts."""
-    calls, seen = [], []
-
-    def on_host(x):
-        calls.append(np.float32(np.linalg.norm(x) + tilt * x[0]))
-        return calls[-1]
-
-    def fun(x):
-        like = jax.ShapeDtypeStruct((), jnp.float32)
-        return jax.pure_callback(on_host, like, x, vmap_method="sequential")
-
-    run = quiet(fun, jnp.zeros(4), jax.random.key(0), callback=seen.append, max_evaluations=40)
-    assert len(calls) == run.num_evaluations
-    assert seen[0].evaluations == 2 + looks + 6
-    assert seen[0].best_value == min(calls[: seen[0].evaluations])
-    assert tilt or (run.x == 0).all()
+    for tilt, looks in ((3.0, 4), (0.0, 24)):
+        seen = []
+        run, calls = run_tilted(tilt, callback=seen.append, max_evaluations=40)
+        assert len(calls) == run.num_evaluations
+        assert seen[0].evaluations == 2 + looks + 6
+        values = [tilted_on_host(x, np.float32(tilt)) for x in calls[: seen[0].evaluations]]
+        assert seen[0].best_value == min(values)
+        assert tilt or (run.x == 0).all()
 
 
 def test_prints_as_a_table(found):
@@ -334,12 +338,14 @@ def test_fixed_settings_are_the_loop_that_one_would_write():
 @pytest.mark.parametrize("unit", [1e-30, 1e30])
 def test_values_of_any_magnitude_in_single_precision(unit):
     """Of 1e30, squares of slopes overflowed, no step was made, and .3 to 70 units were left."""
-    weights = 10.0 ** (3 * jnp.arange(20) / 20)
+    weights = 10.0 ** (3 * np.arange(20, dtype=np.float32) / 20)
 
-    def ellipsoid(x):
-        return unit * jnp.sum(weights * (x - 1) ** 2)
+    def ellipsoid(x, weights):
+        return jnp.sum(weights * (x - 1) ** 2)
 
-    run = quiet(ellipsoid, jnp.zeros(20), jax.random.key(0), max_evaluations=1500)
+    # The unit is in an argument: both runs are by one program.
+    args = (jnp.asarray(unit * weights),)
+    run = quiet(ellipsoid, jnp.zeros(20), jax.random.key(0), max_evaluations=1500, args=args)
     assert run.value < 1e-6 * unit
 
 
@@ -457,12 +463,15 @@ def test_a_factorisation_that_fails_does_not_end_the_search(monkeypatch):
 
 
 def test_values_that_are_not_numbers():
-    def partly(x):
-        return jnp.where(x[0] < -0.2, jnp.nan, jnp.sum((x - 1) ** 2))
+    def above(x, edge):
+        return jnp.where(x[0] < edge, jnp.nan, jnp.sum((x - 1) ** 2))
 
-    run = quiet(partly, jnp.zeros(3), jax.random.key(0), max_evaluations=500)
-    assert run.value < 1e-3
-    never = quiet(lambda x: jnp.nan * jnp.sum(x), jnp.zeros(3), jax.random.key(0))
+    def run(edge):  # both by one program
+        args = (jnp.float32(edge),)
+        return quiet(above, jnp.zeros(3), jax.random.key(0), max_evaluations=500, args=args)
+
+    partly, never = run(-0.2), run(np.inf)
+    assert partly.value < 1e-3
     assert never.reason == "every value was NaN or infinite"
     np.testing.assert_array_equal(never.x, 0)
     assert np.isnan(never.history.standard_error).all()
@@ -540,24 +549,24 @@ def test_what_does_not_matter_to_the_function_stays_in_sight():
 
 
 @pytest.mark.parametrize("bounds", [{}, {"lower": 0.0, "upper": 1.0}], ids=["free", "box"])
-@pytest.mark.parametrize("coordinates", [0, 1])
-def test_sigma_is_that_of_the_noise_where_coordinates_are_as_wide_as_they_may_be(
-    coordinates, bounds
-):
+def test_sigma_is_that_of_the_noise_where_coordinates_are_as_wide_as_they_may_be(bounds):
     """It grew while their noise could not, until a plateau was asked for at NaN."""
     points = []
 
-    def fun(x):
+    def fun(x, weights):
         points.append(np.array(x, np.float64))
-        return float(np.sum(np.round(8 * points[-1][:coordinates]) ** 2))
+        return float(weights @ np.round(8 * points[-1]) ** 2)
 
-    start = jnp.full(2, 0.5)
+    start = jnp.array([0.5, 0.5])
     host = px.host_function(fun, like=0.0)
-    run = quiet(host, start, jax.random.key(0), max_evaluations=1600, **bounds)
-    last = np.array(points[slice(*run.history.evaluations[-2:])])
-    widths = np.linalg.svd(last - last.mean(axis=0), compute_uv=False) / np.sqrt(len(last))
-    assert np.isfinite(points).all()
-    np.testing.assert_allclose(np.log(run.history.sigma[-1]), np.log(widths).mean(), atol=0.7)
+    # The function depends on neither coordinate, or on the first.
+    for weights in (jnp.zeros(2), jnp.array([1.0, 0.0])):
+        points.clear()
+        run = quiet(host, start, jax.random.key(0), args=(weights,), max_evaluations=1600, **bounds)
+        last = np.array(points[slice(*run.history.evaluations[-2:])])
+        widths = np.linalg.svd(last - last.mean(axis=0), compute_uv=False) / np.sqrt(len(last))
+        assert np.isfinite(points).all()
+        np.testing.assert_allclose(np.log(run.history.sigma[-1]), np.log(widths).mean(), atol=0.7)
 
 
 def test_a_narrow_coordinate_does_not_end_the_run():
@@ -625,7 +634,7 @@ def test_no_key_is_used_twice_but_to_compare():
 def test_a_start_on_a_bound_that_is_rounded(dtype):
     """The nearest number to 0.7 in single precision is below 0.7: half of all were refused."""
     x0 = jnp.full(2, 0.7, dtype)
-    options = {"max_evaluations": 32, "num_samples": 4}
+    options = {"max_evaluations": 32, "num_samples": 4, **QUICK}
     run = quiet(staircase, x0, jax.random.key(0), lower=0.7, upper=3.0, **options)
     assert (run.x >= jnp.asarray(0.7, dtype)).all()
 
@@ -712,7 +721,7 @@ def test_a_checkpoint_of_another_problem_is_refused(tmp_path):
     def fun(x, data):
         return jnp.sum(jnp.round(x - data) ** 2)
 
-    run = functools.partial(quiet, max_evaluations=200, checkpoint=kept)
+    run = functools.partial(quiet, max_evaluations=200, checkpoint=kept, **QUICK)
     run(fun, jnp.zeros(4), jax.random.key(0), args=(data,))
     before = kept.read_bytes()
     for what, call in {
@@ -740,7 +749,7 @@ def test_a_checkpoint_of_another_host_function_is_refused(tmp_path):
 
         return px.host_function(simulator, like=0.0)
 
-    run = functools.partial(quiet, max_evaluations=100, checkpoint=tmp_path / "run")
+    run = functools.partial(quiet, max_evaluations=100, checkpoint=tmp_path / "run", **QUICK)
     first = run(around(1.0), jnp.zeros(3), jax.random.key(0))
     again = run(around(1.0), jnp.zeros(3), jax.random.key(0))
     np.testing.assert_array_equal(first.x, again.x)
@@ -780,7 +789,7 @@ pure_callback = functools.partial(jax.pure_callback, vmap_method="sequential")
 )
 def test_a_checkpoint_of_other_data_is_refused(make, tmp_path):
     """It was not where a program's text does not have them, or the function had no name."""
-    run = functools.partial(quiet, max_evaluations=60, checkpoint=tmp_path / "run")
+    run = functools.partial(quiet, max_evaluations=60, checkpoint=tmp_path / "run", **QUICK)
     run(make(np.ones(3, np.float32)), jnp.zeros(3), jax.random.key(0))
     with pytest.raises(ValueError, match="another problem: fun or its data"):
         run(make(2 * np.ones(3, np.float32)), jnp.zeros(3), jax.random.key(0))
@@ -1001,6 +1010,7 @@ def test_noise_is_not_stuck_at_a_width_at_which_bounds_hide_the_function():
     def waves(x):
         return jnp.sum(10 * (x - 0.3) ** 2 + 1 - jnp.cos(12 * (x - 0.3)))
 
+    @jax.jit
     @jax.vmap
     def value(key):
         return px.minimize(waves, jnp.zeros(6), key, max_evaluations=800, lower=-1, upper=1).value
