@@ -48,11 +48,11 @@ def trained(noise, sampler):
     return carried, state
 
 
-def after_steps(carried, x, seed, num_steps):
+def after_steps(carried, x, seed, num_steps, *args):
     """The last of some estimates at one point, and the state after them."""
 
     def step(state, key):
-        found, state = carried.value_and_grad(state, key, x)
+        found, state = carried.value_and_grad(state, key, x, *args)
         return state, found
 
     keys = jax.random.split(jax.random.key(seed), num_steps)
@@ -198,12 +198,13 @@ def test_without_a_past_it_is_the_perturbed_function():
 
 SAMPLERS = [
     (px.Normal(), px.Independent()),
-    (px.Normal(), px.Antithetic()),
+    # The other samplers and laws are looked at one by one elsewhere: what is learnt is in none.
+    pytest.param(px.Normal(), px.Antithetic(), marks=pytest.mark.full),
     (px.Normal(), px.Orthogonal()),
     (px.Normal(), px.Sobol()),
-    (px.Normal(), px.OrthogonalArray()),
+    pytest.param(px.Normal(), px.OrthogonalArray(), marks=pytest.mark.full),
     (px.Gumbel(), px.Independent()),
-    (px.Logistic(), px.Independent()),
+    pytest.param(px.Logistic(), px.Independent(), marks=pytest.mark.full),
 ]
 
 
@@ -388,22 +389,28 @@ def test_scans_vmaps_and_takes_trees():
     assert_trees_close(jax.tree.map(lambda v: v[1], state), one, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("penalty", [np.nan, np.inf, np.finfo(np.float32).max])
-def test_values_that_are_not_finite_are_not_learnt(penalty):
+def test_values_that_are_not_finite_are_not_learnt():
     """Nor those of which a sum is not."""
-    g = smoothed(lambda x: jnp.where(x[0] > 0.6, penalty, jnp.sum(x)))
-    _, state = after_steps(px.carry(g, memory=16), X, 15, 3)
-    assert 0 < state.counted.sum() < 16
-    assert all(np.isfinite(v).all() for v in jax.tree.leaves(state))
+    g = smoothed(
+        lambda x, penalty: jnp.where(x[0] > 0.6, penalty, jnp.sum(x)), sampler=px.Independent()
+    )
+    carried = px.carry(g, memory=16)
+    # One program for all penalties.
+    penalties = np.float32([np.nan, np.inf, np.finfo(np.float32).max])
+    _, states = jax.vmap(lambda penalty: after_steps(carried, X, 15, 3, penalty))(penalties)
+    for i, penalty in enumerate(penalties):
+        state = jax.tree.map(lambda v, i=i: np.asarray(v)[i], states)
+        assert 0 < state.counted.sum() < 16, penalty
+        assert all(np.isfinite(v).all() for v in jax.tree.leaves(state)), penalty
 
 
 def test_penalties_whose_squares_overflow_are_learnt():
     """Where fun was 1e19, a state once was NaN, and value and gradient from then on."""
-    size = 2.0**90
-    found = [
-        after_steps(px.carry(smoothed(lambda x, s=s: s * bumpy(x))), X, 6, 3) for s in (1.0, size)
-    ]
-    (estimates, state), (large, large_state) = found
+    size = np.float32(2.0**90)
+    carried = px.carry(smoothed(lambda x, size: size * bumpy(x), sampler=px.Independent()))
+    found = jax.vmap(lambda size: after_steps(carried, X, 6, 3, size))(np.array([1, size]))
+    estimates, state = jax.tree.map(lambda v: v[0], found)
+    large, large_state = jax.tree.map(lambda v: v[1], found)
     assert_trees_close(large, jax.tree.map(lambda v: size * v, estimates), rtol=1e-5)
     assert_trees_close(large_state.error, state.error, rtol=1e-4)
 
@@ -491,15 +498,13 @@ def test_on_a_plateau_a_prediction_loses_its_share():
 
 def test_far_from_the_origin_no_digits_are_lost():
     """Points are told from where x began, or steps of 1e-3 would be lost at 1e4 in float32."""
-    near, far = jnp.zeros(2), jnp.full(2, 8192.0)
-    gradients = []
-    for at in (near, far):
-        g = px.make_perturbed_fun(
-            lambda x, at=at: jnp.sum(jnp.floor(64 * (x - at))), 16, 2.0**-6, px.Normal()
-        )
-        (_, gradient), _ = after_steps(px.carry(g, memory=64), at, 17, 12)
-        gradients.append(gradient)
-    assert_trees_close(gradients[1], gradients[0], rtol=0.2)
+    g = px.make_perturbed_fun(
+        lambda x, at: jnp.sum(jnp.floor(64 * (x - at))), 16, 2.0**-6, px.Normal()
+    )
+    carried = px.carry(g, memory=64)
+    points = np.float32([[0, 0], [8192, 8192]])
+    (_, (near, far)), _ = jax.vmap(lambda at: after_steps(carried, at, 17, 12, at))(points)
+    assert_trees_close(far, near, rtol=0.2)
 
 
 @pytest.mark.parametrize(
