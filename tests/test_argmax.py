@@ -92,8 +92,9 @@ def test_argmax_and_ranks_under_other_noise(law, everything):
         name: smooth[name](SCORES, SIGMA, exact_noise).as_dict(*of_it)
         for name, of_it in names.items()
     }
-    promise = {name: {quantity: PROMISES[quantity] for quantity in exact[name]} for name in exact}
-    num_keys = 6144 if everything else 5120
+    promises = {**PROMISES, "gradient": 0.03}
+    promise = {name: {quantity: promises[quantity] for quantity in exact[name]} for name in exact}
+    num_keys = 6144 if everything else 5120 if law == "logistic" else 4096
     assert_unbiased(estimates, exact, seed=22, num_keys=num_keys, args=(X, SIGMA), promise=promise)
 
 
@@ -102,13 +103,13 @@ def argmax_of(sigma, solver, noise):
 
 
 MAX_PROMISES = {
-    "value": 0.002,
-    "gradient": 0.005,
+    "value": 0.003,
+    "gradient": 0.006,
     "dsigma": 0.01,
     "hessian": 0.02,
     "mixed": 0.05,
     "dsigma2": 0.1,
-    "third": 0.1,
+    "third": 0.12,
 }
 
 
@@ -125,7 +126,7 @@ def test_max_at_every_order(law):
         estimates,
         exact.as_dict(),
         seed=13,
-        num_keys=9216,
+        num_keys=6144 if law == "gumbel" else 9216,
         args=(X, SIGMA),
         promise=MAX_PROMISES,
         keys_per_batch=64,  # third derivatives of more do not fit into a core's cache
@@ -140,7 +141,8 @@ def test_max_by_every_sampler(sampler):
         lambda s: maximum(sigma=s, noise=px.Normal(), sampler=SAMPLERS[sampler], degree=0), names
     )
     promise = {name: PROMISES[name] for name in exact}
-    assert_unbiased(estimates, exact, seed=14, num_keys=5120, args=(X, SIGMA), promise=promise)
+    num_keys = 5120 if sampler == "orthogonal" else 2048
+    assert_unbiased(estimates, exact, seed=14, num_keys=num_keys, args=(X, SIGMA), promise=promise)
 
 
 def two_way(theta, sigma):
@@ -195,7 +197,7 @@ def test_multiplicative_perturbation():
         return {"gradient": argmax(sigma=sigma, **options)(key, x)}
 
     mutant = {"gradient": best["gradient"]}
-    assert_biased(without_factor, mutant, seed=15, num_keys=5120, args=args)
+    assert_biased(without_factor, mutant, seed=15, num_keys=256, args=args)
 
 
 def test_symmetrizing_what_is_no_gradient_is_noticed():
@@ -209,9 +211,10 @@ def test_symmetrizing_what_is_no_gradient_is_noticed():
     def jacobian(key, x, symmetrize):
         return jax.jacrev(argmax(no_argmax, symmetrize=symmetrize), argnums=1)(key, x)
 
-    settings = {"seed": 16, "num_keys": 1024, "args": (X,)}
-    assert_unbiased(functools.partial(jacobian, symmetrize=False), exact, promise=0.05, **settings)
-    assert_biased(functools.partial(jacobian, symmetrize=True), exact, **settings)
+    settings = {"seed": 16, "args": (X,)}
+    right, wrong = (functools.partial(jacobian, symmetrize=yes) for yes in (False, True))
+    assert_unbiased(right, exact, num_keys=1024, promise=0.05, **settings)
+    assert_biased(wrong, exact, num_keys=128, **settings)
 
 
 def test_objective_with_features_and_an_offset():
@@ -238,7 +241,7 @@ def test_objective_with_features_and_an_offset():
 
     exact = {"gradient": exact.value, "hessian": exact.gradient, "weight": np.zeros(())}
     scale = {"gradient": None, "hessian": None, "weight": 1.0}
-    assert_unbiased(estimates, exact, seed=17, num_keys=1024, args=(X,), promise=0.05, scale=scale)
+    assert_unbiased(estimates, exact, seed=17, num_keys=512, args=(X,), promise=0.05, scale=scale)
 
 
 # --- Identities that hold sample by sample
@@ -262,7 +265,8 @@ def test_danskin():
         {},
         {"batch_size": 5, **INDEPENDENT},
         {"num_samples": 3, "batch_size": 1},
-        {"sampler": px.Sobol(), "degree": 1},
+        # What the default is.
+        pytest.param({"sampler": px.Sobol(), "degree": 1}, marks=pytest.mark.full),
         {"use_baseline": False, "sigma": jnp.array([0.3, 0.5, 0.9]), **INDEPENDENT},
     ],
     ids=str,

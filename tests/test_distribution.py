@@ -105,8 +105,8 @@ def test_mean_permutation_matrix_and_its_derivatives(sampler):
         return layer(key, x).expectation(lambda y: y)
 
     def estimates(key, x, sigma):
-        dsigma, value = jax.jacfwd(twice(mean), argnums=2, has_aux=True)(key, x, sigma)
-        gradient = jax.jacrev(mean, argnums=1)(key, x, sigma)
+        by_both = jax.jacrev(twice(mean), argnums=(1, 2), has_aux=True)
+        (gradient, dsigma), value = by_both(key, x, sigma)
         return {"value": value, "gradient": gradient, "dsigma": dsigma}
 
     promise = {"value": 0.01, "gradient": 0.03, "dsigma": 0.05}
