@@ -28,6 +28,7 @@ def layer(solver=one_hot, num_samples=32, sigma=SIGMA, **options):
     return px.make_implicit_mle(solver, num_samples, sigma, **options)
 
 
+@pytest.mark.covering("two_sided")
 @pytest.mark.parametrize("maximize", [True, False], ids=["max", "min"])
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_gradient_is_the_difference_quotient(maximize, two_sided):
@@ -63,18 +64,27 @@ def test_the_target_weighs_the_scores(alpha, maximize):
     def solver(x):
         return one_hot(sign * x)
 
+    independent = {"sampler": px.Independent(), "maximize": maximize}
+    choose, both = (
+        layer(solver, lam=lam, alpha=alpha, two_sided=two_sided, **independent)
+        for two_sided in (False, True)
+    )
+    plain = px.make_perturbed_argmax(solver, 32, SIGMA, degree=0, **independent)
+
+    @jax.jit
+    def results(x, step):
+        """The value and two gradients, and the mean solutions that they are made of."""
+        value, pull = jax.vjp(lambda x: choose(KEY, x), x)
+        away = jnp.where(jnp.isfinite(x), alpha * x, x)
+        shift = sign * lam * step
+        means = jax.vmap(plain, (None, 0))(KEY, jnp.stack([x, away - shift, away + shift]))
+        return value, pull(step)[0], jax.grad(lambda x: both(KEY, x) @ step)(x), means
+
     for x, step in [(X, cost), (X.at[1].set(-sign * jnp.inf), cost.at[1].set(0))]:
-        choose = layer(solver, lam=lam, alpha=alpha, maximize=maximize)
-        plain = px.make_perturbed_argmax(solver, 32, SIGMA, maximize=maximize, degree=0)
-        target = jnp.where(jnp.isfinite(x), alpha * x, x) - sign * lam * step
-        value, pull = jax.vjp(lambda x, choose=choose: choose(KEY, x), x)
-        assert_trees_close(value, plain(KEY, x), atol=1e-6)
-        expected = sign * (plain(KEY, x) - plain(KEY, target)) / lam
-        assert_trees_close(pull(step)[0], expected, atol=1e-6)
-    both = layer(solver, lam=lam, alpha=alpha, maximize=maximize, two_sided=True)
-    gradient = jax.jit(jax.grad(lambda x: both(KEY, x) @ cost))(X)
-    ends = [plain(KEY, alpha * X + side * sign * lam * cost) for side in (1, -1)]
-    assert_trees_close(gradient, sign * (ends[0] - ends[1]) / (2 * lam), atol=1e-6)
+        value, one_sided, two_sided, (here, low, high) = results(x, step)
+        assert_trees_close(value, here, atol=1e-6)
+        assert_trees_close(one_sided, sign * (here - low) / lam, atol=1e-6)
+        assert_trees_close(two_sided, sign * (high - low) / (2 * lam), atol=1e-6)
 
 
 def test_both_means_share_their_noise():

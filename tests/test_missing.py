@@ -57,7 +57,8 @@ def test_a_sample_that_is_left_alone_is_not_subtracted_from_itself(num_samples, 
 
     g = smooth(fun, **options)
     expected = (10 + y[0, 0]) * (y[0] - np.asarray(X)) / SIGMA**2
-    for gradient in (jax.grad(g, argnums=1)(key, X), px.estimate(g, key, X).gradient):
+    both = jax.jit(lambda x: (jax.grad(g, argnums=1)(key, x), px.estimate(g, key, x).gradient))
+    for gradient in both(X):
         np.testing.assert_allclose(gradient, expected, rtol=1e-4)
 
 
@@ -82,14 +83,18 @@ def test_what_is_left_is_estimated_as_if_the_rest_had_not_been_drawn(size):
         shares.append(here.sum() / left)
     parts, shares = np.array(parts), np.array(shares)
     gradient = parts.sum(axis=0)
-    found = px.estimate(g, KEY, X)
-    for jacobian in (
-        found.gradient["a"],
-        jax.jit(jax.jacrev(g, argnums=1))(KEY, X)["a"],
-        jax.jit(jax.jacfwd(lambda x: by_formula(KEY, x)[0]["a"]))(X),
-    ):
+
+    @jax.jit
+    def results(x):
+        found = px.estimate(g, KEY, x)
+        backwards = jax.jacrev(g, argnums=1)(KEY, x)["a"]
+        forwards = jax.jacfwd(lambda x: by_formula(KEY, x)[0]["a"])(x)
+        return found, g(KEY, x)["a"], (found.gradient["a"], backwards, forwards)
+
+    found, value, jacobians = results(X)
+    for jacobian in jacobians:
         np.testing.assert_allclose(jacobian, gradient, rtol=1e-4)
-    np.testing.assert_allclose(g(KEY, X)["a"], f[present].mean(), rtol=1e-5)
+    np.testing.assert_allclose(value, f[present].mean(), rtol=1e-5)
     groups = (shares > 0).sum()
     spread = ((parts - shares[:, None] * gradient) ** 2).sum(axis=0) / (1 - (shares**2).sum())
     np.testing.assert_allclose(found.gradient_error["a"], np.sqrt(spread), rtol=1e-4)
@@ -107,11 +112,15 @@ def test_nothing_changes_where_nothing_is_missing(degree, sampler):
 
     def results(missing):
         g = smooth(bumps, 41, missing, **options)
-        found = px.estimate(g, KEY, X)
+
+        @jax.jit
+        def both(x):
+            found = px.estimate(g, KEY, x)
+            return found, found.interval().gradient, jax.value_and_grad(g, argnums=1)(KEY, x)
+
+        found, interval, value = both(X)
         assert (found.missing is None) == (missing == "propagate")
-        low, high = found.interval().gradient
-        value = jax.jit(jax.value_and_grad(g, argnums=1))(KEY, X)
-        return value, found.gradient_error, low, high
+        return value, found.gradient_error, interval
 
     for got, want in zip(*map(jax.tree.leaves, map(results, ("drop", "propagate"))), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
