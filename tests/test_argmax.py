@@ -68,7 +68,8 @@ def test_argmax_is_a_softmax(sampler, everything):
     exact = cf.smooth_argmax_gumbel(SCORES, SIGMA).as_dict(*names)
     estimates = estimates_of(lambda s: argmax(sigma=s, sampler=SAMPLERS[sampler]), tuple(exact))
     promise = {name: PROMISES[name] for name in exact}
-    assert_unbiased(estimates, exact, seed=11, num_keys=7168, args=(X, SIGMA), promise=promise)
+    num_keys = 6144 if sampler in ("antithetic", "sobol") else 7168
+    assert_unbiased(estimates, exact, seed=11, num_keys=num_keys, args=(X, SIGMA), promise=promise)
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -264,7 +265,7 @@ def test_danskin():
     [
         {},
         {"batch_size": 5, **INDEPENDENT},
-        {"num_samples": 3, "batch_size": 1},
+        {"num_samples": 3, "batch_size": 1, **INDEPENDENT},
         # What the default is.
         pytest.param({"sampler": px.Sobol(), "degree": 1}, marks=pytest.mark.full),
         {"use_baseline": False, "sigma": jnp.array([0.3, 0.5, 0.9]), **INDEPENDENT},

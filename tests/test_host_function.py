@@ -260,8 +260,7 @@ def test_layers_take_host_functions():
     scores = jnp.array([0.3, 0.1, 0.7])
     argmax, loss = px.make_perturbed_argmax, px.make_fenchel_young_loss
     for make, args in ((argmax, ()), (loss, (scores,))):
-        options = {"num_samples": 20, "sampler": px.Independent(), "degree": 0}
-        host, in_jax = (make(f, **options) for f in (px.host_function(first), first_in_jax))
+        host, in_jax = (make(f, num_samples=20) for f in (px.host_function(first), first_in_jax))
         for layer in (host, lambda *v, f=host: jax.jit(f)(*v)):  # the second one knows the result
             assert_trees_close(layer(KEY, scores, *args), in_jax(KEY, scores, *args), rtol=1e-5)
     found, expected = (jax.jit(jax.grad(f, 1))(KEY, scores, scores) for f in (host, in_jax))
