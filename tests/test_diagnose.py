@@ -388,7 +388,7 @@ def test_evaluations_of_a_layer():
     assert 3 * 64 < len(calls) <= found.num_evaluations <= 65 + 4 * 64
 
 
-@pytest.mark.parametrize("num_samples", [64, 100])
+@pytest.mark.parametrize("num_samples", [64, pytest.param(100, marks=pytest.mark.full)])
 def test_runs_of_a_layer_are_several(num_samples):
     """One run of a layer tells no spread: at these numbers it was once divided by zero of them."""
     layer = px.make_perturbed_max(px.solvers.one_hot_argmax, num_samples, sigma=1.0, degree=0)
