@@ -1336,6 +1336,53 @@ def test_a_call_after_close_has_threads_of_its_own():
     assert found == [0]
 
 
+def test_what_waits_when_the_threads_are_closed_is_done_though_they_hang():
+    """No thread was left that knew of it."""
+    begun = threading.Event()
+
+    def first_hangs(x):
+        if x > 0 and not begun.is_set():
+            begun.set()
+            time.sleep(2)
+        return x
+
+    h = px.host_function(first_hangs, executor=1, timeout=0.3, retries=1, like=0.0)
+    found = []
+    points = jnp.arange(1.0, 4.0)
+    call = threading.Thread(target=lambda: found.append(jax.vmap(h)(points)), daemon=True)
+    call.start()
+    begun.wait()
+    h.close()
+    call.join(20)
+    np.testing.assert_array_equal(found[0], points)
+
+
+def test_calls_while_another_thread_closes():
+    """An attempt got into the queue of threads that were to end."""
+    h = px.host_function(lambda x: x, executor=1, like=0.0)
+    ended = threading.Event()
+
+    def close():
+        while not ended.is_set():
+            h.close()
+
+    closing = threading.Thread(target=close, daemon=True)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        closing.start()
+        done = []
+        calls = threading.Thread(
+            target=lambda: done.extend(h(float(i)) for i in range(3000)), daemon=True
+        )
+        calls.start()
+        calls.join(30)
+    finally:
+        ended.set()
+        sys.setswitchinterval(interval)
+    assert len(done) == 3000
+
+
 def test_an_empty_batch_inside_a_batch():
     h = px.host_function(np.sum, like=0.0)
     assert jax.vmap(jax.vmap(h))(jnp.zeros((2, 0, 3))).shape == (2, 0)

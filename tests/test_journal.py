@@ -25,9 +25,9 @@ import numpy as np
 import pytest
 
 import perturbax as px
-from perturbax.host_functions import _function_names
 from perturbax.host_functions._function_names import name_of
 from perturbax.host_functions._journal import JournalFile
+from perturbax.tracing import _files
 
 KEY = jax.random.key(0, impl="threefry2x32")
 POINTS = jax.random.normal(KEY, (12, 3))
@@ -710,9 +710,9 @@ def test_packages_are_known_by_their_folder(folder, is_users, tmp_path, monkeypa
 
 def test_folders_of_packages_are_those_of_this_python():
     for module in (np, jax, dataclasses):
-        assert not _function_names._is_file_of_user(module.__file__)
-    assert _function_names._is_file_of_user(__file__)
-    assert _function_names._is_file_of_user("<string>")
+        assert not _files.is_file_of_user(module.__file__)
+    assert _files.is_file_of_user(__file__)
+    assert _files.is_file_of_user("<string>")
 
 
 def test_a_chain_of_objects_without_end_needs_a_name(journal):
@@ -974,10 +974,11 @@ DAMAGED = {
 }
 
 
-def test_a_database_in_memory_is_refused():
-    """It ended in SQLite's error."""
-    with pytest.raises(ValueError, match="the path of a file"):
-        px.host_function(np.sum, like=0.0, journal=":memory:")
+@pytest.mark.parametrize("path", ["", ":memory:"])
+def test_a_database_without_a_file_is_refused(path):
+    """One in memory ended in SQLite's error."""
+    with pytest.raises(ValueError, match="is no file"):
+        px.host_function(np.sum, like=0.0, journal=path)
 
 
 @pytest.mark.parametrize("name", DAMAGED)

@@ -25,6 +25,7 @@ LAYERS = [
     "tracing/_mesh_axes",
     "tracing/_dependence",
     "tracing/_host_call",
+    "tracing/_files",
     "tracing/_signature",
     "tracing/_user_code",
     "scale/_matrices",

@@ -714,6 +714,17 @@ def test_a_checkpoint_that_goes_on_ends_in_the_same_bits(tmp_path, found):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_checkpoint_holds_keys_of_an_optimizer(tmp_path):
+    """What was read was an array of words."""
+    noisy = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.05))
+    options = {**QUICK, "optimizer": noisy, "num_samples": 4}
+    run = functools.partial(quiet, staircase, jnp.zeros(2), jax.random.key(0), **options)
+    whole = run(max_evaluations=60)
+    run(max_evaluations=40, checkpoint=tmp_path / "run")
+    again = run(max_evaluations=60, checkpoint=tmp_path / "run")
+    np.testing.assert_array_equal(again.history.smoothed_value, whole.history.smoothed_value)
+
+
 def test_a_checkpoint_of_another_problem_is_refused(tmp_path):
     kept = tmp_path / "run"
     data = jnp.arange(4.0)

@@ -5,7 +5,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ._attempts import MOST_LEFT_BEHIND, START, Attempt, in_this_process, run
 
@@ -45,15 +45,29 @@ class InThread:
         pass
 
 
+class _Shift:
+    """A queue, and the threads that take from it until each finds a None: the crew was closed."""
+
+    def __init__(self) -> None:
+        self.tasks: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
+        self.threads: dict[threading.Thread, Caller] = {}  # but for those left behind
+
+
 class _Shared:
     """What the threads of a crew share. They do not know the crew, so that it can be forgotten."""
 
     def __init__(self, count: int, make: Callable[[], Caller]):
         self.count, self.make = count, make
-        self.tasks: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
         self.lock = threading.Lock()
-        self.threads: dict[threading.Thread, Caller] = {}  # but for those left behind
+        self.shift = _Shift()
         self.left_behind = 0
+
+
+class _Place(NamedTuple):
+    """Where an attempt is."""
+
+    shift: _Shift
+    caller: Caller
 
 
 class Crew:
@@ -79,23 +93,20 @@ class Crew:
     def submit(self, attempt: Attempt) -> None:
         """Puts the attempt in the queue, and starts a thread if one may be missing."""
         with self._shared.lock:
-            self._shared.tasks.put(attempt)
-        self._grow()
+            shift = self._shared.shift
+            shift.tasks.put(attempt)
+            self._grow(shift)
 
-    def _grow(self) -> None:
-        shared = self._shared
-        with shared.lock:
-            if len(shared.threads) >= shared.count:
-                return
-            caller = shared.make()
-            thread = threading.Thread(
-                target=_serve,
-                args=(shared, shared.tasks, caller),
-                daemon=True,
-                name="perturbax: evaluations",
-            )
-            shared.threads[thread] = caller
+    def _grow(self, shift: _Shift) -> None:
+        """Starts a thread, if there are fewer than there may be; the lock is held."""
+        if len(shift.threads) >= self._shared.count:
+            return
+        place = _Place(shift, self._shared.make())
+        thread = threading.Thread(
+            target=_serve, args=(self._shared, place), daemon=True, name="perturbax: evaluations"
+        )
         thread.start()
+        shift.threads[thread] = place.caller
 
     def deadline(self, attempt: Attempt, timeout: float) -> float | None:
         """From the start of the call; a worker that does not even start has a minute more."""
@@ -114,14 +125,15 @@ class Crew:
         shared = self._shared
         with shared.lock:
             attempt.given_up = True
-            if attempt.taken is None or attempt.ended or attempt.place.kill():
+            if attempt.taken is None or attempt.ended or attempt.place.caller.kill():
                 return
             attempt.left_behind = True
-            # None, if the crew was closed meanwhile.
-            for thread in [t for t, caller in shared.threads.items() if caller is attempt.place]:
-                del shared.threads[thread]
+            shift, caller = attempt.place
+            [thread] = [t for t, one in shift.threads.items() if one is caller]
+            del shift.threads[thread]
             shared.left_behind += 1
-        self._grow()
+            # Also if the crew was closed meanwhile: what is in the queue is still to be done.
+            self._grow(shift)
         if shared.left_behind > MOST_LEFT_BEHIND:
             raise RuntimeError(
                 f"{shared.left_behind} evaluations hang in threads, which cannot be ended. Use "
@@ -134,14 +146,15 @@ class Crew:
         _end_crew(self._shared, wait)
 
 
-def _serve(shared: _Shared, tasks: "queue.SimpleQueue[Attempt | None]", caller: Caller) -> None:
+def _serve(shared: _Shared, place: _Place) -> None:
     """What a thread of a crew does."""
+    caller = place.caller
     try:
-        while (attempt := tasks.get()) is not None:
+        while (attempt := place.shift.tasks.get()) is not None:
             with shared.lock:
                 if attempt.given_up:
                     continue
-                attempt.taken, attempt.place = time.monotonic(), caller
+                attempt.taken, attempt.place = time.monotonic(), place
             try:
                 caller.call(attempt)
             except BaseException as error:  # not fun's; lest the call wait for ever
@@ -161,11 +174,11 @@ def _serve(shared: _Shared, tasks: "queue.SimpleQueue[Attempt | None]", caller: 
 
 def _end_crew(shared: _Shared, wait: float = 0.0) -> None:
     with shared.lock:
-        threads, shared.threads = shared.threads, {}
-        # Of their own, lest the threads of later calls take what ends these.
-        tasks, shared.tasks = shared.tasks, queue.SimpleQueue()
+        shift, shared.shift = shared.shift, _Shift()
+        threads = dict(shift.threads)
+        for _ in threads:
+            shift.tasks.put(None)
     for caller in threads.values():
-        tasks.put(None)
         caller.kill()
     for thread in threads:
         if wait and thread is not threading.current_thread():

@@ -15,20 +15,19 @@ import importlib
 import importlib.util
 import inspect
 import operator
-import os
 import re
 import struct
 import sys
-import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..tracing._files import is_file_of_user
 from ._encoding import leaf_digest
 
 # Of these repr tells all.
@@ -330,29 +329,12 @@ def _held(function: types.FunctionType) -> list[Any]:
 def _is_of_user(value: Any) -> bool:
     """Whether a function or a module is in a file of the user's, not in an installed package."""
     code = getattr(value, "__code__", None)
-    return _is_file_of_user(
+    return is_file_of_user(
         code.co_filename if code is not None else getattr(value, "__file__", None)
     )
 
 
 @functools.cache
-def _is_file_of_user(file: str | None) -> bool:
-    if file is None:
-        return False
-    path = Path(os.path.normcase(file))
-    if not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
-        return False
-    return not any(map(path.is_relative_to, _folders_of_packages()))
-
-
-@functools.cache
-def _folders_of_packages() -> tuple[str, ...]:
-    """Where Python's own modules are, and those that are installed."""
-    kinds = "stdlib", "platstdlib", "purelib", "platlib"
-    folders = [*map(sysconfig.get_path, kinds), os.path.dirname(os.__file__)]
-    return tuple({os.path.normcase(folder) for folder in folders if folder})
-
-
 def _is_class_of_user(value: type, surely: bool = False) -> bool:
     """Whether a class is defined in a file of the user's, or in a notebook.
 
@@ -367,7 +349,7 @@ def _is_class_of_user(value: type, surely: bool = False) -> bool:
     while _file_of(name) is None and "." in name:
         name = name.rpartition(".")[0]
     file = _file_of(name)
-    return _is_file_of_user(file) if file is not None else name == "__main__" or not surely
+    return is_file_of_user(file) if file is not None else name == "__main__" or not surely
 
 
 def _file_of(module: str) -> str | None:
@@ -438,5 +420,5 @@ def _imported(function: types.FunctionType) -> Iterator[types.ModuleType]:
             # Asked about a module inside a package, Python would import the package.
             spec = importlib.util.find_spec(full.partition(".")[0])
             places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
-            if any(map(_is_file_of_user, places)):
+            if any(map(is_file_of_user, places)):
                 yield importlib.import_module(full)

@@ -57,7 +57,7 @@ class Journal:
 
     Raises:
       TypeError: if path is no path, or name neither None nor a string.
-      ValueError: if path is SQLite's name of a database in memory.
+      ValueError: if path is what SQLite calls a database without a file.
     """
 
     path: str | os.PathLike[str]
@@ -70,9 +70,10 @@ class Journal:
                 "journal must be None, a path or perturbax.Journal(path, name=...), got "
                 f"{self.path!r} ({type(self.path).__name__})"
             )
-        if os.fspath(self.path) == ":memory:":
+        if os.fspath(self.path) in ("", ":memory:"):
             raise ValueError(
-                "journal=':memory:' would be gone with the program: give the path of a file"
+                f"journal={os.fspath(self.path)!r} is no file, and would be gone with the program: "
+                "give the path of one"
             )
         if not isinstance(self.name, str | None):
             raise TypeError(f"name must be a string or None, got {type(self.name).__name__}")

@@ -38,10 +38,15 @@ class Checkpoint:
             raise ValueError(f"checkpoint's folder {os.fspath(path.parent)!r} does not exist")
         _check_writable(path)
         self._path, self._setup = path, setup
-        self._impl = jax.random.key_impl(key)
         self._last = time.monotonic()
-        run = jax.eval_shape(lambda: begin(setup, operands, key, problem.start))
-        self._like = run
+        self._impls: list[Any] = []
+
+        def begun() -> Run:
+            run = begin(setup, operands, key, problem.start)
+            self._impls = [_impl(leaf) for leaf in jax.tree.leaves(run)]
+            return run
+
+        run = self._like = jax.eval_shape(begun)
         stepped = jax.make_jaxpr(lambda run: step(setup, operands, run, jnp.zeros(2, jnp.int32)))(
             run
         )
@@ -72,9 +77,14 @@ class Checkpoint:
         found = _load(self._path, self._prints, {"run": self._like, "rows": rows, "doublings": 0})
         if found is None:
             return self._setup, None, []
-        run = found["run"]
-        key = jax.random.wrap_key_data(jnp.asarray(run.key), impl=self._impl)
-        run = jax.tree.map(jnp.asarray, run._replace(key=key))
+        leaves = map(jnp.asarray, jax.tree.leaves(found["run"]))
+        run = jax.tree.unflatten(
+            jax.tree.structure(self._like),
+            [
+                leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
+                for leaf, impl in zip(leaves, self._impls, strict=True)
+            ],
+        )
         setup = self._setup._replace(doublings=int(found["doublings"]))
         return setup, run, [found["rows"]] if int(run.steps) else []
 
@@ -97,6 +107,12 @@ class Checkpoint:
             )
             raise
         self._last = time.monotonic()
+
+
+def _impl(leaf: Any) -> Any:
+    """Of what kind a PRNG key is, such as an optimiser's state may hold; None for other arrays."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_impl(leaf) if is_key else None
 
 
 def _check_writable(path: Path) -> None:

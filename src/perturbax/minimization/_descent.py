@@ -134,7 +134,8 @@ def descent(setup: Setup, optimizer: TracedOptimizer) -> Method:
             smoothed_value=mean,
             standard_error=error,
             hard_value=hard,
-            sigma=jnp.exp(jnp.mean(jnp.log(each))),
+            # One for all is told as it is, without what logarithms round.
+            sigma=jnp.where((each == each[0]).all(), each[0], jnp.exp(jnp.mean(jnp.log(each)))),
             most_noise=jnp.max(each),
             candidate=state.point,
             candidate_value=hard,

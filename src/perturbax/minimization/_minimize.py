@@ -286,7 +286,7 @@ def _in_blocks(
     The blocks' lengths change nothing about the result.
     """
     budget = max_evaluations - _final_evaluations(setup, max_evaluations)
-    hosts = setup.objective.traced.hosts
+    hosts = setup.hosts
     run, told = None, []
     if keeping is not None:
         setup, run, told = keeping.load()

@@ -7,6 +7,7 @@ import jax
 
 from ..noise._protocol import NoiseDistribution
 from ..sampling._protocol import Sampler
+from ..tracing._host_call import Host
 from ..tracing._signature import TracedFunction, trace
 from ._problem import Objective
 
@@ -96,3 +97,11 @@ class Setup(NamedTuple):
     sampler: Sampler | None
     degree: int | None
     batch_size: int | None
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        """The functions outside JAX that a step calls."""
+        parts = [self.objective.traced, *(self.optimizer or ())]
+        if isinstance(self.sigma, TracedFunction):
+            parts.append(self.sigma)
+        return tuple(host for part in parts for host in part.hosts)

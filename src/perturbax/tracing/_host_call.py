@@ -280,7 +280,7 @@ def _carried(error: BaseException) -> HostFunctionError:
     # Frames of the library's own hold arguments and results of the whole call back.
     for top, _ in traceback.walk_tb(error.__traceback__):
         for frame, _ in traceback.walk_stack(top):
-            if frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+            if str(frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE:
                 with contextlib.suppress(RuntimeError):  # one that still runs
                     frame.clear()
     _exceptions[number] = error

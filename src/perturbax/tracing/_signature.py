@@ -11,6 +11,7 @@ JAX's own jaxprs are each equal to itself alone (jax#1221 made them equal for a 
 import enum
 import functools
 import itertools
+import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from jax.extend import core
 
 from ._callbacks import along_one_axis, takes_many
 from ._dependence import reached
+from ._files import is_file_of_user
 from ._host_call import Host, NoResultError, asking, hosts_of
 from ._mesh_axes import without_told_meshes
 
@@ -104,6 +106,8 @@ def trace(fun: Callable[..., Any], *leaves: Any) -> tuple[TracedFunction, tuple[
         closed, shape = make(*leaves)
     except NoResultError:
         # Of a host function that was not called before. Where values are known, it can be.
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+            raise
         with asking():
             fun(*map(jax.lax.stop_gradient, leaves))
         closed, shape = make(*leaves)
@@ -276,11 +280,6 @@ def _of_captured(value: Any, live: bool, seen: dict[int, int], by_value: bool = 
         return _of_captured(tuple(getattr(value, name, None) for name in parts), live, seen)
     if isinstance(value, tuple):
         return type(value), tuple(_of_captured(v, live, seen) for v in value)
-    held: Any = value
-    if type(held) in (list, dict) and not live:
-        seen[id(held)] = len(seen)  # it may hold itself
-        parts = [*held, *held.values()] if isinstance(held, dict) else held
-        return type(held), tuple(_of_captured(v, live, seen) for v in parts)
     if isinstance(value, np.ndarray | np.generic) and not live and not value.dtype.hasobject:
         return value.dtype, value.shape, value.tobytes()
     if isinstance(value, float | complex):
@@ -301,14 +300,22 @@ def _references(function: types.FunctionType) -> Any:
     names = _names(function.__code__)
     known = function.__globals__
     values = [*_contents(function).values(), *(known[n] for n in names if n in known)]
-    seen: set[int] = set()
-    for owner in values:  # which grow: a package's module, what a class inherits
-        if isinstance(owner, types.ModuleType | type) and id(owner) not in seen:
-            seen.add(id(owner))
-            for space in getattr(owner, "__mro__", (owner,)):
-                if not _is_library(space):
-                    values.extend(vars(space)[n] for n in names if n in vars(space))
+    named, seen = {id(value) for value in values}, set()
+    for owner in values:  # which grow: by modules of the user's packages, and what classes inherit
+        if not isinstance(owner, types.ModuleType | type) or id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        for space in type.mro(owner) if isinstance(owner, type) else [owner]:
+            first = space is owner and id(owner) in named and not _is_library(owner)
+            if first or _is_of_user(space):
+                values.extend(vars(space)[n] for n in names if n in vars(space))
     return tuple(values)
+
+
+def _is_of_user(space: types.ModuleType | type) -> bool:
+    """Whether a module or class is in a file of the user's, and in no package that is installed."""
+    module = space if isinstance(space, types.ModuleType) else sys.modules.get(space.__module__)
+    return module is not None and is_file_of_user(vars(module).get("__file__"))
 
 
 def _names(code: types.CodeType) -> tuple[str, ...]:
