@@ -1373,14 +1373,14 @@ def test_calls_while_another_thread_closes():
         closing.start()
         done = []
         calls = threading.Thread(
-            target=lambda: done.extend(h(float(i)) for i in range(1000)), daemon=True
+            target=lambda: done.extend(h(float(i)) for i in range(500)), daemon=True
         )
         calls.start()
         calls.join(30)
     finally:
         ended.set()
         sys.setswitchinterval(interval)
-    assert len(done) == 1000
+    assert len(done) == 500
 
 
 def test_an_empty_batch_inside_a_batch():

@@ -221,7 +221,7 @@ def test_an_optimizer_or_schedule_made_anew_is_not_compiled_anew(first, second):
     assert alike == ("sigma" in first)
 
 
-@pytest.mark.parametrize("optimizer", [None, ADAM], ids=["surrogate", "adam"])
+@pytest.mark.parametrize("optimizer", [ADAM, pytest.param(None, marks=pytest.mark.full)])
 def test_sigma_of_the_history_is_the_geometric_mean_over_coordinates(optimizer):
     """With an optimizer it was the mean over leaves, whatever their sizes."""
     run = quiet(
@@ -230,6 +230,7 @@ def test_sigma_of_the_history_is_the_geometric_mean_over_coordinates(optimizer):
         jax.random.key(0),
         sigma={"a": 0.1, "b": 0.8},
         optimizer=optimizer,
+        sampler=px.Independent(),
         num_samples=8,
         max_evaluations=60,
     )
