@@ -129,8 +129,8 @@ class Crew:
                 return
             attempt.left_behind = True
             shift, caller = attempt.place
-            [thread] = [t for t, one in shift.threads.items() if one is caller]
-            del shift.threads[thread]
+            for thread in [t for t, one in shift.threads.items() if one is caller]:
+                del shift.threads[thread]
             shared.left_behind += 1
             # Also if the crew was closed meanwhile: what is in the queue is still to be done.
             self._grow(shift)

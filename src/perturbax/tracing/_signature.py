@@ -305,16 +305,23 @@ def _references(function: types.FunctionType) -> Any:
         if not isinstance(owner, types.ModuleType | type) or id(owner) in seen:
             continue
         seen.add(id(owner))
-        for space in type.mro(owner) if isinstance(owner, type) else [owner]:
+        for space in _spaces(owner):
             first = space is owner and id(owner) in named and not _is_library(owner)
             if first or _is_of_user(space):
                 values.extend(vars(space)[n] for n in names if n in vars(space))
     return tuple(values)
 
 
+def _spaces(owner: types.ModuleType | type) -> tuple[types.ModuleType | type, ...]:
+    """Where names of a module or class are looked up."""
+    # Not by `owner.__mro__`, which a metaclass may have changed.
+    return type.__dict__["__mro__"].__get__(owner) if isinstance(owner, type) else (owner,)
+
+
 def _is_of_user(space: types.ModuleType | type) -> bool:
     """Whether a module or class is in a file of the user's, and in no package that is installed."""
-    module = space if isinstance(space, types.ModuleType) else sys.modules.get(space.__module__)
+    is_module = isinstance(space, types.ModuleType)
+    module = space if is_module else sys.modules.get(str(space.__module__))
     return module is not None and is_file_of_user(vars(module).get("__file__"))
 
 
