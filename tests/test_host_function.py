@@ -700,7 +700,9 @@ def test_ctrl_c_while_an_evaluation_is_handed_over(pool, monkeypatch):
     executor = concurrent.futures.ThreadPoolExecutor(1) if pool else 1
     with px.host_function(fun, like=ONE, executor=executor) as h:
         # Before it is in the queue of a pool, and when it is in that of our own threads.
-        monkeypatch.setattr(*((executor, "submit") if pool else (h._workers, "_grow")), interrupted)
+        monkeypatch.setattr(
+            *((executor, "submit") if pool else (h._evaluator.workers, "_grow")), interrupted
+        )
         with pytest.raises(KeyboardInterrupt):
             h(1.0)
         monkeypatch.undo()
@@ -790,8 +792,10 @@ def test_pools_of_others(make, tmp_path):
         np.testing.assert_array_equal(jax.vmap(h)(FAULTY_POINTS), [0, -1, -1, 9, 12, 15])
         assert (h.counts.evaluations, h.counts.failures, h.counts.timeouts) == (4, 2, 1)
         assert h.counts.retries >= 1  # of whatever was under way
-        assert len(h._workers._places) == 2  # of one worker each, so that the next death costs one
-        own = h._workers._places[0].executor
+        assert (
+            len(h._evaluator.workers._places) == 2
+        )  # of one worker each, so that the next death costs one
+        own = h._evaluator.workers._places[0].executor
         assert_exceptions_that_cannot_be_sent_are_told(own)
         mean = px.host_function(statistics.fmean, executor=own)
         assert float(mean(X)) == pytest.approx(1.25 / 3)
@@ -966,7 +970,7 @@ def test_what_comes_in_place_of_a_pool_that_broke_ends_with_the_function():
     try:
         h(X)
     except concurrent.futures.BrokenExecutor:  # pytest.raises would keep it too
-        workers = weakref.ref(h._workers)
+        workers = weakref.ref(h._evaluator.workers)
     pool.shutdown()
     del h, pool
 

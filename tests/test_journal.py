@@ -1005,7 +1005,7 @@ def test_a_full_disk_is_told_and_claims_are_given_up(journal):
     points = jax.random.normal(KEY, (6, 500))
     with px.host_function(measured, journal=journal, executor=2) as h:
         jax.vmap(h)(points[:1])
-        database = h._journal._connection(durable=True)
+        database = h._evaluator.journal._connection(durable=True)
         [pages] = database.execute("PRAGMA page_count").fetchone()
         database.execute(f"PRAGMA max_page_count={pages}")
         with pytest.raises(sqlite3.OperationalError, match="full") as caught:
@@ -1042,9 +1042,9 @@ def test_an_interrupt_leaves_no_transaction_open(connection, statement, journal,
     """Every later call failed, and others waited for the lock for a minute."""
     with px.host_function(measured, journal=journal) as h:
         h(POINTS[0])
-        real = getattr(h._journal, connection)
+        real = getattr(h._evaluator.journal, connection)
         with monkeypatch.context() as patch:
-            patch.setattr(h._journal, connection, InterruptedOnce(real, statement))
+            patch.setattr(h._evaluator.journal, connection, InterruptedOnce(real, statement))
             with pytest.raises(KeyboardInterrupt):
                 h(POINTS[1])
         assert rows_of(journal, "claims") == 0
@@ -1084,7 +1084,7 @@ def test_an_interrupt_arrives_as_such_and_claims_are_given_up_whenever_it_comes(
             finally:
                 sys.setprofile(None)
             assert rows_of(journal, "claims") == 0, moments
-            assert not h._journal._fleeting.in_transaction, moments
+            assert not h._evaluator.journal._fleeting.in_transaction, moments
             for thread in threading.enumerate():
                 if "_renew" in thread.name and thread.is_alive():
                     thread.join(10.0)

@@ -7,8 +7,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
 
 from ._attempts import Attempt, Workers
 from ._journal import Session
@@ -66,36 +66,50 @@ class _Task:
     deaths: int = 0
 
 
+class Points(Protocol):
+    """What is evaluated: points that are known by their numbers."""
+
+    def arguments(self, rows: list[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of a call for these points, by position and by name."""
+        ...
+
+    def accept(self, rows: list[int], value: Any) -> None:
+        """Takes what a call for these points has returned; raises what is not for `failures`."""
+        ...
+
+    def recall(self, known: dict[int, Any]) -> None:
+        """Takes results that the journal has."""
+        ...
+
+    def show(self, row: int) -> str:
+        """Describes a point, for an exception."""
+        ...
+
+
 @dataclasses.dataclass
 class Schedule:
     """Evaluates points.
 
     Attributes:
+      points: which.
       workers: where.
-      arguments: of a call for the points of these numbers.
-      accept: takes what a call for these points has returned; raises what is not for `failures`.
-      show: describes a point, for an exception.
       timeout: the longest that a call may take, in seconds.
       retries: how many more attempts there are at a point.
       raises: whether the exception of a point that fails is raised.
       tally: counts.
       bar: shows how far it is.
       session: of the journal, if there is one.
-      recall: takes results that the journal has, by the number of the point.
       failures: the exceptions of points that have failed.
     """
 
+    points: Points
     workers: Workers
-    arguments: Callable[[list[int]], tuple[tuple[Any, ...], dict[str, Any]]]
-    accept: Callable[[list[int], Any], None]
-    show: Callable[[int], str]
     timeout: float | None
     retries: int
     raises: bool
     tally: Tally
     bar: Bar
     session: Session | None = None
-    recall: Callable[[dict[int, Any]], None] | None = None
     failures: dict[int, Exception] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -136,7 +150,7 @@ class Schedule:
                 if not granted:
                     continue
                 task.rows = granted
-            args, kwargs = self.arguments(task.rows)
+            args, kwargs = self.points.arguments(task.rows)
             attempt = Attempt(args, kwargs, self._events)
             self._running[attempt] = task
             try:
@@ -168,10 +182,10 @@ class Schedule:
 
     def _look_elsewhere(self) -> None:
         """Takes what other processes have finished, and over from those that are gone."""
-        if not self._elsewhere or self.session is None or self.recall is None:
+        if not self._elsewhere or self.session is None:
             return
         known = self.session.known(self._elsewhere)
-        self.recall(known)
+        self.points.recall(known)
         self._finished += len(known)
         self._elsewhere -= set(known)
         left, self._elsewhere = self._elsewhere, set()
@@ -199,7 +213,7 @@ class Schedule:
             return
         error = attempt.error
         if error is None:
-            self.accept(task.rows, attempt.value)
+            self.points.accept(task.rows, attempt.value)
             self._finished += len(task.rows)
             self.tally.add(evaluations=len(task.rows))
             return
@@ -225,7 +239,7 @@ class Schedule:
             self.failures[row] = error
             if self.raises:
                 error.add_note(
-                    f"Raised by a host function at the point {self.show(row)}\n"
+                    f"Raised by a host function at the point {self.points.show(row)}\n"
                     f"({self._finished} of {self._total} points had been evaluated)"
                 )
                 raise error
@@ -251,7 +265,7 @@ class Schedule:
                 break
             task = self._running.pop(attempt, None)
             if task is not None and attempt.error is None:
-                self.accept(task.rows, attempt.value)
+                self.points.accept(task.rows, attempt.value)
                 self.tally.add(evaluations=len(task.rows))
         for attempt in self._running:
             self.workers.give_up(attempt)
