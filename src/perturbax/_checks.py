@@ -83,21 +83,34 @@ def check_missing(value: Any) -> None:
         raise ValueError(f"missing must be 'propagate' or 'drop', got {value!r}")
 
 
+def check_number(value: Any, name: str, wanted: str = "a number") -> float:
+    """A static real number, of Python, numpy or JAX; an error says what is `wanted`."""
+    _check_static(value, name, "number")
+    known = isinstance(value, int | float | np.generic | np.ndarray | Array)
+    dtype = dtype_of(value) if known else None
+    real = dtype is not None and any(jnp.issubdtype(dtype, k) for k in (np.floating, np.integer))
+    if not real or np.shape(value):
+        came = f"{type(value).__name__} {value!r}"
+        if known and np.shape(value):
+            came = f"an array of shape {np.shape(value)}"
+        raise TypeError(f"{name} must be {wanted}, got {came}")
+    try:
+        return float(value)
+    except OverflowError:  # of Python's integers
+        return math.inf if value > 0 else -math.inf
+
+
 def check_level(
     value: Any,
     name: str = "level",
     example: str = "0.95 stands for intervals of 95 %",
 ) -> float:
     """A static number between 0 and 1; the example starts with one."""
-    _check_static(value, name, "number")
-    number = isinstance(value, int | float | np.number | np.ndarray | Array)
-    if isinstance(value, bool) or not number or np.shape(value):
-        what = f"an array of shape {np.shape(value)}" if np.shape(value) else type(value).__name__
-        such = example.partition(" ")[0]
-        raise TypeError(f"{name} must be a number between 0 and 1, such as {such}, got {what}")
-    if not 0 < value < 1:
+    such = example.partition(" ")[0]
+    level = check_number(value, name, f"a number between 0 and 1, such as {such}")
+    if not 0 < level < 1:
         raise ValueError(f"{name} must be between 0 and 1, got {value}; {example}")
-    return float(value)
+    return level
 
 
 def check_noise(noise: object) -> None:

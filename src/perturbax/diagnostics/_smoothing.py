@@ -158,11 +158,10 @@ def _one_number(value: Any) -> Array:
 
 
 def _check_reach(reach: Any) -> float:
-    if isinstance(reach, bool) or not isinstance(reach, int | float | np.number | Array):
-        raise TypeError(f"reach must be a number or None, got {type(reach).__name__}")
-    if not 0 < float(reach) < math.inf:
+    number = _checks.check_number(reach, "reach", "a number or None")
+    if not 0 < number < math.inf:
         raise ValueError(f"reach must be positive and finite, got {reach}")
-    return float(reach)
+    return number
 
 
 def _reach(g: PerturbedFun, x: Any, leaves: Any, names: Any, moved: list[Array]) -> float:

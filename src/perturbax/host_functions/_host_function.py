@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from .._checks import check_bool, check_count, check_fun
+from .._checks import check_bool, check_count, check_fun, check_number
 from ..tracing._host_call import host_call, is_asking
 from ._arguments import Arguments, taken_apart
 from ._call_back import CallBack, Evaluator
@@ -95,11 +95,9 @@ def host_function(
     executor = check_executor(executor)
     batched = check_bool(batched, "batched")
     if timeout is not None:
-        number = isinstance(timeout, int | float | np.number) and not isinstance(timeout, bool)
-        if not number or not 0 < timeout < math.inf:
-            kind = ValueError if number else TypeError
-            raise kind(f"timeout must be None or a positive number, got {timeout!r}")
-        timeout = float(timeout)
+        timeout = check_number(timeout, "timeout", "None or a positive number")
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout must be None or a positive number, got {timeout:g}")
     retries = check_count(retries, "retries", least=0)
     if isinstance(on_failure, str) and on_failure not in ("raise", "missing"):
         raise ValueError(

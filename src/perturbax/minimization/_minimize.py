@@ -399,11 +399,10 @@ def _check_fits(sigma: Any, problem: Problem, optimizer: Optimizer | None) -> No
 
 
 def _tolerance(tol: Any) -> float:
-    if isinstance(tol, bool) or not isinstance(tol, int | float | np.number):
-        raise TypeError(f"tol must be a number or None, got {type(tol).__name__}")
-    if not tol >= 0 or math.isinf(tol):
+    tol = _checks.check_number(tol, "tol", "a number or None")
+    if not 0 <= tol < math.inf:
         raise ValueError(f"tol must be >= 0 and finite, got {tol}")
-    return float(tol)
+    return tol
 
 
 def _num_samples(num_samples: Any, objective: Objective, optimizer: Optimizer | None) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from .._checks import check_number
 from . import _inverse, _quantiles
 from ._moments import check_order, even_moment, zeta
 from ._quantiles import at_least_single, mirror, two_sided
@@ -237,14 +238,13 @@ class StudentT:
 
     def __post_init__(self) -> None:
         """Checks df."""
-        if isinstance(self.df, bool) or not isinstance(self.df, int | float | np.number):
-            raise TypeError(f"df must be a Python number, got {type(self.df).__name__}")
-        if not 1 <= self.df <= _MOST_DEGREES:
+        df = check_number(self.df, "df")
+        if not 1 <= df <= _MOST_DEGREES:
             raise ValueError(
                 f"df must be from 1 to {_MOST_DEGREES:g}, got {self.df}; "
                 "Normal() is the limit of many degrees of freedom"
             )
-        object.__setattr__(self, "df", float(self.df))
+        object.__setattr__(self, "df", df)
 
     @property
     def mean(self) -> float:
