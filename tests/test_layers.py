@@ -21,6 +21,7 @@ LAYERS = [
     "sampling/_random_bits",
     "tracing/_derivative_rules",
     "tracing/_linear_algebra",
+    "tracing/_jaxprs",
     "tracing/_callbacks",
     "tracing/_mesh_axes",
     "tracing/_dependence",

@@ -1,8 +1,8 @@
 """Fingerprints, which tell one problem from another in the next process as in this one."""
 
 import hashlib
+import itertools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ import numpy as np
 from jax.extend import core
 
 from ..host_functions._function_names import known_by
-from ..tracing._callbacks import called_back, inner_with_constants
+from ..tracing._callbacks import called_back
+from ..tracing._jaxprs import equations, inner_of
 
 
 def fingerprint(value: Any) -> str:
@@ -30,13 +31,13 @@ def fingerprint(value: Any) -> str:
 
 def operations(jaxpr: core.Jaxpr) -> list[Any]:
     """What tells operations from others, as a pytree: their text, and what they close over."""
-    return [str(jaxpr), *(constants for _, constants in _inside(jaxpr))]
+    inner = itertools.chain.from_iterable(map(inner_of, equations(jaxpr)))
+    return [str(jaxpr), *(list(constants) for _, constants in inner)]
 
 
 def called_in(jaxpr: core.Jaxpr) -> list[str]:
     """What the functions outside JAX that operations call are known by."""
-    parts = [jaxpr, *(inner for inner, _ in _inside(jaxpr))]
-    found = [called_back(eqn) for part in parts for eqn in part.eqns]
+    found = map(called_back, equations(jaxpr))
     return [known_by(fun) for fun in found if fun is not None]
 
 
@@ -44,14 +45,6 @@ def without_key_type(leaf: Any) -> Any:
     """The data of a PRNG key; any other array as it is."""
     is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if is_key else leaf
-
-
-def _inside(jaxpr: core.Jaxpr) -> Iterator[tuple[core.Jaxpr, list[Any]]]:
-    """The operations inside operations, however deep, and what each closes over."""
-    for eqn in jaxpr.eqns:
-        for inner, constants in inner_with_constants(eqn):
-            yield inner, list(constants)
-            yield from _inside(inner)
 
 
 def _without_addresses(text: str) -> str:

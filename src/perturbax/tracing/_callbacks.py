@@ -5,7 +5,7 @@ Under a vmap of the user's it would see two, one for the samples and one for the
 that works on a batch of points would fail, or do something else. Here those axes are one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,12 +15,14 @@ from jax.core import ShapedArray
 from jax.custom_batching import custom_vmap
 from jax.extend import core
 
+from ._jaxprs import equations, inner_of, inner_replaced
+
 _OF_MANY = ("expand_dims", "broadcast_all")
 
 
 def takes_many(jaxpr: core.Jaxpr) -> bool:
     """Whether there is a callback that takes many points, in these operations or inside them."""
-    return any(_is_of_many(eqn) or any(map(takes_many, inner_of(eqn))) for eqn in jaxpr.eqns)
+    return any(map(_is_of_many, equations(jaxpr)))
 
 
 def along_one_axis(jaxpr: core.Jaxpr) -> core.Jaxpr:
@@ -33,51 +35,16 @@ def _is_of_many(eqn: Any) -> bool:
     return eqn.primitive.name == "pure_callback" and eqn.params["vmap_method"] in _OF_MANY
 
 
-def inner_of(eqn: Any) -> list[core.Jaxpr]:
-    """The operations inside an operation."""
-    return [jaxpr for jaxpr, _ in inner_with_constants(eqn)]
-
-
-def inner_with_constants(eqn: Any) -> list[tuple[core.Jaxpr, Sequence[Any]]]:
-    """The operations inside an operation, with what they close over."""
-    return _inner(list(eqn.params.values()))
-
-
 def called_back(eqn: Any) -> Callable[..., Any] | None:
     """The function outside JAX whose results an operation takes; not one that only prints."""
     named = eqn.primitive.name in ("pure_callback", "io_callback")
     return eqn.params["callback"].callback_func if named else None
 
 
-def _inner(value: Any) -> list[tuple[core.Jaxpr, Sequence[Any]]]:
-    """The operations inside a parameter of an operation: a loop's body, a branch."""
-    if isinstance(value, core.ClosedJaxpr):
-        return [(value.jaxpr, value.consts)]
-    if isinstance(value, list | tuple):
-        return [found for v in value for found in _inner(v)]
-    return [(value, ())] if isinstance(value, core.Jaxpr) else []
-
-
 def _with_inner(eqn: Any) -> Any:
-    if not any(map(takes_many, inner_of(eqn))):
+    if not any(takes_many(inner) for inner, _ in inner_of(eqn)):
         return eqn
     return eqn.replace(params=inner_replaced(eqn.params, along_one_axis))
-
-
-def inner_replaced(
-    params: dict[str, Any], change: Callable[[core.Jaxpr], core.Jaxpr]
-) -> dict[str, Any]:
-    """Parameters of an operation, with all operations inside it changed."""
-
-    def replaced(value: Any) -> Any:
-        if isinstance(value, core.ClosedJaxpr):
-            return value.replace(jaxpr=change(value.jaxpr))
-        if isinstance(value, list | tuple) and _inner(value):
-            make = getattr(value, "_make", type(value))  # named tuples take one by one
-            return make(map(replaced, value))
-        return change(value) if isinstance(value, core.Jaxpr) else value
-
-    return {k: replaced(v) for k, v in params.items()}
 
 
 def _callback(eqn: Any) -> Any:

@@ -30,7 +30,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._checks import check_fun
-from ._callbacks import inner_of
+from ._jaxprs import equations
 from ._mesh_axes import varying, varying_axes
 
 
@@ -213,11 +213,7 @@ def _num_devices(context: Any) -> int:
 
 def hosts_of(jaxpr: core.Jaxpr) -> Iterator[Host]:
     """What the operations of a jaxpr, and of those inside it, call back to."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is _host_call:
-            yield eqn.params["callback"]
-        for inner in inner_of(eqn):
-            yield from hosts_of(inner)
+    return (eqn.params["callback"] for eqn in equations(jaxpr) if eqn.primitive is _host_call)
 
 
 # --- Exceptions

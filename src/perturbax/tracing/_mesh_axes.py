@@ -11,7 +11,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ._callbacks import inner_replaced
+from ._jaxprs import inner_replaced
 
 
 def in_told_mesh() -> Any:
