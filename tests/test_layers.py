@@ -16,6 +16,7 @@ PACKAGE = Path(perturbax.__file__).parent
 LAYERS = [
     "_types",
     "_describe",
+    "_leaves",
     "_checks",
     "tracing/_broadcasting",
     "sampling/_random_bits",

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from . import _checks
+from . import _checks, _leaves
 from ._types import PyTree
 from .estimator import _default_rule, _estimator
 from .execution._plan import Operands, Plan
@@ -150,7 +150,7 @@ def prepare(
             "of its own; call the perturbed function outside of it, or leave mesh away"
         )
     key = _checks.check_key(key, x)
-    leaves, names, merge = _checks.perturbed_leaves(x)
+    leaves, names, merge = _leaves.perturbed_leaves(x)
     scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
     key, leaves, scales = replicated(mesh, share_axes(key, leaves, scales))
 
@@ -167,11 +167,11 @@ def prepare(
     # Callbacks of many points see numbers and other leaves of x at each point too.
     if traced.function.takes_many:
         x = jax.tree.map(lambda v: v if isinstance(v, Array | float) else jnp.asarray(v), x)
-        traced = trace_at(_checks.perturbed_leaves(x)[2])
+        traced = trace_at(_leaves.perturbed_leaves(x)[2])
         own_operands = _user_code.leaves_among(traced.operands, x)
     num_outputs = traced.value_tree.num_leaves
-    dtype = _checks.noise_dtype(leaves)
-    dim = _checks.num_elements(leaves)
+    dtype = _leaves.noise_dtype(leaves)
+    dim = _leaves.num_elements(leaves)
     noise, noise_operands = settings.noise, None
     num_numbers = sum(v.size for v in traced.function.out_avals[:num_outputs])
     choice = _default_rule.choose(

@@ -2,7 +2,6 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh
 
+from ._leaves import dtype_of, on_device
 from ._types import PyTree
 
 
@@ -192,23 +192,6 @@ def check_degree(degree: object) -> None:
         raise ValueError(f"degree must be None, 0, 1 or 2, got {degree}")
 
 
-def dtype_of(value: object) -> np.dtype | None:
-    """As JAX has it; None for those that it does not support, such as that of strings."""
-    given = getattr(value, "dtype", None)
-    if isinstance(given, np.dtype) and not given.isnative:
-        return None  # JAX does not raise at once in all of its releases
-    try:
-        return jnp.result_type(value)
-    except TypeError:
-        return None
-
-
-def kind_of(value: object) -> str:
-    """What an error calls it."""
-    dtype = getattr(value, "dtype", None)
-    return f"a {type(value).__name__}" if dtype is None else f"an array of {dtype}"
-
-
 def check_key(key: Any, x: PyTree, call: str | None = None) -> Array:
     """One typed PRNG key, from a typed one or a raw one; `x` is looked at for swapped arguments.
 
@@ -253,77 +236,6 @@ def array_hint(value: Any, x: PyTree) -> str:
     return ": for an array give an array, np.array([...])"
 
 
-def on_device(value: Any) -> Any:
-    # Explicit, so that jax.transfer_guard('disallow') has nothing to object to. JAX may use memory
-    # of numpy in place, which its owner may change before the program, or its derivative, runs.
-    return value if isinstance(value, Array) else jax.device_put(np.array(value))
-
-
-def leaf_name(path: Any) -> str:
-    """How an error names a leaf of x."""
-    return f"x{jax.tree_util.keystr(path)}"
-
-
-def perturbed_leaves(
-    x: PyTree,
-) -> tuple[list[Array], list[str], Callable[[Iterable[Array]], PyTree]]:
-    """The floating leaves of x, their names, and how to put others in their place."""
-    paths, tree = jax.tree_util.tree_flatten_with_path(x)
-    fixed: list[Any] = []
-    leaves: list[Any] = []
-    names: list[str] = []
-    for path, leaf in paths:
-        if isinstance(leaf, float):
-            leaf = np.asarray(leaf, jax.dtypes.canonicalize_dtype(float))
-        if not isinstance(leaf, int | np.ndarray | np.generic | Array | complex):
-            raise TypeError(
-                f"x must be a pytree of arrays, but leaf {leaf_name(path)!r} is a "
-                f"{type(leaf).__name__}: pass it to fun as a further argument, g(key, x, ...)"
-            )
-        dtype = dtype_of(leaf)
-        if dtype is None:
-            raise TypeError(
-                f"x must be a pytree of arrays, but leaf {leaf_name(path)!r} is {kind_of(leaf)}, "
-                "a dtype that JAX does not support: convert it to float32, for example, or pass it "
-                "to fun as a further argument, g(key, x, ...)"
-            )
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            raise TypeError(
-                f"complex leaves are not supported (leaf {leaf_name(path)!r} is {dtype}); "
-                "split it into its real and imaginary parts"
-            )
-        if jnp.issubdtype(dtype, jnp.floating):
-            if isinstance(leaf, np.ndarray | np.generic):
-                leaf = on_device(np.asarray(leaf, dtype))
-            leaves.append(leaf)
-            names.append(leaf_name(path))
-            fixed.append(None)
-        else:
-            fixed.append(leaf)
-    if paths and not leaves:
-        raise TypeError(
-            "x has no floating leaf to perturb: its leaves are "
-            f"{', '.join(sorted({str(jnp.result_type(v)) for v in fixed}))}; make those floating "
-            "that are to be perturbed, as jnp.asarray(x, float) does"
-        )
-
-    def merge(perturbed: Iterable[Array]) -> PyTree:
-        rest = iter(perturbed)
-        return tree.unflatten([next(rest) if v is None else v for v in fixed])
-
-    return leaves, names, merge
-
-
-def noise_dtype(leaves: list[Array]) -> np.dtype:
-    """Dtype of noise, scores and weights for these leaves: at least single precision."""
-    return np.dtype(np.float64 if any(v.dtype == np.float64 for v in leaves) else np.float32)
-
-
 def is_traced(values: PyTree) -> bool:
     """Whether a leaf of the pytree is not known yet, so that it could not be checked."""
     return any(isinstance(v, Tracer) for v in jax.tree.leaves(values))
-
-
-def num_elements(leaves: list[Array]) -> int:
-    """Number of coordinates of the leaves together."""
-    return sum(math.prod(leaf.shape) for leaf in leaves)

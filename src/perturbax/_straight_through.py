@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from . import _checks
+from . import _checks, _leaves
 from ._call import Settings, evaluate, prepare
 from ._describe import describe, leading, remembered
 from ._types import Fun, PyTree
@@ -90,7 +90,7 @@ def make_straight_through_fun(
     def straight_through_fun(*args: Any, **kwargs: Any) -> PyTree:
         key, x, *rest = leading(("key", "x"), args, kwargs)
         key = _checks.check_key(key, x)
-        leaves, _, merge = _checks.perturbed_leaves(x)
+        leaves, _, merge = _leaves.perturbed_leaves(x)
 
         def at(x: PyTree) -> PyTree:
             return fun(x, *rest, **kwargs)

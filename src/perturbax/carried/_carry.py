@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .. import _checks
+from .. import _checks, _leaves
 from .._perturb import PerturbedFun, kind_of_fun
 from ..scale import _scales
 from ..tracing._mesh_axes import with_explicit_axes, without_explicit_axes
@@ -74,8 +74,8 @@ class Carried:
 
     def init(self, x: Any) -> CarriedState:
         """The state of somebody who has seen nothing yet, for points like x."""
-        leaves, names, _ = _checks.perturbed_leaves(x)
-        dtype = _checks.noise_dtype(leaves)
+        leaves, names, _ = _leaves.perturbed_leaves(x)
+        dtype = _leaves.noise_dtype(leaves)
         # Arrays of their own each, and not x itself, for a step may be given them to write on.
         origin = jnp.copy(lax.stop_gradient(_flat(leaves, dtype)))
         dim = origin.shape[0]
@@ -126,14 +126,14 @@ class Carried:
                 f"{type(state).__name__}; it is value_and_grad(state, key, x)"
             )
         key = _checks.check_key(key, x, "value_and_grad(state, key, x)")
-        leaves, names, merge = _checks.perturbed_leaves(x)
-        if state.origin.shape != (_checks.num_elements(leaves),):
+        leaves, names, merge = _leaves.perturbed_leaves(x)
+        if state.origin.shape != (_leaves.num_elements(leaves),):
             raise ValueError(
                 f"state is one for {state.origin.size} coordinates, but x has "
-                f"{_checks.num_elements(leaves)}; call init(x) for points like x"
+                f"{_leaves.num_elements(leaves)}; call init(x) for points like x"
             )
         scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
-        dtype = _checks.noise_dtype(leaves)
+        dtype = _leaves.noise_dtype(leaves)
         sigma, noise = _spread(scales, leaves, names, dtype), settings.noise
         if state.origin.dtype != dtype:
             raise ValueError(
@@ -158,7 +158,7 @@ class Carried:
         def residual(y: Any, *args: Any, **kwargs: Any) -> Any:
             out = fun(y, *args, **kwargs)
             value, aux = out if settings.has_aux else (out, None)
-            point = _offset(_checks.perturbed_leaves(y)[0], state.origin)
+            point = _offset(_leaves.perturbed_leaves(y)[0], state.origin)
             q = _regression.predict(chosen, point[None], noise)[0, 0]
             with jax.numpy_dtype_promotion("standard"):
                 kind = jnp.promote_types(jnp.result_type(value), dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import _checks
+from .. import _checks, _leaves
 from .._perturb import PerturbedFun, kind_of_fun
 from ..scale import _scales
 from ..tracing._host_call import own_exceptions
@@ -78,14 +78,14 @@ def plot_smoothing(
     if _checks.is_traced((key, x, direction, args, kwargs, g.settings.sigma)):
         raise TypeError("plot_smoothing needs known numbers, got traced ones; call it outside jit")
     key = _checks.check_key(key, x, "plot_smoothing(g, key, x, direction)")
-    leaves, names, merge = _checks.perturbed_leaves(x)
+    leaves, names, merge = _leaves.perturbed_leaves(x)
     if jax.tree.structure(direction) != jax.tree.structure(x):
         raise ValueError(
             f"direction must have the structure of x, {jax.tree.structure(x)}, got "
             f"{jax.tree.structure(direction)}"
         )
     moved = [
-        jnp.asarray(d, _checks.noise_dtype(leaves))
+        jnp.asarray(d, _leaves.noise_dtype(leaves))
         for d, v in zip(jax.tree.leaves(direction), jax.tree.leaves(x), strict=True)
         if jnp.issubdtype(jnp.result_type(v), jnp.floating)
     ]
@@ -128,7 +128,7 @@ def plot_smoothing(
     # The one in the middle, at 0, is that of the tangent.
     t = np.linspace(-reach, reach, num_points | 1)
     fine = np.linspace(-reach, reach, _FINER * num_points | 1)
-    dtype = _checks.noise_dtype(leaves)
+    dtype = _leaves.noise_dtype(leaves)
 
     # Outside of jit, where a host function finds out what it returns.
     g.prepare(jax.random.clone(key), x, args, kwargs)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import _checks
+from .. import _checks, _leaves
 from .._call import Settings
 from .._describe import Made, leading
 from .._perturb import PerturbedFun, kind_of_fun
@@ -96,13 +96,13 @@ class Subject:
         self.settings = settings
         self._key = _checks.check_key(key, x, "diagnose(g, key, x)")
         self._x, self._args, self._kwargs = x, args, kwargs
-        self.leaves, self.names, self._merge = _checks.perturbed_leaves(x)
+        self.leaves, self.names, self._merge = _leaves.perturbed_leaves(x)
         self.fixed = [
-            (_checks.leaf_name(path), jnp.result_type(leaf))
+            (_leaves.leaf_name(path), jnp.result_type(leaf))
             for path, leaf in jax.tree_util.tree_leaves_with_path(x)
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
         ]
-        self.dim = _checks.num_elements(self.leaves)
+        self.dim = _leaves.num_elements(self.leaves)
         self.name = getattr(fun, "__name__", type(fun).__name__)
         self.num_evaluations = 0
         self.seconds = float("nan")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import _checks
+from .. import _checks, _leaves
 from .._perturb import make_perturbed_fun
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -177,10 +177,10 @@ def sweep_sigma(
     _checks.check_fun(fun)
     _checks.check_missing(missing)
     key = _checks.check_key(key, x, "sweep_sigma(fun, key, x)")
-    leaves, _, merge = _checks.perturbed_leaves(x)
+    leaves, _, merge = _leaves.perturbed_leaves(x)
     if _checks.is_traced((key, leaves, sigmas)):
         raise TypeError("sweep_sigma needs known numbers, got traced ones; call it outside jit")
-    if not _checks.num_elements(leaves):
+    if not _leaves.num_elements(leaves):
         raise ValueError("x has no coordinates: there is nothing to smooth")
     scales = _check_sigmas(sigmas, leaves)
     try:
@@ -238,7 +238,7 @@ def sweep_sigma(
         return jax.lax.map(functools.partial(one, leaves=leaves), (keys, scales))
 
     keys = jax.random.split(key, len(scales))
-    found = own_exceptions(all_of)(keys, jnp.asarray(scales, _checks.noise_dtype(leaves)), leaves)
+    found = own_exceptions(all_of)(keys, jnp.asarray(scales, _leaves.noise_dtype(leaves)), leaves)
     values, value_errors, gradients, errors, equal, failed, absent = map(wide, found)
     with np.errstate(all="ignore"):
         squares, square_errors = squared_length(gradients, errors**2)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import _checks
+from .. import _checks, _leaves
 from ..noise._foreign import as_noise
 from ..noise._inverse import is_invertible
 from ..noise._protocol import NoiseDistribution
@@ -386,7 +386,7 @@ def _check_fits(sigma: Any, problem: Problem, optimizer: Optimizer | None) -> No
     """Raises unless sigma fits x0; of a schedule, that of the first step."""
     given = check_sigma(sigma(jnp.zeros((), jnp.int32)) if callable(sigma) else sigma)
     given = jax.tree.map(jnp.asarray, given)
-    leaves, names, _ = _checks.perturbed_leaves(problem.start)
+    leaves, names, _ = _leaves.perturbed_leaves(problem.start)
     scales = scale_leaves(given, problem.start, leaves, names)
     if optimizer is not None or len(scales) != len(leaves):
         return

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from .. import _checks
+from .. import _checks, _leaves
 from ..tracing._mesh_axes import (
     has_explicit_axes,
     with_explicit_axes,
@@ -109,16 +109,16 @@ def make_problem(
     _check_call(fun, takes_key, args)
     fixed = [leaf for leaf in jax.tree.leaves(x0) if not _is_floating(leaf)]
     if fixed and not any(isinstance(leaf, str) for leaf in fixed):
-        kinds = ", ".join(sorted({str(_checks.dtype_of(leaf)) for leaf in fixed}))
+        kinds = ", ".join(sorted({str(_leaves.dtype_of(leaf)) for leaf in fixed}))
         raise TypeError(
             f"minimize moves all of x0, but it has leaves of {kinds}: hand those to fun by "
             "args=(...), or, where they are to be found too, make them floating numbers that fun "
             "rounds, as jnp.round(x) does"
         )
-    leaves, names, merge = _checks.perturbed_leaves(x0)
-    if not _checks.num_elements(leaves):
+    leaves, names, merge = _leaves.perturbed_leaves(x0)
+    if not _leaves.num_elements(leaves):
         raise ValueError("x0 has no coordinates: there is nothing to minimise over")
-    dtype = _checks.noise_dtype(leaves)
+    dtype = _leaves.noise_dtype(leaves)
     low = _bounds(lower, x0, leaves, names, "lower", -np.inf)
     high = _bounds(upper, x0, leaves, names, "upper", np.inf)
     for bounds in zip(low, high, leaves, names, strict=True):
@@ -229,7 +229,7 @@ def _reflected(u: Array, low: np.ndarray, high: np.ndarray) -> Array:
 
 
 def _is_floating(leaf: Any) -> bool:
-    dtype = _checks.dtype_of(leaf)
+    dtype = _leaves.dtype_of(leaf)
     return isinstance(leaf, float) or (dtype is not None and jnp.issubdtype(dtype, jnp.floating))
 
 

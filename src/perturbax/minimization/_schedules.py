@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .. import _checks
+from .. import _leaves
 from .._perturb import make_perturbed_fun
 from ..sampling._independent import Independent
 from ..scale._matrices import is_matrix, row_lengths
@@ -31,7 +31,7 @@ def given_sigma(sigma: Sigma, operands: Operands, count: Array) -> Any:
 
 def widths(scale: Any, u: Any) -> Array:
     """The scale of the noise of each coordinate, flat; of a matrix, the lengths of its rows."""
-    leaves, names, _ = _checks.perturbed_leaves(u)
+    leaves, names, _ = _leaves.perturbed_leaves(u)
     scales = one_each(scale_leaves(scale, u, leaves, names), leaves)
     each = [
         row_lengths(s.reshape(leaf.size, leaf.size))

@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array, core
 from jax.typing import DTypeLike
 
-from .._checks import check_log_prob, on_device
+from .._checks import check_log_prob
+from .._leaves import on_device
 from ..tracing._mesh_axes import varying, varying_axes
 from ..tracing._signature import TracedFunction, trace
 from ..tracing._user_code import explained_draw, explained_method, only_leaf

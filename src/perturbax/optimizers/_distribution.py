@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from .. import _checks
+from .. import _checks, _leaves
 from .._call import Call, Settings, evaluate, prepare
 from .._describe import describe, leading, remembered
 from .._types import Fun, PyTree
@@ -185,7 +185,7 @@ def make_perturbed_distribution(
         key = _checks.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
         scales = scales_of(settings.sigma, theta, leaves, names, layer.multiplicative)
-        dtype = _checks.noise_dtype(leaves)
+        dtype = _leaves.noise_dtype(leaves)
         scores, _ = layer.split(layer.inputs(leaves, scales), scales)
         perturbation = Perturbation(scores, scales, layer.multiplicative, dtype)
 

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
-from .. import _checks
+from .. import _checks, _leaves
 from .._call import Settings, evaluate, prepare
 from .._describe import describe, leading, remembered
 from .._types import Fun, PyTree
@@ -129,7 +129,7 @@ def make_implicit_mle(
         traced, operands = trace(mean, key, *leaves)
         scores = [sign * v for v in leaves]
         value = called(traced.hosts, traced, operands, key, *lax.stop_gradient(scores))
-        fixed = lax.stop_gradient((value, operands, jnp.asarray(lam, _checks.noise_dtype(value))))
+        fixed = lax.stop_gradient((value, operands, jnp.asarray(lam, _leaves.noise_dtype(value))))
         # The target steps from alpha theta, but the gradient is one in theta.
         start = [v + lax.stop_gradient(_scaled(v, alpha - 1)) for v in scores]
         change: Any = _zeros(traced, two_sided, start, *fixed, jax.random.clone(key))

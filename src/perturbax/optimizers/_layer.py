@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .. import _checks
+from .. import _checks, _leaves
 from .._call import Settings, evaluate, prepare
 from .._types import Fun, PyTree
 from ..scale import _scales
@@ -90,7 +90,7 @@ class Layer:
         self, solve: Fun, key: Array, theta: list[Array], scales: list[Array]
     ) -> list[Array]:
         """The leaves of E[solve(u, Drawn(perturbation, v))]."""
-        dtype = _checks.noise_dtype(theta)
+        dtype = _leaves.noise_dtype(theta)
         perturbation = Perturbation(theta, scales, self.multiplicative, dtype)
         settings = dataclasses.replace(self.settings, sigma=perturbation.scale())
 

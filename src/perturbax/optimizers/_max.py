@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from .. import _checks
+from .. import _checks, _leaves
 from .._call import Settings
 from .._describe import describe, leading, remembered
 from .._types import Fun, PyTree
@@ -132,7 +132,7 @@ def maximum(layer: Layer, objective: Fun | None, symmetrize: bool) -> Callable[.
         key = _checks.check_key(key, theta)
         leaves, names, tree = score_leaves(theta)
         scales = scales_of(layer.settings.sigma, theta, leaves, names, layer.multiplicative)
-        dtype = _checks.noise_dtype(leaves)
+        dtype = _leaves.noise_dtype(leaves)
 
         def solution(u: list[Array]) -> tuple[list[Array], Array]:
             scores = layer.unsigned(tree, u)
@@ -176,7 +176,7 @@ def maximum(layer: Layer, objective: Fun | None, symmetrize: bool) -> Callable[.
             *slopes, value, fixed = called(
                 traced.hosts, layer.expectation, with_fixed_value, key, *parts
             )
-            if not layer.has_traced_noise(_checks.num_elements(leaves)):
+            if not layer.has_traced_noise(_leaves.num_elements(leaves)):
                 value = with_slopes(value, fixed, slopes, inputs)
         else:
             num_symmetric = len(leaves) if symmetrize else 0

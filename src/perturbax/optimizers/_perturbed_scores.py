@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from .. import _checks
+from .. import _checks, _leaves
 from .._types import PyTree
 from ..noise._foreign import AdaptedNoise
 from ..noise._protocol import NoiseDistribution
@@ -216,7 +216,7 @@ def same_shapes(name: str, value: Any, theta: PyTree) -> list[Array]:
             label = jax.tree_util.keystr(path)
             raise ValueError(f"{name}{label} must be real numbers, got {leaf.dtype}")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaf = leaf.astype(_checks.noise_dtype([jnp.asarray(score)]))
+            leaf = leaf.astype(_leaves.noise_dtype([jnp.asarray(score)]))
         leaves.append(leaf)
     return leaves
 

@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from .._checks import array_hint, dtype_of, kind_of, leaf_name, noise_dtype, on_device
+from .._checks import array_hint
+from .._leaves import dtype_of, kind_of, leaf_name, noise_dtype, on_device
 from .._types import PyTree
 from . import _matrices
 

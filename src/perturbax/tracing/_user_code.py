@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, core
 
-from .._checks import dtype_of, kind_of, on_device
+from .._leaves import dtype_of, kind_of, on_device
 from .._types import Fun, PyTree
 from ._signature import TracedFunction, trace
 
