@@ -77,13 +77,8 @@ class Independent:
             keys = _random_bits.group_keys(key, first, count)
             return jax.vmap(one)(keys).reshape(rows, dim)
 
-        # XLA makes no vector instructions of a number of elements that four do not divide.
-        more = -rows % 4 if isinstance(dim, int) and 0 < dim < _random_bits.NARROW else 0
-        samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, rows + more)
-        block = lambda: from_words(noise, _random_bits.numbered(key, samples, dim, dtype))  # noqa: E731
-        if not more:
-            return block()
-        return _random_bits.materialise(block, (rows + more, dim), dtype, key)[:rows]
+        samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, rows)
+        return from_words(noise, _random_bits.numbered(key, samples, dim, dtype))
 
 
 @dataclasses.dataclass(frozen=True)

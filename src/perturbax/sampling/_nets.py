@@ -189,9 +189,8 @@ def _random(keys: Array, rows: int, dim: int) -> Array:
         key = keys[:, 0, None, None], keys[:, 1, None, None]
         return words32(key, lax.iota(jnp.uint32, rows)[None, :, None], column_numbers(dim)[None])
 
-    # Each is read for every generator, too often to be drawn anew, unless they are few.
-    shape = (keys.shape[0], rows, dim)
-    return materialise(random, shape, jnp.uint32, keys[0]) if dim >= NARROW else random()
+    # Each is read for every generator, too often to be drawn anew.
+    return materialise(random, (keys.shape[0], rows, dim), jnp.uint32, keys[0])
 
 
 def _points(generators: Array, size: int) -> Array:
