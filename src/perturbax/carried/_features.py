@@ -81,12 +81,12 @@ def expected_features(place: Array, ratio: Array, noise: Any) -> Array:
     if quadratic:
         parts.append(_QUADRATIC**0.5 * (mean**2 + noise.variance * ratio**2 - 1))
     characteristic = characteristic_of(noise)
-    if characteristic is not None:
-        for k, amplitude in enumerate(_amplitudes(frequencies)):
-            frequency = _FREQUENCY * (k + 1)
-            size, turn = characteristic(frequency * ratio)
-            angle = frequency * place + turn
-            parts += [amplitude * size * jnp.cos(angle), amplitude * size * jnp.sin(angle)]
+    if characteristic is not None and frequencies:
+        frequency = _frequencies(frequencies, place.dtype)
+        size, turn = characteristic(frequency * ratio[None])
+        size = np.array(_amplitudes(frequencies), place.dtype)[:, None] * size
+        angle = frequency * place[None] + turn
+        parts.append(jnp.stack([size * jnp.cos(angle), size * jnp.sin(angle)], axis=1).ravel())
     return jnp.concatenate(parts)
 
 
@@ -103,19 +103,25 @@ def moved(weights: Array, shift: Array, ratio: Array, noise: Any) -> Array:
     quadratic, frequencies = kinds = basis(shift.shape[0], noise)
     near = jnp.abs(shift) <= FAR
     shift = jnp.where(near, shift, 0)
-    linear, *rest = jnp.split(weights, kinds.size, axis=1)
-    parts = []
+    each = weights.reshape(-1, kinds.size, len(shift))
+    linear, parts = each[:, 0], []
     if quadratic:
-        squares = jnp.where(near[None], rest.pop(0), 0)
+        squares = jnp.where(near[None], each[:, 1], 0)
         linear = linear + 2 * (_QUADRATIC / _LINEAR) ** 0.5 * shift[None] * squares
         parts.append((ratio**2)[None] * squares)
-    kept = near & (ratio == 1)
-    for k in range(frequencies):
-        angle = _FREQUENCY * (k + 1) * shift
+    if frequencies:
+        angle = _frequencies(frequencies, shift.dtype) * shift[None]
+        kept = (near & (ratio == 1))[None]
         cos, sin = (jnp.where(kept, v, 0)[None] for v in (jnp.cos(angle), jnp.sin(angle)))
-        of_cos, of_sin = rest[2 * k], rest[2 * k + 1]
-        parts += [cos * of_cos + sin * of_sin, cos * of_sin - sin * of_cos]
+        of_cos, of_sin = each[:, -2 * frequencies :: 2], each[:, 1 - 2 * frequencies :: 2]
+        turned = jnp.stack([cos * of_cos + sin * of_sin, cos * of_sin - sin * of_cos], axis=2)
+        parts.append(turned.reshape(len(weights), -1))
     return jnp.concatenate([ratio[None] * linear, *parts], axis=1)
+
+
+def _frequencies(count: int, dtype: Any) -> np.ndarray:
+    """w_1, w_2, ... as a column."""
+    return _FREQUENCY * np.arange(1, count + 1, dtype=dtype)[:, None]
 
 
 def _amplitudes(frequencies: int) -> list[float]:
