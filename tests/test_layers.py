@@ -102,6 +102,7 @@ LAYERS = [
     "minimization/_setup",
     "minimization/_schedules",
     "minimization/_descent",
+    "minimization/_quadratic_fit",
     "minimization/_surrogate_search",
     "minimization/_result",
     "minimization/_run",

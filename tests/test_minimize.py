@@ -20,7 +20,12 @@ from jax.experimental import io_callback
 import checkpoints
 import perturbax as px
 from perturbax.host_functions._function_names import known_by
-from perturbax.minimization import _checkpoint, _minimize, _progress, _surrogate_search
+from perturbax.minimization import (
+    _checkpoint,
+    _minimize,
+    _progress,
+    _quadratic_fit,
+)
 from perturbax.minimization._fingerprint import called_in, fingerprint, operations
 from perturbax.minimization._run import block
 
@@ -414,7 +419,7 @@ def test_a_noisy_function_is_noticed_and_its_value_has_an_error():
 # The second learns no curvatures of its own, as functions of many coordinates do.
 @pytest.mark.parametrize(("dim", "most_metric"), [(20, 200), (30, 10)])
 def test_what_a_key_adds_to_all_values_of_a_step_does_not_matter(dim, most_metric, monkeypatch):
-    monkeypatch.setattr(_surrogate_search, "_MOST_METRIC", most_metric)
+    monkeypatch.setattr(_quadratic_fit, "MOST_METRIC", most_metric)
 
     def fun(key, x):
         return jnp.sum((x - 1) ** 2) + dim / 2 * jax.random.normal(key)
@@ -452,7 +457,7 @@ def test_directions_of_several_steps_are_orthogonal():
 
 def test_a_factorisation_that_fails_does_not_end_the_search(monkeypatch):
     """In single precision it fails beside large priors; the next step has a larger ridge."""
-    monkeypatch.setattr(_surrogate_search, "_QUADRATICS", (4, 5))
+    monkeypatch.setattr(_quadratic_fit, "_QUADRATICS", (4, 5))
 
     def fun(x):
         return jnp.sum(jnp.round(4 * x) ** 2)

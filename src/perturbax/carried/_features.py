@@ -83,9 +83,9 @@ def expected_features(place: Array, ratio: Array, noise: Any) -> Array:
     characteristic = characteristic_of(noise)
     if characteristic is not None and frequencies:
         frequency = _frequencies(frequencies, place.dtype)
-        size, turn = characteristic(frequency * ratio[None])
+        size, turn = characteristic(ratio[None] * frequency)
         size = np.array(_amplitudes(frequencies), place.dtype)[:, None] * size
-        angle = frequency * place[None] + turn
+        angle = place[None] * frequency + turn
         parts.append(jnp.stack([size * jnp.cos(angle), size * jnp.sin(angle)], axis=1).ravel())
     return jnp.concatenate(parts)
 

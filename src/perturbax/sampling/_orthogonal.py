@@ -97,9 +97,13 @@ class Orthogonal:
             return jnp.zeros((len(keys), group_size, 0), dtype)
         rows = -(-group_size // 2) if self.antithetic else group_size
         z = gaussian_directions(keys, rows, dim, dtype)
-        if self.antithetic:
-            z = jnp.concatenate([z, -z], axis=1)[:, :group_size]
-        return from_normal(noise, z)
+        # Dealt to coordinates once, apart from what the law makes of each number and its opposite:
+        # by the same loop as these it would be done number by number.
+        z = materialise(lambda: z, z.shape, dtype, keys[0])
+        if not self.antithetic:
+            return from_normal(noise, z)
+        both = [from_normal(noise, z), from_normal(noise, -z)]
+        return jnp.concatenate(both, axis=1)[:, :group_size]
 
 
 def gaussian_directions(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Array:
