@@ -51,10 +51,7 @@ def test_distinct_solutions_and_their_frequencies(dim):
     assert solutions.dtype == bool
     assert np.all(np.diff(weights) <= 0)
     assert np.all(weights[num:] == 0)
-    counts = {
-        tuple(row): round(200 * w)
-        for row, w in zip(solutions[:num], weights, strict=False)
-    }
+    counts = {tuple(row): round(200 * w) for row, w in zip(solutions[:num], weights, strict=False)}
     assert counts == expected
     assert np.all(solutions[num:] == solutions[0])
 

@@ -127,7 +127,9 @@ def test_complements_are_opposites(name):
 
 def test_gumbel_reaches_into_both_tails():
     ends = np.isin(words(32), [0, 2**32 - 1])
-    np.testing.assert_allclose(drawn("Gumbel")[ends], [-np.log(33 * np.log(2)), 33 * np.log(2)], rtol=1e-6)
+    np.testing.assert_allclose(
+        drawn("Gumbel")[ends], [-np.log(33 * np.log(2)), 33 * np.log(2)], rtol=1e-6
+    )
 
 
 @every_law
