@@ -177,9 +177,9 @@ def measure(
 
     batched = batched or over_keys(estimator, num_args=len(args), num_keys=num_keys, jit=jit)
     powers = [[np.zeros(target.shape) for _ in range(3)] for target in targets]
-    keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), num_keys)
     for start in range(0, num_keys, keys_per_batch):
-        estimates = batched(keys[start : start + keys_per_batch], *args)
+        keys = keys_of(np.uint32(seed), np.uint32(start), keys_per_batch)
+        estimates = batched(keys, *args)
         if jax.tree.structure(estimates) != structure:
             raise ValueError(f"expected {structure}, got {jax.tree.structure(estimates)}")
         for name, estimate, target, sums in zip(
@@ -199,6 +199,25 @@ def measure(
         _summarise(name, target, [total / num_keys for total in sums], number, num_keys)
         for name, target, sums, number in zip(names, targets, powers, scales, strict=True)
     ]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def keys_of(seed: Any, start: Any, count: int) -> Any:
+    """Some of the keys that are split from the key of a seed.
+
+    `jax.random.split` of each number of keys would be a program, and each slice of them another.
+
+    Args:
+        seed: The seed, uint32.
+        start: The number of the first key, uint32.
+        count: How many keys.
+
+    Returns:
+        An array of keys.
+    """
+    root = jax.random.key(seed, impl="threefry2x32")
+    # Key i of `jax.random.split` is what folding in i makes.
+    return jax.vmap(jax.random.fold_in, (None, 0))(root, start + jnp.arange(count, dtype="uint32"))
 
 
 def over_keys(

@@ -697,9 +697,9 @@ def test_traced_sigma_that_is_not_positive_gives_nan():
 
         return jax.value_and_grad(value, argnums=(0, 1))(X, sigma)
 
-    sigmas = jnp.array([0.5, 0.0, -0.5, jnp.nan, jnp.inf])
+    sigmas = np.float32([0.5, 0.0, -0.5, np.nan, np.inf])
     value, (in_x, in_sigma) = jax.jit(jax.vmap(value_and_gradients))(sigmas)
-    for array in (value, in_x.sum(axis=1), in_sigma):
+    for array in (np.asarray(value), np.sum(in_x, axis=1), np.asarray(in_sigma)):
         assert np.isfinite(array[0])
         assert np.isnan(array[1:]).all()
 
@@ -710,28 +710,28 @@ def test_sigma_of_any_real_type(sigma):
 
 
 def test_sigma_for_each_coordinate():
-    scales = jnp.array([0.2, 0.5, 3.0])
+    scales = np.float32([0.2, 0.5, 3.0])
 
     def scaled(y, scales):
         return squares(y * scales) + jnp.sum(y > 0)
 
     # f(x + s z) is f(s (x / s + z)), with the chain rule for the gradient.
     value, gradient = jax.value_and_grad(smooth(scaled, sigma=1.0), argnums=1)(
-        KEY, X / scales, scales
+        KEY, np.asarray(X) / scales, scales
     )
     actual, (in_x, in_sigma) = jax.value_and_grad(
         lambda x, s: smooth(lambda y: scaled(y, 1.0), sigma=s)(KEY, x), argnums=(0, 1)
     )(X, scales)
     assert_trees_close(actual, value, rtol=1e-5)
-    assert_trees_close(in_x, gradient / scales, rtol=1e-4, atol=1e-5)
+    assert_trees_close(in_x, np.asarray(gradient) / scales, rtol=1e-4, atol=1e-5)
     # Without a baseline, the mean of f times (-1 - z d log p / dz) / s.
     _, y = samples(sigma=scales)(KEY, X)
-    z = (y - X) / scales
+    z = (np.asarray(y) - np.asarray(X)) / scales
     in_sigma = jax.grad(
         lambda s: smooth(lambda y: scaled(y, 1.0), sigma=s, use_baseline=False)(KEY, X)
     )(scales)
-    f = jax.vmap(lambda y: scaled(y, 1.0))(y)
-    expected = jnp.mean(f[:, None] * (z**2 - 1.0) / scales, axis=0)
+    f = np.asarray(jax.jit(jax.vmap(lambda y: scaled(y, 1.0)))(y))
+    expected = np.mean(f[:, None] * (z**2 - 1) / scales, axis=0)
     assert_trees_close(in_sigma, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -774,8 +774,9 @@ def test_sigma_keeps_double_precision():
 @pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel()], ids=repr)
 def test_derivative_in_sigma(noise):
     _, y = samples(num_samples=64, sigma=0.7, noise=noise)(KEY, X)
-    f = jax.vmap(squares)(y)
-    expected = reference.differentiate_samples(f, (y - X) / 0.7, 0.7, type(noise).__name__)
+    z = (np.asarray(y) - np.asarray(X)) / np.float32(0.7)
+    f = np.sum(np.square(y), axis=1)
+    expected = reference.differentiate_samples(f, z, 0.7, type(noise).__name__)
     actual = jax.grad(
         lambda s: smooth(num_samples=64, sigma=s, noise=noise, use_baseline=False)(KEY, X)
     )(0.7)
@@ -858,9 +859,9 @@ def test_half_precision(dtype):
     p = scipy.special.softmax([1.0, 0.5, 0.0])
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, p, atol=0.015)
-    (row,) = pullback(jnp.array([1.0, 0.0, 0.0]))
+    (row,) = pullback(np.float32([1, 0, 0]))
     assert row.dtype == dtype
-    np.testing.assert_allclose(row.astype(np.float32), p[0] * (np.eye(3)[0] - p), atol=0.04)
+    np.testing.assert_allclose(np.asarray(row, np.float32), p[0] * (np.eye(3)[0] - p), atol=0.04)
     assert set(seen) == {jnp.dtype(dtype)}
 
 
@@ -904,8 +905,9 @@ def test_leaves_that_are_not_floating_pass_through():
     (value, drawn), pullback = jax.vjp(lambda x: smooth(fun)(KEY, x), {**x, "rest": dict(rest)})
     assert_trees_close(drawn, jax.random.uniform(rest["key"]))
     _, w = samples()(KEY, X)
-    assert_trees_close(value, w.mean(axis=0) * rest["int"] + 3, rtol=1e-5)
-    (gradient,) = pullback((jnp.ones(3), 1.0))
+    expected = np.mean(w, axis=0) * np.float32([0, 1, 2]) + 3
+    assert_trees_close(value, expected, rtol=1e-5)
+    (gradient,) = pullback((np.ones(3, np.float32), 1.0))
     assert gradient["w"].dtype == jnp.float32
     assert np.isfinite(gradient["w"]).all()
     for name in ("int", "bool", "uint8", "key", "python"):
@@ -973,22 +975,23 @@ def test_empty_array(options):
 
 
 def test_nan_in_x_stays_where_it_is():
-    x = jnp.array([1.0, jnp.nan, 2.0])
+    x = np.float32([1, np.nan, 2])
     value, gradient = jax.value_and_grad(smooth(lambda y: y[0] ** 2 + y[2]), argnums=1)(KEY, x)
     assert np.isfinite(value)
-    assert np.isfinite(gradient[::2]).all()
+    assert np.isfinite(np.asarray(gradient)[::2]).all()
     assert np.isnan(smooth()(KEY, x))
 
 
 def test_masked_logits():
-    x = X.at[0].set(-jnp.inf)
+    x = np.array(X)
+    x[0] = -np.inf
     g = smooth(one_hot_argmax, 20_000, sigma=1.0, noise=px.Gumbel())
     value = g(KEY, x)
-    jacobian = jax.jacrev(g, argnums=1)(KEY, x)
-    p = scipy.special.softmax(np.asarray(x))
+    jacobian = np.asarray(jax.jit(jax.jacrev(g, argnums=1))(KEY, x))
+    p = scipy.special.softmax(x)
     np.testing.assert_allclose(value, p, atol=0.01)
     np.testing.assert_allclose(jacobian[:, 1:], (np.diag(p) - np.outer(p, p))[:, 1:], atol=0.02)
-    assert_trees_close(jacobian[:, 0], jnp.zeros(3))
+    assert_trees_close(jacobian[:, 0], np.zeros(3, np.float32))
 
 
 # --- num_samples, batch_size and memory
@@ -1041,12 +1044,12 @@ def test_further_arguments_are_forwarded():
 
     def at_samples(x, scale, shift):
         _, y = samples()(KEY, x)
-        return jnp.mean(scale * y.sum(axis=1) + shift)
+        return np.mean(scale * np.sum(y, axis=1) + shift, dtype=np.float32)
 
     g = smooth(fun)
     assert_trees_close(g(KEY, X, 2.0, shift=3.0), at_samples(X, 2.0, 3.0), rtol=1e-5)
     in_scale, in_shift = jax.grad(lambda a, b: g(KEY, X, a, shift=b), argnums=(0, 1))(2.0, 3.0)
-    expected = jax.grad(lambda a: at_samples(X, a, 3.0))(2.0)
+    expected = at_samples(X, 1.0, 0.0)  # of what is multiplied by the scale
     np.testing.assert_allclose([in_scale, in_shift], [expected, 1.0], rtol=1e-5)
     assert_trees_close(
         smooth(lambda y, name: jnp.sum(y) if name == "sum" else 0.0)(KEY, X, "sum"),
@@ -1061,12 +1064,14 @@ def test_key_and_x_may_be_given_by_name():
     assert_trees_close(g(KEY, x=X), expected)
     assert_trees_close(g(x=X, key=KEY), expected)
     assert_trees_close(jax.jit(g)(KEY, x=X), expected, rtol=1e-6)
-    assert_trees_close(g(KEY, x=X, scale=2.0), 2.0 * expected, rtol=1e-6)
+    doubled = np.float32(2) * np.asarray(expected)
+    assert_trees_close(g(KEY, x=X, scale=2.0), doubled, rtol=1e-6)
 
 
 def test_fun_may_have_a_key_and_an_x_of_its_own():
     g = smooth(lambda y, *, key, x: jnp.sum(y) + key + x)
-    assert_trees_close(g(KEY, X, key=1.0, x=2.0), smooth(jnp.sum)(KEY, X) + 3.0, rtol=1e-6)
+    expected = np.asarray(smooth(jnp.sum)(KEY, X)) + np.float32(3)
+    assert_trees_close(g(KEY, X, key=1.0, x=2.0), expected, rtol=1e-6)
 
 
 def cost(y, weights, *, scale=1.0):
@@ -1235,7 +1240,7 @@ def test_fun_that_is_not_finite_at_x_itself(bad):
 
     value, gradient = jax.value_and_grad(smooth(fun, 1000), argnums=1)(KEY, X)
     assert_trees_close(value, smooth(num_samples=1000)(KEY, X), rtol=1e-5)
-    np.testing.assert_allclose(gradient, 2 * X, atol=0.6)
+    np.testing.assert_allclose(gradient, 2 * np.asarray(X), atol=0.6)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -1243,7 +1248,7 @@ def test_a_value_at_x_that_is_not_finite_does_not_count(bad):
     # With so few samples it would be one more value of the baseline; the others are all alike.
     g = smooth(lambda y: jnp.where(jnp.all(y == X), bad, 7.0), 8, degree=0)
     gradient = jax.grad(g, argnums=1)(KEY, X)
-    assert_trees_close(gradient, jnp.zeros_like(X), atol=1e-5)
+    assert_trees_close(gradient, np.zeros(3, np.float32), atol=1e-5)
 
 
 def test_spike_at_x_does_not_matter_much():
@@ -1260,8 +1265,8 @@ def test_spike_at_x_does_not_matter_much():
 def test_aux_is_constant_in_x_and_differentiable_in_further_arguments():
     g = smooth(lambda y, scale: (jnp.sum(y), scale * jnp.sum(y)), has_aux=True)
     in_x, in_scale = jax.grad(lambda x, s: g(KEY, x, s)[1].sum(), argnums=(0, 1))(X, 2.0)
-    assert_trees_close(in_x, jnp.zeros(3))
-    assert_trees_close(in_scale, g(KEY, X, 1.0)[1].sum(), rtol=1e-5)
+    assert_trees_close(in_x, np.zeros(3, np.float32))
+    assert_trees_close(in_scale, np.sum(g(KEY, X, 1.0)[1]), rtol=1e-5)
 
 
 def test_aux_is_stacked_and_untouched():
@@ -1270,11 +1275,11 @@ def test_aux_is_stacked_and_untouched():
 
     value, aux = smooth(fun, has_aux=True)(KEY, X)
     assert_trees_close(value, smooth()(KEY, X), rtol=1e-6)
-    y = aux["y"]
+    y = np.asarray(aux["y"])
     assert y.shape == (8, 3)
-    assert_trees_close(aux["best"], jnp.argmax(y, axis=1))
+    assert_trees_close(aux["best"], np.argmax(y, axis=1).astype(np.int32))
     assert_trees_close(aux["on"], y > 0)
-    assert aux["best"].dtype == jnp.argmax(X).dtype
+    assert aux["best"].dtype == jax.eval_shape(jnp.argmax, X).dtype
     assert aux["none"] is None
     np.testing.assert_array_equal(aux["two"], np.full(8, 2))
 
@@ -1350,7 +1355,7 @@ def test_log_density_may_be_the_sum_over_coordinates():
 def test_strict_promotion_in_double_precision(dtype, num_samples):
     """Sizes of groups were of 64 bits, and a count of 32."""
     with enable_x64(True):
-        x = jnp.asarray([0.1, 0.2], dtype)
+        x = np.array([0.1, 0.2], dtype)
         g = px.make_perturbed_fun(lambda y: jnp.sum(y * y), num_samples, 1.0, degree=0)
         expected = jax.grad(g, argnums=1)(KEY, x)
         with jax.numpy_dtype_promotion("strict"):

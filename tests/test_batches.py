@@ -16,9 +16,10 @@ from helpers import assert_trees_close
 
 NUM = 4
 KEYS = jax.random.split(jax.random.key(0, impl="threefry2x32"), NUM)
-SCORES = jax.random.uniform(jax.random.key(1), (NUM, 3), minval=0.3, maxval=1.5)
-WEIGHTS = jax.random.normal(jax.random.key(2), (NUM, 3))
-SIGMAS = jnp.array([0.3, 0.5, 0.7, 0.9])
+SCORES = np.asarray(jax.random.uniform(jax.random.key(1), (NUM, 3), minval=0.3, maxval=1.5))
+WEIGHTS = np.asarray(jax.random.normal(jax.random.key(2), (NUM, 3)))
+SIGMAS = np.float32([0.3, 0.5, 0.7, 0.9])
+ARGUMENTS = KEYS, SCORES, SIGMAS, WEIGHTS
 one_hot = px.solvers.one_hot_argmax
 # It takes half of the time to compile. "fun" and "argmax" have what is taken by default, which are
 # orthogonal directions here, "fun of degree 2" nets.
@@ -107,10 +108,7 @@ def gradient(name):
 def test_the_gradient_of_a_batch_is_the_batch_of_gradients(name, mask):
     wrt, single = gradient(name)
     axes = tuple(0 if batched else None for batched in mask)
-    args = [
-        v if batched else v[0]
-        for v, batched in zip((KEYS, SCORES, SIGMAS, WEIGHTS), mask, strict=True)
-    ]
+    args = [v if batched else v[0] for v, batched in zip(ARGUMENTS, mask, strict=True)]
     each = [v if batched else [v] * NUM for v, batched in zip(args, mask, strict=True)]
     parts = jax.tree.map(lambda *v: np.stack(v), *map(single, *each))
     if mask == MASKS[0]:
@@ -134,8 +132,9 @@ def test_the_hessian_of_a_batch_is_the_batch_of_hessians(name):
         return FUNCTIONS[name](key, x, 0.5, w)
 
     keys, x, w = KEYS[:2], SCORES[:2], WEIGHTS[:2]
-    whole = jax.jit(jax.hessian(lambda x: jnp.sum(jax.vmap(one)(keys, x, w))))(x)
-    parts = jax.jit(jax.vmap(jax.hessian(one, argnums=1)))(keys, x, w)
+    total = jax.hessian(lambda x: jnp.sum(jax.vmap(one)(keys, x, w)))
+    each = jax.vmap(jax.hessian(one, argnums=1))
+    whole, parts = map(np.asarray, jax.jit(lambda x: (total(x), each(keys, x, w)))(x))
     for i in range(2):
         np.testing.assert_allclose(whole[i, :, i], parts[i], rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(whole[i, :, 1 - i], 0.0, atol=1e-6)

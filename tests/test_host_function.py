@@ -113,7 +113,8 @@ def test_transformations(settings):
     def in_jax(x, y):
         return steps_in_jax(x) * y
 
-    xs, ys = jax.random.normal(KEY, (2, 5, 3)), jnp.array([1.0, 2.0])
+    xs = np.float32(np.random.default_rng(0).normal(size=(2, 5, 3)))
+    ys = np.float32([1, 2])
 
     def nested(f):
         inner = jax.vmap(f, (0, None))
@@ -145,7 +146,7 @@ def test_batched_functions_have_one_leading_axis(executor):
         return np.sum(x["a"], axis=-1) * x["n"] * scale
 
     h = px.host_function(batch, batched=True, executor=executor)
-    x = {"a": jnp.arange(24.0).reshape(2, 4, 3), "n": jnp.arange(4)}
+    x = {"a": np.arange(24, dtype=np.float32).reshape(2, 4, 3), "n": np.arange(4)}
     f = jax.vmap(jax.vmap(h, ({"a": 0, "n": 0}, None)), ({"a": 0, "n": None}, None))
     h({"a": X, "n": 1}, 2.0)
     result = jax.jit(f)(x, 3.0)
@@ -169,7 +170,7 @@ def test_what_the_function_sees_is_its_own_to_keep(batched):
         return x.sum(axis=-1)
 
     h = px.host_function(fun, like=ONE, batched=batched)
-    jax.vmap(h, (0, None))(jnp.ones((3, 2)), jnp.ones(2))
+    jax.vmap(h, (0, None))(np.ones((3, 2), np.float32), np.ones(2, np.float32))
     assert len(kept) == (2 if batched else 6)
     for array in kept:
         while isinstance(array.base, np.ndarray):
@@ -257,7 +258,7 @@ def test_layers_take_host_functions():
     def first_in_jax(scores):
         return jax.nn.one_hot(jnp.argmax(scores), 3)
 
-    scores = jnp.array([0.3, 0.1, 0.7])
+    scores = np.float32([0.3, 0.1, 0.7])
     argmax, loss = px.make_perturbed_argmax, px.make_fenchel_young_loss
     for make, args in ((argmax, ()), (loss, (scores,))):
         host, in_jax = (make(f, num_samples=20) for f in (px.host_function(first), first_in_jax))
@@ -1389,8 +1390,8 @@ def test_calls_while_another_thread_closes():
 
 def test_an_empty_batch_inside_a_batch():
     h = px.host_function(np.sum, like=0.0)
-    assert jax.vmap(jax.vmap(h))(jnp.zeros((2, 0, 3))).shape == (2, 0)
-    assert jax.vmap(jax.vmap(h))(jnp.zeros((0, 2, 3))).shape == (0, 2)
+    assert jax.vmap(jax.vmap(h))(np.zeros((2, 0, 3), np.float32)).shape == (2, 0)
+    assert jax.vmap(jax.vmap(h))(np.zeros((0, 2, 3), np.float32)).shape == (0, 2)
 
 
 def test_what_ends_a_workers_thread_arrives(monkeypatch):

@@ -176,10 +176,11 @@ def test_is_a_pytree(found):
 
 def test_a_batch_of_starts_is_each_start_alone(found):
     """Under vmap a run takes the steps that it takes alone."""
-    starts = jnp.stack([jnp.zeros(4), jnp.full(4, 3.0)])
+    starts = np.float32([[0] * 4, [3] * 4])
     keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
     run = functools.partial(quiet, staircase, max_evaluations=600)
     batch = jax.vmap(run)(starts, keys)
+    batch = jax.tree.map(np.asarray, batch)
     first = jax.tree.map(lambda v: v[0], batch)
     steps = int(first.num_steps)
     assert steps == found.num_steps
@@ -267,7 +268,7 @@ def test_bounds_hold_and_a_minimum_on_one_is_found(optimizer):
         like = jax.ShapeDtypeStruct((), jnp.float32)
         return jax.pure_callback(on_host, like, x, vmap_method="sequential")
 
-    lower = jnp.array([-1.0, -np.inf, 0.0, -np.inf])
+    lower = np.array([-1.0, -np.inf, 0.0, -np.inf])
     upper = np.array([1.0, 2.0, 1.0, np.inf])
     run = quiet(
         fun,
@@ -288,11 +289,13 @@ def test_bounds_hold_and_a_minimum_on_one_is_found(optimizer):
 def test_reflection():
     from perturbax.minimization._problem import _reflected
 
-    u = jnp.array([0.5, 1.5, 2.5, -0.25, -1.75, 7.0])
+    u = np.float32([0.5, 1.5, 2.5, -0.25, -1.75, 7.0])
     low, high = np.zeros(6), np.ones(6)
-    np.testing.assert_allclose(_reflected(u, low, high), [0.5, 0.5, 0.5, 0.25, 0.25, 1.0])
-    np.testing.assert_allclose(_reflected(u, low, low + np.inf), jnp.abs(u))
-    np.testing.assert_allclose(_reflected(u, low - np.inf, high), 1 - jnp.abs(1 - u))
+    bounds = (low, high), (low, low + np.inf), (low - np.inf, high)
+    inside, above, below = jax.jit(lambda u: [_reflected(u, *ends) for ends in bounds])(u)
+    np.testing.assert_allclose(inside, [0.5, 0.5, 0.5, 0.25, 0.25, 1.0])
+    np.testing.assert_allclose(above, np.abs(u))
+    np.testing.assert_allclose(below, 1 - np.abs(1 - u))
 
 
 def test_schedule_of_sigma_is_one_of_steps():
@@ -350,7 +353,7 @@ def test_values_of_any_magnitude_in_single_precision(unit):
         return jnp.sum(weights * (x - 1) ** 2)
 
     # The unit is in an argument: both runs are by one program.
-    args = (jnp.asarray(unit * weights),)
+    args = (np.float32(unit * weights),)
     run = quiet(ellipsoid, jnp.zeros(20), jax.random.key(0), max_evaluations=1500, args=args)
     assert run.value < 1e-6 * unit
 
@@ -411,8 +414,9 @@ def test_a_noisy_function_is_noticed_and_its_value_has_an_error():
         fun, jnp.zeros(4), jax.random.key(0), takes_key=True, max_evaluations=2000, num_samples=8
     )
     assert 0.02 < run.value_error < 0.2
-    assert jnp.sum((run.x - 1) ** 2) < 1
-    assert abs(run.value - jnp.sum((run.x - 1) ** 2)) < 5 * run.value_error
+    lowest = np.sum((np.asarray(run.x) - 1) ** 2)
+    assert lowest < 1
+    assert abs(float(run.value) - lowest) < 5 * float(run.value_error)
     assert run.num_evaluations == run.history.evaluations[-1] + 3 * 40
 
 
@@ -427,7 +431,7 @@ def test_what_a_key_adds_to_all_values_of_a_step_does_not_matter(dim, most_metri
     run = quiet(
         fun, jnp.zeros(dim), jax.random.key(0), takes_key=True, max_evaluations=600 + 10 * dim
     )
-    assert jnp.sum((run.x - 1) ** 2) < 0.1 * dim
+    assert np.sum((np.asarray(run.x) - 1) ** 2) < 0.1 * dim
 
 
 def test_directions_of_several_steps_are_orthogonal():
@@ -463,8 +467,8 @@ def test_a_factorisation_that_fails_does_not_end_the_search(monkeypatch):
         return jnp.sum(jnp.round(4 * x) ** 2)
 
     run = quiet(fun, jnp.ones(6), jax.random.key(0), max_evaluations=600)
-    assert jnp.isnan(run.history.smoothed_value).any()
-    assert jnp.isfinite(run.history.sigma).all()
+    assert np.isnan(run.history.smoothed_value).any()
+    assert np.isfinite(run.history.sigma).all()
     assert run.value == 0
 
 
@@ -546,12 +550,13 @@ def test_what_does_not_matter_to_the_function_stays_in_sight():
         jnp.full(4, 0.5),
         jax.random.key(0),
         max_evaluations=2000,
-        lower=jnp.array([-jnp.inf, -jnp.inf, 0.0, 0.0]),
-        upper=jnp.array([jnp.inf, jnp.inf, 1.0, jnp.inf]),
+        lower=np.array([-np.inf, -np.inf, 0.0, 0.0]),
+        upper=np.array([np.inf, np.inf, 1.0, np.inf]),
     )
     assert run.value < 1e-6
-    assert (jnp.abs(run.x) < 1e6).all()
-    assert (run.x[2] >= 0) & (run.x[2] <= 1)
+    x = np.asarray(run.x)
+    assert (np.abs(x) < 1e6).all()
+    assert 0 <= x[2] <= 1
 
 
 @pytest.mark.parametrize("bounds", [{}, {"lower": 0.0, "upper": 1.0}], ids=["free", "box"])
@@ -566,7 +571,7 @@ def test_sigma_is_that_of_the_noise_where_coordinates_are_as_wide_as_they_may_be
     start = jnp.array([0.5, 0.5])
     host = px.host_function(fun, like=0.0)
     # The function depends on neither coordinate, or on the first.
-    for weights in (jnp.zeros(2), jnp.array([1.0, 0.0])):
+    for weights in np.float32([[0, 0], [1, 0]]):
         points.clear()
         run = quiet(host, start, jax.random.key(0), args=(weights,), max_evaluations=1600, **bounds)
         last = np.array(points[slice(*run.history.evaluations[-2:])])
@@ -642,7 +647,7 @@ def test_a_start_on_a_bound_that_is_rounded(dtype):
     x0 = jnp.full(2, 0.7, dtype)
     options = {"max_evaluations": 32, "num_samples": 4, **QUICK}
     run = quiet(staircase, x0, jax.random.key(0), lower=0.7, upper=3.0, **options)
-    assert (run.x >= jnp.asarray(0.7, dtype)).all()
+    assert np.all(np.asarray(run.x) >= np.asarray(0.7, dtype))
 
 
 @pytest.mark.parametrize(
