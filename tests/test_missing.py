@@ -126,6 +126,17 @@ def test_nothing_changes_where_nothing_is_missing(degree, sampler):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_nothing_changes_where_the_last_group_is_smaller():
+    """A fit on fewer samples than another was doubted as if all had as few, but for `drop`."""
+    keys = jax.random.split(KEY, 200)
+
+    def gradients(missing):
+        g = smooth(bumps, 13, missing, degree=2, sampler=px.Antithetic())
+        return jax.jit(jax.vmap(jax.grad(g, argnums=1), (0, None)))(keys, X)
+
+    np.testing.assert_allclose(gradients("drop"), gradients("propagate"), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("batch_size", [None, 16])
 def test_a_fit_of_what_is_left_is_exact_for_its_polynomials(batch_size):
     """One in four is missing, all on one side, and so is the whole last group."""

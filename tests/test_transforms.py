@@ -498,8 +498,11 @@ def test_no_implicit_transfers():
     assert_trees_close((value, gradient), jax.value_and_grad(g, argnums=1)(KEY, X))
 
 
-def test_disable_jit():
-    function = value_and_grad(num_samples=3)
+@pytest.mark.parametrize(
+    "sigma", [0.5, np.eye(3, dtype=np.float32) + 0.1], ids=["number", "matrix"]
+)
+def test_disable_jit(sigma):
+    function = value_and_grad(num_samples=3, sigma=sigma)
     expected = function(KEY, X)
     with jax.disable_jit():
         assert_trees_close(function(KEY, X), expected, rtol=1e-4, atol=1e-5)
@@ -987,6 +990,17 @@ def test_double_precision_is_double_precision():
         expected = reference.differentiate_samples(f, z, SIGMA, "Normal")
         hessian = jax.jit(jax.hessian(smooth(use_baseline=False), argnums=1))(KEY, x)
         np.testing.assert_allclose(hessian, expected["hessian"], rtol=1e-11, atol=1e-11)
+
+
+def test_the_mean_of_the_others_is_of_double_precision():
+    """JAX divides integers, such as how many the others are, in single precision."""
+    with enable_x64(True):
+        x, options = jnp.asarray(np.asarray(X), jnp.float64), {"sampler": px.Independent()}
+        gradient = jax.jit(jax.grad(smooth(degree=0, **options), argnums=1))(KEY, x)
+        _, (f, y) = smooth(lambda y: (fun(y), (fun(y), y)), has_aux=True, **options)(KEY, x)
+        f, z = np.asarray(f), (np.asarray(y) - np.asarray(x)) / SIGMA
+        others = (f.sum() - f) / (len(f) - 1)
+        np.testing.assert_allclose(gradient, (f - others) @ z / len(f) / SIGMA, rtol=1e-12)
 
 
 def test_mixed_dtypes():

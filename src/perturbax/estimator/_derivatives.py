@@ -221,7 +221,7 @@ def _jacobian_of_baselines(
         slopes = [v.astype(f.dtype) for v in grads_of_log_density(wanted, noise, z, r)]
         if plan.degree is None:
             return (jnp.sum(f, axis=0), [(matmul(f.T, v), ()) for v in slopes], ()), (), centre
-        share = share_of_one(plan.num_samples - sizes + counted).astype(f.dtype)[:, None]
+        share = share_of_one(plan.num_samples - sizes + counted, f.dtype)[:, None]
         if plan.group_size == 1:  # B_g is dl_i
             columns = jnp.concatenate([f * (1 + share), share], axis=1)
             products = [matmul(columns.T, v) for v in slopes]

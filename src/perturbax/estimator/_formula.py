@@ -253,7 +253,9 @@ def fitted(
 
     equations = stacked(plan, equations_of, (f / unit[None], present))
     least = int((seen.sum() - seen).min())
-    if present is not None:
+    if present is None and seen[-1] < seen[0]:
+        least = least, jnp.asarray(seen.sum() - seen, jnp.int32)
+    elif present is not None:
         seen = jnp.sum(in_groups(plan, present.astype(jnp.int32))[:, :enough], axis=1)
         least = least, jnp.sum(seen) - seen
         others = jnp.repeat(jnp.sum(seen) - seen, plan.group_size)[: plan.num_samples]
@@ -303,7 +305,7 @@ def baselines(
     sums = jnp.sum(in_groups(plan, kept(f - centre[None], present)), axis=1)
     others = jnp.sum(sums, axis=0)[None] - sums
     count = (jnp.sum(sizes) - sizes + counted)[:, None]
-    b = centre[None] + others * share_of_one(count).astype(f.dtype)
+    b = centre[None] + others * share_of_one(count, f.dtype)
     # Where all others are missing, the centre may be the group's own value.
     return b if present is None else where(count > 0, b, 0)
 
@@ -340,9 +342,11 @@ def centre_of(one: Array) -> Array:
     return where(jnp.isfinite(one), one, 0)
 
 
-def share_of_one(count: Any) -> Array:
-    """The weight of one of `count` values in their mean; 0 if there is none."""
-    return jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0)
+def share_of_one(count: Any, dtype: Any) -> Array:
+    """The weight of one of `count` values of a dtype in their mean; 0 if there is none."""
+    # JAX divides integers in single precision.
+    number = jnp.maximum(count, 1).astype(jnp.finfo(dtype).dtype)
+    return where(count > 0, 1 / number, 0).astype(dtype)
 
 
 def unit_of(f: Array, rows: int = _SOME) -> Array:

@@ -69,7 +69,7 @@ def _eliminate(matrix: Array, pivoting: bool) -> Array:
         if pivoting:
             column = jnp.abs(lax.dynamic_index_in_dim(table, k, 1, keepdims=False))
             best = jnp.argmax(where(index >= k, column, -1.0)).astype(index.dtype)
-            other = where(index == best, k.astype(index.dtype), index)
+            other = where(index == best, jnp.asarray(k, index.dtype), index)
             swap = where(index == k, best, other)
             table, order = table[swap], [order[0][swap]]
         at_row, at_column = (index == k)[:, None], (index == k)[None]
