@@ -272,6 +272,17 @@ def test_a_state_tells_shapes():
     assert "\n" not in told
 
 
+def test_no_coordinates():
+    """A step is made with a constant, as by the perturbed function."""
+    carried = px.carry(px.make_perturbed_fun(lambda x: 2.0 + jnp.sum(x), 4, noise=px.Normal()))
+    step = jax.jit(carried.value_and_grad)
+    state = carried.init(jnp.zeros(0))
+    for key in jax.random.split(jax.random.key(0)):
+        (value, gradient), state = step(state, key, jnp.zeros(0))
+        assert value == 2
+        assert gradient.shape == (0,)
+
+
 def test_a_state_that_is_not_a_number_gives_none():
     carried, state = trained(*SAMPLERS[0])
     fit = state.fit._replace(coefficients=np.full_like(state.fit.coefficients, np.nan))

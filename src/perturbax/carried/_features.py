@@ -103,7 +103,7 @@ def moved(weights: Array, shift: Array, ratio: Array, noise: Any) -> Array:
     quadratic, frequencies = kinds = basis(shift.shape[0], noise)
     near = jnp.abs(shift) <= FAR
     shift = jnp.where(near, shift, 0)
-    each = weights.reshape(-1, kinds.size, len(shift))
+    each = weights.reshape(len(weights), kinds.size, len(shift))
     linear, parts = each[:, 0], []
     if quadratic:
         squares = jnp.where(near[None], each[:, 1], 0)
@@ -115,7 +115,7 @@ def moved(weights: Array, shift: Array, ratio: Array, noise: Any) -> Array:
         cos, sin = (jnp.where(kept, v, 0)[None] for v in (jnp.cos(angle), jnp.sin(angle)))
         of_cos, of_sin = each[:, -2 * frequencies :: 2], each[:, 1 - 2 * frequencies :: 2]
         turned = jnp.stack([cos * of_cos + sin * of_sin, cos * of_sin - sin * of_cos], axis=2)
-        parts.append(turned.reshape(len(weights), -1))
+        parts.append(turned.reshape(len(weights), 2 * frequencies * len(shift)))
     return jnp.concatenate([ratio[None] * linear, *parts], axis=1)
 
 
