@@ -793,9 +793,8 @@ def test_pools_of_others(make, tmp_path):
         np.testing.assert_array_equal(jax.vmap(h)(FAULTY_POINTS), [0, -1, -1, 9, 12, 15])
         assert (h.counts.evaluations, h.counts.failures, h.counts.timeouts) == (4, 2, 1)
         assert h.counts.retries >= 1  # of whatever was under way
-        assert (
-            len(h._evaluator.workers._places) == 2
-        )  # of one worker each, so that the next death costs one
+        # Of one worker each, so that the next death costs one.
+        assert len(h._evaluator.workers._places) == 2
         own = h._evaluator.workers._places[0].executor
         assert_exceptions_that_cannot_be_sent_are_told(own)
         mean = px.host_function(statistics.fmean, executor=own)

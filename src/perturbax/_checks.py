@@ -11,7 +11,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from ._leaves import dtype_of, on_device
+from ._leaves import on_device
 from ._types import PyTree
 
 
@@ -86,12 +86,14 @@ def check_missing(value: Any) -> None:
 def check_number(value: Any, name: str, wanted: str = "a number") -> float:
     """A static real number, of Python, numpy or JAX; an error says what is `wanted`."""
     _check_static(value, name, "number")
-    known = isinstance(value, int | float | np.generic | np.ndarray | Array)
-    dtype = dtype_of(value) if known else None
-    real = dtype is not None and any(jnp.issubdtype(dtype, k) for k in (np.floating, np.integer))
+    dtype = getattr(value, "dtype", None)
+    array = isinstance(value, np.generic | np.ndarray | Array)
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if array:
+        real = jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)
     if not real or np.shape(value):
         came = f"{type(value).__name__} {value!r}"
-        if known and np.shape(value):
+        if array and np.shape(value):
             came = f"an array of shape {np.shape(value)}"
         raise TypeError(f"{name} must be {wanted}, got {came}")
     try:

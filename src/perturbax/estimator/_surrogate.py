@@ -126,8 +126,8 @@ def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array
 
     Args:
       equations: of each group, at least two.
-      least: number of samples that each fit has at least; if some are missing, a pair of the number
-        there would be, and of those there are for each fit, (groups,).
+      least: number of samples that each fit has at least, if none is missing; where fits have
+        different numbers, a pair of it and of those that each fit has, (groups,).
       dim: number of coordinates.
     """
     least, counts = least if isinstance(least, tuple) else (least, None)

@@ -29,7 +29,7 @@ from ._scheduling import Schedule, Tally
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluator:
-    """How points are evaluated, and what calls back learn for those after them.
+    """How points are evaluated, and what earlier calls have shown of their results.
 
     Attributes:
       name: of the function.
@@ -83,7 +83,7 @@ class CallBack:
         size: int | None,
     ):
         """For `size` points; None for one, of arrays without an axis for points."""
-        self._evaluator, self._arguments = evaluator, arguments
+        self._evaluator, self._structure = evaluator, arguments
         self._arrays, self._mapped, self._size = arrays, mapped, size
         points = [
             jax.ShapeDtypeStruct(v.shape[1:] if m else v.shape, v.dtype)
@@ -172,7 +172,7 @@ class CallBack:
             own = [
                 v[rows] if m else np.broadcast_to(v.copy(), (len(rows), *v.shape)) for v, m in pairs
             ]
-        return self._arguments.unflatten(own)
+        return self._structure.unflatten(own)
 
     def accept(self, rows: list[int], value: Any) -> None:
         """Takes what a call for these points has returned; raises what is no result."""
@@ -210,7 +210,7 @@ class CallBack:
     def show(self, row: int) -> str:
         """A point, for the note of an exception."""
         pairs = zip(self._arrays, self._mapped, strict=True)
-        (x, *_), _ = self._arguments.unflatten([v[row] if m else v for v, m in pairs])
+        (x, *_), _ = self._structure.unflatten([v[row] if m else v for v, m in pairs])
         with np.printoptions(threshold=20, edgeitems=4):
             text = f"x = {x!r}"
         return text if len(text) <= 600 else f"{text[:600]} ..."

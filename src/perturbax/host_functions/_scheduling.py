@@ -74,7 +74,7 @@ class Points(Protocol):
         ...
 
     def accept(self, rows: list[int], value: Any) -> None:
-        """Takes what a call for these points has returned; raises what is not for `failures`."""
+        """Takes what a call for these points has returned; raises what ends the whole call back."""
         ...
 
     def recall(self, known: dict[int, Any]) -> None:

@@ -399,10 +399,10 @@ def _check_fits(sigma: Any, problem: Problem, optimizer: Optimizer | None) -> No
 
 
 def _tolerance(tol: Any) -> float:
-    tol = _checks.check_number(tol, "tol", "a number or None")
-    if not 0 <= tol < math.inf:
+    number = _checks.check_number(tol, "tol", "a number or None")
+    if not 0 <= number < math.inf:
         raise ValueError(f"tol must be >= 0 and finite, got {tol}")
-    return tol
+    return number
 
 
 def _num_samples(num_samples: Any, objective: Objective, optimizer: Optimizer | None) -> int:

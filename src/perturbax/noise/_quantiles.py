@@ -50,7 +50,7 @@ def from_probability(u: ArrayLike) -> tuple[Array, Array]:
     return jnp.where(upper, 1 - u, u), upper
 
 
-# Phi(-s) exp(s^2 / 2) for s >= 0 as a quotient of two polynomials in s: relative error 6e-9.
+# Phi(-s) exp(s^2 / 2) for s >= 0 as a quotient of two polynomials in s: relative error 1.2e-8.
 _MILLS = (
     (0.00411545201, 0.0406279109, 0.18322013, 0.438275929, 0.5),
     (0.0103157886, 0.10184552, 0.469430811, 1.20244279, 1.67443684, 1.0),
@@ -64,6 +64,7 @@ def from_normal(z: ArrayLike) -> tuple[Array, Array]:
     if z.dtype == jnp.float64:
         tail = jax.scipy.special.ndtr(-s)
     else:  # in half of the time, and with a quarter of the error in the tails
+        s = jnp.minimum(s, 14)  # the tail is below the smallest number from there on
         above, below = (_polynomial(coefficients, s) for coefficients in _MILLS)
         tail = jnp.exp(-s * s / 2) * (above / below)
     return jnp.maximum(tail, jnp.finfo(z.dtype).tiny), z > 0

@@ -15,17 +15,14 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 Key = Array | tuple[Array, Array]
 _PARITY = np.uint32(0x1BD11BDA)
 # Of fewer words, a loop of their own costs more than it saves.
-MANY = 2**13
-# XLA makes vector instructions of narrower rows only where it takes several for one.
-NARROW = 32
+_FEW = 256
 
 
 @jax.jit  # traced once for each shape, not at each use
 def threefry(key: Key, row: Array, column: Array) -> tuple[Array, Array]:
     """Threefry-2x32 with 20 rounds: the two words that `key` assigns to the counter (row, column).
 
-    Written as plain element-wise operations, so that XLA fuses the generator with whatever consumes
-    its output; a table of random numbers need never exist in memory.
+    Plain element-wise operations, which XLA makes vector instructions of.
 
     Args:
       key: two uint32 words, shape (2,), or two arrays of them that broadcast with the others.
@@ -143,14 +140,14 @@ def grid(key: Array, rows: int, dim: int, dtype: Any) -> Array:
 def numbered(key: Array, rows: Array, dim: int, dtype: Any) -> Array:
     """The words of the numbered rows, (len(rows), dim).
 
-    Kept apart from what makes noise of them: both in one loop take up to twice as long, opposites
-    four times, and from XLA of JAX 0.12 on a second to compile.
+    Kept apart from what makes noise of them, unless they are few: both in one loop take up to twice
+    as long, opposites four times, and with JAX 0.12 up to a second to compile.
     """
 
     def drawn() -> Array:
         return words(key, rows[:, None], column_numbers(dim), dtype)
 
-    if not isinstance(dim, int):
+    if not isinstance(dim, int) or rows.shape[0] * dim < _FEW:
         return drawn()
     kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
     return materialise(drawn, (rows.shape[0], dim), kind, key)
