@@ -86,7 +86,7 @@ def check_missing(value: Any) -> None:
 def check_number(value: Any, name: str, wanted: str = "a number") -> float:
     """A static real number, of Python, numpy or JAX; an error says what is `wanted`."""
     _check_static(value, name, "number")
-    dtype = getattr(value, "dtype", None)
+    dtype: Any = getattr(value, "dtype", None)
     array = isinstance(value, np.generic | np.ndarray | Array)
     real = isinstance(value, int | float) and not isinstance(value, bool)
     if array:

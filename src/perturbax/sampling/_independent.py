@@ -77,8 +77,13 @@ class Independent:
             keys = _random_bits.group_keys(key, first, count)
             return jax.vmap(one)(keys).reshape(rows, dim)
 
-        samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, rows)
-        return from_words(noise, _random_bits.numbered(key, samples, dim, dtype))
+        # XLA makes no vector instructions of a number of elements that four do not divide.
+        more = -rows % 4 if isinstance(dim, int) and 0 < dim < _random_bits.NARROW else 0
+        samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, rows + more)
+        block = lambda: from_words(noise, _random_bits.numbered(key, samples, dim, dtype))  # noqa: E731
+        if not more:
+            return block()
+        return _random_bits.materialise(block, (rows + more, dim), dtype, key)[:rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,5 +107,29 @@ class Antithetic:
         self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of one group, shape (group_size, dim)."""
-        bits = _random_bits.grid(jax.random.key_data(key), 1, dim, dtype)
-        return from_words(noise, jnp.concatenate([bits, ~bits])[:group_size])
+        return self._noise(jax.random.key_data(key)[None], noise, group_size, dim, dtype)[0]
+
+    def sample_groups(
+        self,
+        key: Array,
+        first: Array,
+        count: int,
+        noise: NoiseDistribution,
+        group_size: int,
+        dim: int,
+        dtype: np.dtype,
+    ) -> Array:
+        """Noise of several groups, shape (count * group_size, dim).
+
+        All at once, for what vmap makes of one draws the words of a pair for each of its samples.
+        """
+        keys = _random_bits.group_keys(key, first, count)
+        z = self._noise(keys, noise, group_size, dim, dtype)
+        return z.reshape(count * group_size, dim)
+
+    def _noise(
+        self, keys: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
+    ) -> Array:
+        """Noise of a group for each of the keys (count, 2): (count, group_size, dim)."""
+        bits = _random_bits.words_of_groups(keys, dim, dtype)
+        return from_words(noise, jnp.stack([bits, ~bits], axis=1)[:, :group_size])

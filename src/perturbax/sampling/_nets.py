@@ -15,7 +15,7 @@ from ..noise._protocol import NoiseDistribution
 from ..tracing._broadcasting import where
 from . import _generators
 from ._protocol import MAX_GROUP
-from ._random_bits import child, column_numbers, grid, group_keys, materialise, words32
+from ._random_bits import NARROW, child, column_numbers, grid, group_keys, materialise, words32
 
 # Of keys (count, 2), levels and dim: the scrambled generators of the binary digits of a point's
 # index (count, levels, dim), lowest digit first, and what is added to all (count, 1, dim).
@@ -23,8 +23,6 @@ Scrambled = Callable[[Array, int, int], tuple[Array, Array]]
 
 # A net of fewer numbers is made into noise as it is cut into points.
 _MANY = 2**13
-# XLA makes vector instructions of narrower rows only where it takes several for one.
-_NARROW = 32
 # Coordinates of a Sobol net are dealt at random, lest products of the signs of a few be always the
 # same ones that it estimates badly: of three all choices are the same, many would take long.
 _FEWEST_DEALT, _MOST_DEALT = 4, 64
@@ -55,9 +53,9 @@ def noise_of_nets(
 def shape_of(size: int, dim: int) -> tuple[int, int]:
     """Of a net of at least `size` points: log2 of their number, and how many share a row."""
     levels = max(1, (size - 1).bit_length())
-    if dim >= _NARROW or _is_simple(levels, dim):
+    if dim >= NARROW or _is_simple(levels, dim):
         return levels, 1
-    return levels, 2 ** min(levels, (_NARROW // dim).bit_length())
+    return levels, 2 ** min(levels, (NARROW // dim).bit_length())
 
 
 def _is_simple(levels: int, dim: int) -> bool:

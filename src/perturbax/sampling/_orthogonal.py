@@ -15,9 +15,8 @@ from ..noise._quantiles import from_bits
 from ..noise._smooth import Normal
 from ..tracing._broadcasting import where
 from ..tracing._linear_algebra import matmul
-from . import _random_bits
 from ._protocol import MAX_GROUP
-from ._random_bits import group_keys, materialise
+from ._random_bits import group_keys, materialise, words_of_groups
 
 # Coordinates of the smallest matrices at least: those of one share the angles of its rows.
 _LEAST_LEAF = 8
@@ -131,7 +130,7 @@ def gaussian_directions(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Ar
     normals = [added * dim, lengths * rows] + [number * leaf**2] * (doublings > 0)
     uniforms = [lengths * rows] * (lengths < dim) + [doublings * size] * (doublings > 0)
     sizes = np.cumsum([*normals, *uniforms, dim * (doublings > 0)])
-    bits = _words(keys, int(sizes[-1]), dtype)
+    bits = words_of_groups(keys, int(sizes[-1]), dtype)
     few, many = sizes[len(normals) - 1], sizes[len(normals) + len(uniforms) - 1]
     normal = materialise(lambda: Normal().from_bits(bits[:, :few]), (count, few), dtype, key)
     uniform = 2 * from_bits(bits[:, few:many])[0]
@@ -158,17 +157,6 @@ def gaussian_directions(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Ar
     words = bits[:, None, many:]
     order = jnp.sum(words < words.mT, axis=2, dtype=jnp.int32)
     return jnp.take_along_axis(found, order[..., None], axis=1).mT
-
-
-def _words(keys: Array, number: int, dtype: np.dtype) -> Array:
-    """So many uniform words for each of the keys, (count, number)."""
-
-    def drawn() -> Array:
-        row, column = jnp.zeros((1, 1), jnp.uint32), lax.iota(jnp.uint32, number)[None]
-        return _random_bits.words((keys[:, :1], keys[:, 1:]), row, column, dtype)
-
-    kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
-    return materialise(drawn, (len(keys), number), kind, keys[0])
 
 
 def _shape_of(rows: int, dim: int) -> tuple[int, int]:

@@ -16,6 +16,8 @@ Key = Array | tuple[Array, Array]
 _PARITY = np.uint32(0x1BD11BDA)
 # Of fewer words, a loop of their own costs more than it saves.
 _FEW = 256
+# XLA makes vector instructions of narrower rows only where it takes several for one.
+NARROW = 32
 
 
 @jax.jit  # traced once for each shape, not at each use
@@ -151,3 +153,14 @@ def numbered(key: Array, rows: Array, dim: int, dtype: Any) -> Array:
         return drawn()
     kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
     return materialise(drawn, (rows.shape[0], dim), kind, key)
+
+
+def words_of_groups(keys: Array, number: int, dtype: np.dtype) -> Array:
+    """So many words for each of the keys (count, 2), kept apart as above: (count, number)."""
+
+    def drawn() -> Array:
+        row = jnp.zeros((1, 1), jnp.uint32)
+        return words((keys[:, :1], keys[:, 1:]), row, column_numbers(number), dtype)
+
+    kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
+    return materialise(drawn, (len(keys), number), kind, keys[0])
