@@ -15,14 +15,21 @@ from ..noise._protocol import NoiseDistribution
 from ..tracing._broadcasting import where
 from . import _generators
 from ._protocol import MAX_GROUP
-from ._random_bits import NARROW, child, column_numbers, grid, group_keys, materialise, words32
+from ._random_bits import (
+    MANY,
+    NARROW,
+    child,
+    column_numbers,
+    grid,
+    group_keys,
+    materialise,
+    words32,
+)
 
 # Of keys (count, 2), levels and dim: the scrambled generators of the binary digits of a point's
 # index (count, levels, dim), lowest digit first, and what is added to all (count, 1, dim).
 Scrambled = Callable[[Array, int, int], tuple[Array, Array]]
 
-# A net of fewer numbers is made into noise as it is cut into points.
-_MANY = 2**13
 # Coordinates of a Sobol net are dealt at random, lest products of the signs of a few be always the
 # same ones that it estimates badly: of three all choices are the same, many would take long.
 _FEWEST_DEALT, _MOST_DEALT = 4, 64
@@ -44,7 +51,7 @@ def noise_of_nets(
         return from_words(noise, _widen(net(scrambled, keys, size, dim), keys, dtype))
 
     # Many apart from what cuts them into points: together they take up to four times as long.
-    many = 2**levels * dim > _MANY
+    many = 2**levels * dim > MANY
     shape = (count, 2**levels // wide, wide * dim)
     z = materialise(draw, shape, dtype, keys[0]) if many else draw()
     return z.reshape(count, 2**levels, dim)[:, :size]
@@ -60,7 +67,7 @@ def shape_of(size: int, dim: int) -> tuple[int, int]:
 
 def _is_simple(levels: int, dim: int) -> bool:
     """Whether a net is so small that what compiles fastest is as good as anything."""
-    return dim < 8 and 2**levels * dim <= _MANY
+    return dim < 8 and 2**levels * dim <= MANY
 
 
 def net(scrambled: Scrambled, keys: Array, size: int, dim: int) -> Array:

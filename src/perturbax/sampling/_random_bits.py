@@ -14,8 +14,8 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 # Two words, or two arrays of them that broadcast with what is asked for.
 Key = Array | tuple[Array, Array]
 _PARITY = np.uint32(0x1BD11BDA)
-# Of fewer words, a loop of their own costs more than it saves.
-_FEW = 256
+# Of fewer words, a loop of their own costs more than it saves, where each call is waited for.
+MANY = 2**13
 # XLA makes vector instructions of narrower rows only where it takes several for one.
 NARROW = 32
 
@@ -142,21 +142,24 @@ def grid(key: Array, rows: int, dim: int, dtype: Any) -> Array:
 def numbered(key: Array, rows: Array, dim: int, dtype: Any) -> Array:
     """The words of the numbered rows, (len(rows), dim).
 
-    Kept apart from what makes noise of them, unless they are few: both in one loop take up to twice
-    as long, opposites four times, and with JAX 0.12 up to a second to compile.
+    Many are kept apart from what makes noise of them: both in one loop take up to twice as long.
     """
 
     def drawn() -> Array:
         return words(key, rows[:, None], column_numbers(dim), dtype)
 
-    if not isinstance(dim, int) or rows.shape[0] * dim < _FEW:
+    many = isinstance(dim, int) and rows.shape[0] * dim > MANY
+    if not many:
         return drawn()
     kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
     return materialise(drawn, (rows.shape[0], dim), kind, key)
 
 
 def words_of_groups(keys: Array, number: int, dtype: np.dtype) -> Array:
-    """So many words for each of the keys (count, 2), kept apart as above: (count, number)."""
+    """So many words for each of the keys (count, 2): (count, number).
+
+    Kept apart from what is made of them, for that reads them several times.
+    """
 
     def drawn() -> Array:
         row = jnp.zeros((1, 1), jnp.uint32)
