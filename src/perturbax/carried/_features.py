@@ -125,9 +125,7 @@ def _frequencies(count: int, dtype: Any) -> np.ndarray:
 
 
 def _amplitudes(frequencies: int) -> list[float]:
-    if not frequencies:
-        return []
-    spectrum = 1 / (1 + (_FREQUENCY * np.arange(1, frequencies + 1)) ** 2)
+    spectrum = 1 / (1 + _frequencies(frequencies, np.float64).ravel() ** 2)
     return [float(v) for v in np.sqrt(_PERIODIC * spectrum / spectrum.sum())]
 
 

@@ -131,5 +131,5 @@ class Antithetic:
         self, keys: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
     ) -> Array:
         """Noise of a group for each of the keys (count, 2): (count, group_size, dim)."""
-        bits = _random_bits.words_of_groups(keys, dim, dtype)
-        return from_words(noise, jnp.stack([bits, ~bits], axis=1)[:, :group_size])
+        bits = _random_bits.words_of_groups(keys, 1, dim, dtype)
+        return from_words(noise, jnp.concatenate([bits, ~bits], axis=1)[:, :group_size])

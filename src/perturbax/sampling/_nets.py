@@ -24,6 +24,7 @@ from ._random_bits import (
     group_keys,
     materialise,
     words32,
+    words_of_groups,
 )
 
 # Of keys (count, 2), levels and dim: the scrambled generators of the binary digits of a point's
@@ -183,14 +184,8 @@ def _triangle(words: Array) -> Array:
 
 
 def _random(keys: Array, rows: int, dim: int) -> Array:
-    """Independent words for each of the keys, (count, rows, dim)."""
-
-    def random() -> Array:
-        key = keys[:, 0, None, None], keys[:, 1, None, None]
-        return words32(key, lax.iota(jnp.uint32, rows)[None, :, None], column_numbers(dim)[None])
-
-    # Each is read for every generator, too often to be drawn anew.
-    return materialise(random, (keys.shape[0], rows, dim), jnp.uint32, keys[0])
+    """Independent 32-bit words for each of the keys, (count, rows, dim)."""
+    return words_of_groups(keys, rows, dim, np.dtype(np.float32))
 
 
 def _points(generators: Array, size: int) -> Array:

@@ -130,7 +130,7 @@ def gaussian_directions(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Ar
     normals = [added * dim, lengths * rows] + [number * leaf**2] * (doublings > 0)
     uniforms = [lengths * rows] * (lengths < dim) + [doublings * size] * (doublings > 0)
     sizes = np.cumsum([*normals, *uniforms, dim * (doublings > 0)])
-    bits = words_of_groups(keys, int(sizes[-1]), dtype)
+    bits = words_of_groups(keys, 1, int(sizes[-1]), dtype)[:, 0]
     few, many = sizes[len(normals) - 1], sizes[len(normals) + len(uniforms) - 1]
     normal = materialise(lambda: Normal().from_bits(bits[:, :few]), (count, few), dtype, key)
     uniform = 2 * from_bits(bits[:, few:many])[0]

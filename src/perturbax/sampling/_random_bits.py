@@ -155,15 +155,15 @@ def numbered(key: Array, rows: Array, dim: int, dtype: Any) -> Array:
     return materialise(drawn, (rows.shape[0], dim), kind, key)
 
 
-def words_of_groups(keys: Array, number: int, dtype: np.dtype) -> Array:
-    """So many words for each of the keys (count, 2): (count, number).
+def words_of_groups(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Array:
+    """Words of each of the keys (count, 2): (count, rows, dim).
 
     Kept apart from what is made of them, for that reads them several times.
     """
 
     def drawn() -> Array:
-        row = jnp.zeros((1, 1), jnp.uint32)
-        return words((keys[:, :1], keys[:, 1:]), row, column_numbers(number), dtype)
+        key, row = (keys[:, 0, None, None], keys[:, 1, None, None]), lax.iota(jnp.uint32, rows)
+        return words(key, row[None, :, None], column_numbers(dim)[None], dtype)
 
     kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
-    return materialise(drawn, (len(keys), number), kind, keys[0])
+    return materialise(drawn, (len(keys), rows, dim), kind, keys[0])
