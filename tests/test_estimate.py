@@ -151,7 +151,7 @@ def test_a_last_group_of_few_samples_tells_no_less(num_samples):
         found = px.estimate(smooth, key, X)
         return found.value, found.gradient, found.value_error, found.gradient_error
 
-    *found, value_error, gradient_error = each(jax.random.split(KEY, 8000))
+    *found, value_error, gradient_error = each(jax.random.split(KEY, 32_000))
     # Of a gradient it is not quite in proportion: baselines are of few samples or of many.
     errors = zip((value_error, gradient_error), (0.05, 0.15), strict=True)
     for estimates, (error, far) in zip(found, errors, strict=True):

@@ -13,16 +13,18 @@ from scipy.stats import qmc
 
 import perturbax as px
 from helpers import FOR_LONG_RUNS
-from perturbax.sampling import _generators, _nets
+from perturbax.sampling import _generators, _nets, _random_bits
 
-KINDS = [_nets.scrambled_sobol, _nets.scrambled_array]
+KINDS = {"sobol": _nets.SOBOL, "array": _nets.ARRAY}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def points(kind, keys, size, dim):
     """Words of the nets, (count, 2**levels, dim)."""
     levels, wide = _nets.shape_of(size, dim)
-    nets = _nets.net(kind, keys, size, dim)
+    number = kind.num_words(levels, dim)
+    words = jax.vmap(lambda key: _random_bits.grid(key, 1, number, np.dtype(np.float32))[0])(keys)
+    nets = _nets.net(kind, words, size, dim)
     assert nets.shape == (len(keys), 2**levels // wide, wide * dim)
     return nets.reshape(len(keys), 2**levels, dim)
 
@@ -30,7 +32,7 @@ def points(kind, keys, size, dim):
 @pytest.mark.covering
 @pytest.mark.parametrize("size", [1, 2, 5, 64, 500, 3_000])
 @pytest.mark.parametrize("dim", [1, 3, 7, 8, 10, 31, 32, 40])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_points_are_sums_of_generators_and_each_slice_has_one(kind, dim, size):
     """However many points share a row: point i ^ j is the sum of points i, j and 0, bit by bit."""
     keys = jnp.array([[5, 6], [3, 4]], jnp.uint32)
@@ -45,11 +47,11 @@ def test_points_are_sums_of_generators_and_each_slice_has_one(kind, dim, size):
 
 
 @pytest.mark.parametrize("dim", [3, 10, 70])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_ranks_and_dtypes_may_be_strict(kind, dim):
     """Sobol nets once failed where ranks are not promoted."""
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        jax.eval_shape(lambda k: _nets.net(kind, k, 128, dim), jnp.array([[1, 2]], jnp.uint32))
+        jax.eval_shape(lambda k: points(kind, k, 128, dim), jnp.array([[1, 2]], jnp.uint32))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_ranks_and_dtypes_may_be_strict(kind, dim):
 def test_any_two_coordinates_of_an_array_are_stratified_jointly(size, dim, digits):
     """In each cell of the finest grid that so many coordinates allow there are equally many."""
     keys = jnp.array([[1, 2], [3, 4]], jnp.uint32)
-    nets = np.asarray(points(_nets.scrambled_array, keys, size, dim))
+    nets = np.asarray(points(_nets.ARRAY, keys, size, dim))
     cells = 4**digits
     for net in nets:
         for one, two in itertools.combinations(net.T >> np.uint32(32 - digits), 2):
@@ -120,7 +122,7 @@ def test_the_polynomials_are_primitive(degree):
 
 def test_chance_decides_which_coordinates_share_a_column():
     keys = jax.random.bits(jax.random.key(3), (4096, 2), jnp.uint32)
-    signs = np.asarray(points(_nets.scrambled_array, keys, 8, 20)) >> np.uint32(31)
+    signs = np.asarray(points(_nets.ARRAY, keys, 8, 20)) >> np.uint32(31)
     signs ^= signs[:, :1]
     shared = np.mean([np.all(signs[:, :, [j]] == signs, axis=1) for j in range(20)], axis=1)
     for j, row in enumerate(shared):
@@ -152,7 +154,7 @@ def test_no_product_of_signs_is_in_line_with_arrays():
 
     Three digits of the 16 columns cancel with a probability of 2 / 9 / 14, not 1 / 64.
     """
-    ours = misses(_nets.scrambled_array, 10, 64, 8192)
+    ours = misses(_nets.ARRAY, 10, 64, 8192)
     for number, found in ours.items():
         if number < 3:
             np.testing.assert_array_equal(found, 0.0)
@@ -167,10 +169,11 @@ def test_coordinates_of_sobol_nets_change_places(monkeypatch):
 
     So that each is missed about as often as it is on average over all of them.
     """
-    dealt = misses(_nets.scrambled_sobol, 10, 64, 2048)
+    dealt = misses(_nets.SOBOL, 10, 64, 2048)
     monkeypatch.setattr(_nets, "_MOST_DEALT", 0)
-    # Another function, lest the trace of the first be taken.
-    fixed = misses(lambda *args: _nets.scrambled_sobol(*args), 10, 64, 16)
+    # Other functions, lest the trace of the first be taken.
+    other = _nets.Scrambling(*(lambda *args, f=f: f(*args) for f in _nets.SOBOL))
+    fixed = misses(other, 10, 64, 16)
     assert np.max(fixed[4]) == 64
     for number, found in dealt.items():
         mean = np.mean(fixed[number])
@@ -182,7 +185,7 @@ def test_coordinates_of_sobol_nets_change_places(monkeypatch):
 def test_all_columns_of_an_array_add_up_to_zero():
     """The exception that the guide names: as many coordinates as there are columns."""
     keys = jax.random.bits(jax.random.key(5), (16, 2), jnp.uint32)
-    signs = np.asarray(points(_nets.scrambled_array, keys, 8, 7)) >> np.uint32(31)
+    signs = np.asarray(points(_nets.ARRAY, keys, 8, 7)) >> np.uint32(31)
     product = np.bitwise_xor.reduce(signs, axis=-1)
     np.testing.assert_array_equal(product, np.broadcast_to(product[:, :1], product.shape))
 

@@ -20,7 +20,6 @@ from ..tracing._broadcasting import where
 from ..tracing._linear_algebra import invert_positive, matmul
 
 RIDGE = 1e-3
-_REFINEMENTS = 2
 # How much of its samples a fit counts as spare at least, when their weights leave none.
 _LEAST_SPARE = 0.01
 # Samples that each fit is made from, for each coefficient. More hardly help: what a fit errs adds
@@ -33,8 +32,6 @@ _MAX_FULL = 20
 # A surrogate with more coefficients than so many times those of a linear function is doubted in two
 # parts. Of fewer, a second fit gains less than it takes to compile.
 _MANY = 4
-# Up to so many coefficients of one output a product of matrices takes longer to compile than to do.
-_FEW = 32
 
 
 def num_features(dim: int, degree: int) -> int:
@@ -138,15 +135,14 @@ def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array
         # A number like those that it is multiplied by, for jax_numpy_dtype_promotion='strict'.
         counts = (counts[::-1] if pair else counts)[:, None].astype(jnp.finfo(gram.dtype).dtype)
     sums = Sums(jnp.real(gram[:, 0, :1]), moments[:, 0], least, counts)
-    size, outputs, linear = gram.shape[1], moments.shape[2] // 2, 1 + dim
-    moment = moments[:, :, 1 : 1 + outputs]
-    beta, explained = _least_squares(gram, moment)
+    size, linear = gram.shape[1], 1 + dim
+    beta, explained = _least_squares(gram, moments)
     if size <= _MANY * linear:
         beta = _drawn_to_constant(beta, explained, sums)
     else:
         # What squares and products explain beyond a linear function is doubted by itself, lest its
         # coefficients, which are many, cost a function that is nearly linear what that explains.
-        slopes, before = _least_squares(gram[:, :linear, :linear], moment[:, :linear])
+        slopes, before = _least_squares(gram[:, :linear, :linear], moments[:, :linear])
         weight = sums.weight / least
         gain = (explained - before) / least * weight
         keep = 1 - _lost(gain, explained, size - linear, size, sums) * weight
@@ -156,9 +152,9 @@ def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array
     return beta[::-1] if pair else beta
 
 
-def _least_squares(gram: Array, moment: Array) -> tuple[Array, Array]:
+def _least_squares(gram: Array, moments: Array) -> tuple[Array, Array]:
     """Coefficients (groups, P, M), and what they explain of the sums of |f|^2, (groups, M)."""
-    size = gram.shape[1]
+    size, outputs = gram.shape[1], moments.shape[2] // 2
     # The ridge is relative to each feature's own size, and leaves the constant alone, lest a
     # constant added to f change the rest; the tiny floor is for features never seen.
     ridge = np.ones((size, size), gram.dtype) + np.diag([0.0, *[RIDGE] * (size - 1)])
@@ -168,17 +164,16 @@ def _least_squares(gram: Array, moment: Array) -> tuple[Array, Array]:
         gram * ridge[None].astype(gram.dtype) + floor[None].astype(gram.dtype)
     )
     inverse = invert_positive(stable)
-
-    # What the ridge took from well determined coefficients is given back: each step leaves a
-    # thousandth of it. Those that the samples do not determine stay small.
-    def refine(_: Any, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        beta = found[0] + _apply(inverse, found[1])
-        return beta, moment - _apply(gram, beta)
-
-    # A loop, for a product takes long to compile.
-    beta, rest = jax.lax.fori_loop(0, 1 + _REFINEMENTS, refine, (jnp.zeros_like(moment), moment))
+    # What the ridge took from well determined coefficients is given back, to a thousandth of a
+    # thousandth. Those that the samples do not determine stay small. Of all moments, for to choose
+    # some takes longer.
+    ridged = matmul(inverse, moments)
+    rest = moments - matmul(gram, ridged)
+    more = matmul(inverse, rest)
+    rest -= matmul(gram, more)
+    beta, both = (v[:, :, 1 : 1 + outputs] for v in (ridged + more, moments + rest))
     # Features and weights are real; f may be complex.
-    return beta, jnp.sum(jnp.real(jnp.conj(beta) * (moment + rest)), axis=1)
+    return beta, jnp.sum(jnp.real(jnp.conj(beta) * both), axis=1)
 
 
 def _others(values: Array) -> Array:
@@ -252,10 +247,3 @@ def _lost(gain: Array, explained: Array, tried: int, size: int, sums: Sums) -> A
     # The share over the weight in one division, for each is compiled by itself.
     safe = where(weight > 0, weight, 1)
     return jax.lax.stop_gradient(where(told, chance, 1) / where(told, gain * weight, safe))
-
-
-def _apply(matrix: Array, beta: Array) -> Array:
-    """matrix @ beta, (groups, P, M); if small, in a form that compiles faster."""
-    if beta.shape[2] == 1 and matrix.shape[1] <= _FEW:
-        return jnp.sum(matrix * beta.mT, axis=2, keepdims=True)
-    return matmul(matrix, beta)

@@ -1,7 +1,6 @@
 """Draws noise group by group: the same numbers however many groups are drawn at a time."""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from ..tracing._mesh_axes import in_told_mesh
 from ..tracing._signature import trace
 from ..tracing._user_code import explained_draw, only_leaf
 from ._protocol import Sampler
-from ._random_bits import group_keys, materialise
+from ._random_bits import child, groups, materialise
 
 
 def draw(
@@ -45,57 +44,54 @@ def draw(
     # Traced once for value and derivative, unless the noise holds arrays, or a size is symbolic.
     static = isinstance(dim, int) and getattr(noise, "operands", None) is None
     with in_told_mesh():
-        return (_draw_traced_once if static else _draw)(
+        return (_traced_once if static else sample_groups)(
             noise, sampler, key, first, count, group_size, dim, dtype
         )
 
 
-def _draw(
-    noise: NoiseDistribution,
-    sampler: Sampler,
-    key: Array,
-    first: Array,
-    count: int,
-    group_size: int,
-    dim: int,
-    dtype: np.dtype,
-) -> Array:
-    block = partial(sample_groups, sampler, key, first, count, noise, group_size, dim, dtype)
-    return materialise(block, (count * group_size, dim), dtype, key)
-
-
-_draw_traced_once = jax.jit(_draw, static_argnums=(0, 1, 4, 5, 6, 7))
-
-
 def sample_groups(
+    noise: NoiseDistribution,
     sampler: Sampler,
     key: Array,
     first: Array,
     count: int,
-    noise: NoiseDistribution,
     group_size: int,
     dim: int,
     dtype: np.dtype,
 ) -> Array:
-    """What a sampler's `sample_groups` draws, or, if it has none, its `sample_group` one by one."""
+    """What a sampler's `sample_groups` draws, or, if it has none, its `sample_group` one by one.
+
+    Each number is computed once, however often it is read: those of this library see to that
+    themselves.
+    """
     together = getattr(sampler, "sample_groups", None)
     # Not what a class inherits that draws by another `sample_group`.
     newest = defined_at(sampler, "sample_groups")[0] <= defined_at(sampler, "sample_group")[0]
     rest, name = (noise, group_size, dim, dtype), np.dtype(dtype).name
+    shape = count * group_size, dim
     if together is not None and newest:
         if is_ours(type(sampler)):  # tested, not checked at each call
             return together(key, first, count, *rest)
         what = f"sampler.sample_groups(key, first, {count}, noise, {group_size}, {dim}, {name})"
-        shape = count * group_size, dim
-        return _checked(lambda key: together(key, first, count, *rest), key, what, shape, dtype)
-    what = f"sampler.sample_group(key, noise, {group_size}, {dim}, {name})"
 
-    def one(key: Array) -> Array:
-        typed = jax.random.wrap_key_data(key, impl="threefry2x32")
-        draw = lambda key: sampler.sample_group(key, *rest)  # noqa: E731
-        return _checked(draw, typed, what, (group_size, dim), dtype)
+        def block() -> Array:
+            return _checked(lambda key: together(key, first, count, *rest), key, what, shape, dtype)
 
-    return jax.vmap(one)(group_keys(key, first, count)).reshape(count * group_size, dim)
+    else:
+        what = f"sampler.sample_group(key, noise, {group_size}, {dim}, {name})"
+
+        def one(key: Array) -> Array:
+            typed = jax.random.wrap_key_data(key, impl="threefry2x32")
+            draw = lambda key: sampler.sample_group(key, *rest)  # noqa: E731
+            return _checked(draw, typed, what, (group_size, dim), dtype)
+
+        def block() -> Array:
+            return jax.vmap(one)(child(key, groups(first, count))).reshape(shape)
+
+    return materialise(block, shape, dtype, key)
+
+
+_traced_once = jax.jit(sample_groups, static_argnums=(0, 1, 4, 5, 6, 7))
 
 
 def _checked(

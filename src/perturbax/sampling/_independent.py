@@ -12,7 +12,8 @@ from jax import Array, lax
 from .. import _checks
 from ..noise._inverse import from_words
 from ..noise._protocol import NoiseDistribution
-from . import _random_bits
+from ._protocol import DrawnTogether
+from ._random_bits import MANY, NARROW, child, grid, groups, kept_words, materialise, numbered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +51,7 @@ class Independent:
         if not hasattr(noise, "from_bits"):
             one = lambda k: noise.sample(k, (dim,), dtype)  # noqa: E731
             return jax.vmap(one)(jax.random.split(key, group_size)).astype(dtype)
-        return from_words(
-            noise, _random_bits.grid(jax.random.key_data(key), group_size, dim, dtype)
-        )
+        return from_words(noise, grid(jax.random.key_data(key), group_size, dim, dtype))
 
     def sample_groups(
         self,
@@ -74,20 +73,22 @@ class Independent:
                     return noise.sample(typed, (dim,), dtype)[None].astype(dtype)
                 return self.sample_group(typed, noise, group_size, dim, dtype)
 
-            keys = _random_bits.group_keys(key, first, count)
-            return jax.vmap(one)(keys).reshape(rows, dim)
+            keys = child(key, groups(first, count))
+            draw = lambda: jax.vmap(one)(keys).reshape(rows, dim)  # noqa: E731
+            return materialise(draw, (rows, dim), dtype, key)
 
         # XLA makes no vector instructions of a number of elements that four do not divide.
-        more = -rows % 4 if isinstance(dim, int) and 0 < dim < _random_bits.NARROW else 0
+        more = -rows % 4 if isinstance(dim, int) and 0 < dim < NARROW else 0
         samples = first * np.uint32(group_size) + lax.iota(jnp.uint32, rows + more)
-        block = lambda: from_words(noise, _random_bits.numbered(key, samples, dim, dtype))  # noqa: E731
-        if not more:
-            return block()
-        return _random_bits.materialise(block, (rows + more, dim), dtype, key)[:rows]
+        # Many words apart from what makes noise of them: both in one loop take up to twice as long.
+        words = kept_words if isinstance(dim, int) and rows * dim > MANY else numbered
+        block = lambda: from_words(noise, words(key, samples, dim, dtype))  # noqa: E731
+        z = materialise(block, (rows + more, dim), dtype, key)
+        return z[:rows]
 
 
 @dataclasses.dataclass(frozen=True)
-class Antithetic:
+class Antithetic(DrawnTogether):
     """Pairs of opposite samples: z and -z for a symmetric law, opposite quantiles for any other.
 
     For symmetric noise, what is odd about x cancels from the value and what is even from the
@@ -103,12 +104,6 @@ class Antithetic:
         del dim
         return min(2, num_samples)
 
-    def sample_group(
-        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
-    ) -> Array:
-        """Noise of one group, shape (group_size, dim)."""
-        return self._noise(jax.random.key_data(key)[None], noise, group_size, dim, dtype)[0]
-
     def sample_groups(
         self,
         key: Array,
@@ -119,17 +114,16 @@ class Antithetic:
         dim: int,
         dtype: np.dtype,
     ) -> Array:
-        """Noise of several groups, shape (count * group_size, dim).
+        """Noise of several groups, shape (count * group_size, dim)."""
+        number, shape = groups(first, count), (count * group_size, dim)
+        few = isinstance(dim, int) and count * dim <= MANY
+        # Read twice, hence apart from what is made of them: before it; or in it, so that many do
+        # not take memory for longer.
+        bits = numbered(key, number, dim, dtype) if few else None
 
-        All at once, for what vmap makes of one draws the words of a pair for each of its samples.
-        """
-        keys = _random_bits.group_keys(key, first, count)
-        z = self._noise(keys, noise, group_size, dim, dtype)
-        return z.reshape(count * group_size, dim)
+        def pairs() -> Array:
+            found = kept_words(key, number, dim, dtype) if bits is None else bits
+            both = jnp.stack([found, ~found], axis=1)[:, :group_size]
+            return from_words(noise, both).reshape(shape)
 
-    def _noise(
-        self, keys: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
-    ) -> Array:
-        """Noise of a group for each of the keys (count, 2): (count, group_size, dim)."""
-        bits = _random_bits.words_of_groups(keys, 1, dim, dtype)
-        return from_words(noise, jnp.concatenate([bits, ~bits], axis=1)[:, :group_size])
+        return materialise(pairs, shape, dtype, key)

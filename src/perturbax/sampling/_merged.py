@@ -2,18 +2,16 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from ..noise._protocol import NoiseDistribution
 from ._draw_groups import sample_groups
-from ._protocol import Sampler
+from ._protocol import DrawnTogether, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Merged:
+class Merged(DrawnTogether):
     """Several groups of a sampler taken as one: fewer groups on whose others a surrogate is fitted.
 
     Attributes:
@@ -31,17 +29,10 @@ class Merged:
         """Samples in a group."""
         return self.count * self.sampler.group_size(num_samples, dim)
 
-    def sample_group(
-        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
-    ) -> Array:
-        """Noise of one group, shape (group_size, dim)."""
-        words = jax.random.key_data(key)
-        return self.sample_groups(words, np.uint32(0), 1, noise, group_size, dim, dtype)
-
     def sample_groups(
         self,
         key: Array,
-        first: Array | np.uint32,
+        first: Array,
         count: int,
         noise: NoiseDistribution,
         group_size: int,
@@ -50,5 +41,5 @@ class Merged:
     ) -> Array:
         """Noise of several groups, shape (count * group_size, dim)."""
         each, size = self.count, group_size // self.count
-        first = jnp.asarray(first * np.uint32(each))
-        return sample_groups(self.sampler, key, first, count * each, noise, size, dim, dtype)
+        first = first * np.uint32(each)
+        return sample_groups(noise, self.sampler, key, first, count * each, size, dim, dtype)

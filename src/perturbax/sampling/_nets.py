@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -14,22 +14,20 @@ from ..noise._inverse import from_words
 from ..noise._protocol import NoiseDistribution
 from ..tracing._broadcasting import where
 from . import _generators
-from ._protocol import MAX_GROUP
-from ._random_bits import (
-    MANY,
-    NARROW,
-    child,
-    column_numbers,
-    grid,
-    group_keys,
-    materialise,
-    words32,
-    words_of_groups,
-)
+from ._protocol import MAX_GROUP, DrawnTogether
+from ._random_bits import MANY, NARROW, child, groups, materialise, numbered
 
-# Of keys (count, 2), levels and dim: the scrambled generators of the binary digits of a point's
-# index (count, levels, dim), lowest digit first, and what is added to all (count, 1, dim).
-Scrambled = Callable[[Array, int, int], tuple[Array, Array]]
+
+class Scrambling(NamedTuple):
+    """How the generators of a kind of nets are made random."""
+
+    # How many words it takes for each net, by levels and dim.
+    num_words: Callable[[int, int], int]
+    # Of words (count, number), levels and dim: the scrambled generators of the binary digits of a
+    # point's index (count, levels, dim), lowest digit first, and what is added to all (count, 1,
+    # dim).
+    generators: Callable[[Array, int, int], tuple[Array, Array]]
+
 
 # Coordinates of a Sobol net are dealt at random, lest products of the signs of a few be always the
 # same ones that it estimates badly: of three all choices are the same, many would take long.
@@ -37,25 +35,31 @@ _FEWEST_DEALT, _MOST_DEALT = 4, 64
 
 
 def noise_of_nets(
-    scrambled: Scrambled,
-    keys: Array,
+    scrambling: Scrambling,
+    key: Array,
+    number: Array,
     noise: NoiseDistribution,
     size: int,
     dim: int,
     dtype: np.dtype,
 ) -> Array:
-    """Noise of a net for each of the keys (count, 2): (count, size, dim)."""
-    count = keys.shape[0]
-    levels, wide = shape_of(size, dim)
+    """Noise of the nets of the given numbers, (count * size, dim)."""
+    count, (levels, wide) = len(number), shape_of(size, dim)
+    words = numbered(key, number, scrambling.num_words(levels, dim), np.dtype(np.float32))
 
-    def draw() -> Array:
-        return from_words(noise, _widen(net(scrambled, keys, size, dim), keys, dtype))
+    def whole() -> Array:
+        points = net(scrambling, words, size, dim)
+        return from_words(noise, _widen(points, key, number, dtype))
 
+    def samples(z: Array) -> Array:
+        return z.reshape(count, 2**levels, dim)[:, :size].reshape(count * size, dim)
+
+    keep = partial(materialise, shape=(count * size, dim), dtype=dtype, key=key)
+    if 2**levels * dim <= MANY:
+        return keep(lambda: samples(whole()))
     # Many apart from what cuts them into points: together they take up to four times as long.
-    many = 2**levels * dim > MANY
-    shape = (count, 2**levels // wide, wide * dim)
-    z = materialise(draw, shape, dtype, keys[0]) if many else draw()
-    return z.reshape(count, 2**levels, dim)[:, :size]
+    z = materialise(whole, (count, 2**levels // wide, wide * dim), dtype, key)
+    return samples(z) if size == 2**levels else keep(lambda: samples(z))
 
 
 def shape_of(size: int, dim: int) -> tuple[int, int]:
@@ -71,13 +75,13 @@ def _is_simple(levels: int, dim: int) -> bool:
     return dim < 8 and 2**levels * dim <= MANY
 
 
-def net(scrambled: Scrambled, keys: Array, size: int, dim: int) -> Array:
-    """A net for each of the keys (count, 2), uniform uint32 words.
+def net(scrambling: Scrambling, words: Array, size: int, dim: int) -> Array:
+    """A net for each row of words, uniform uint32 words.
 
     `shape_of` tells how many points and rows.
     """
     levels, wide = shape_of(size, dim)
-    generators, shift = scrambled(keys, levels, dim)
+    generators, shift = scrambling.generators(words, levels, dim)
     if _is_simple(levels, dim):
         return _points(jnp.concatenate([generators, shift], 1), 2**levels)
     # A point is the sum of the generators at the binary digits of its index: one operation a
@@ -93,29 +97,42 @@ def net(scrambled: Scrambled, keys: Array, size: int, dim: int) -> Array:
     return (high[:, :, None] ^ low[:, None]).reshape(-1, 2**levels // wide, wide * dim)
 
 
-def scrambled_sobol(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
+def _words_of_sobol(levels: int, dim: int) -> int:
+    return (levels + 1 + (_FEWEST_DEALT <= dim <= _MOST_DEALT)) * dim
+
+
+def _scrambled_sobol(words: Array, levels: int, dim: int) -> tuple[Array, Array]:
     """Sobol's generators, scrambled by a random lower triangular matrix in each coordinate."""
     directions = jnp.asarray(_generators.sobol(dim, levels))[None]
-    words = _random(keys, levels + 1, dim)
-    if _FEWEST_DEALT <= dim <= _MOST_DEALT:
-        number = _dealt(keys, levels + 1, dim, dim)[:, None]
+    words = words.reshape(len(words), -1, dim)
+    if words.shape[1] > levels + 1:
+        number = _dealt(words[:, levels + 1], dim, dim)[:, None]
         own = number[..., None, :] == lax.broadcasted_iota(jnp.uint32, (1, 1, dim, 1), 2)
         directions = _sums(directions[..., None], own)
     hit = (directions[:, :, None] & _place(levels)[None, None]) != 0  # generator k has digit q
-    return _sums(_triangle(words[:, None, :levels]), hit), words[:, levels:]
+    return _sums(_triangle(words[:, None, :levels]), hit), words[:, levels : levels + 1]
 
 
-def scrambled_array(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
+SOBOL = Scrambling(_words_of_sobol, _scrambled_sobol)
+
+
+def _words_of_array(levels: int, dim: int) -> int:
+    columns = sum(_generators.family_sizes(levels, _generators.leading_digits(levels, dim), dim))
+    return (levels + 3) * dim + -(-dim // columns) * columns
+
+
+def _scrambled_array(words: Array, levels: int, dim: int) -> tuple[Array, Array]:
     """Generators of an orthogonal array whose columns are dealt to the coordinates at random.
 
     The leading digits of a coordinate are multiplied by a random element of their field, so that
     none of their sums is distinguished. The other digits are scrambled like those of Sobol's nets.
     """
     leading = _generators.leading_digits(levels, dim)
-    words = _random(keys, levels + 3, dim)
+    words, order = words[:, : (levels + 3) * dim], words[:, (levels + 3) * dim :]
+    words = words.reshape(len(words), levels + 3, dim)
 
     def generators() -> Array:
-        digits = _dealt_columns(keys, words[:, levels + 1], levels, leading)[:, None]
+        digits = _dealt_columns(order, words[:, levels + 1], levels, leading)[:, None]
         factor = _nonzero(words[:, levels + 2], leading)
         powers = _sums_over_bits(_generators.multiples(leading, leading), factor)
         below = words[:, :leading] & np.uint32(2 ** (32 - leading) - 1)
@@ -126,17 +143,20 @@ def scrambled_array(keys: Array, levels: int, dim: int) -> tuple[Array, Array]:
         return _sums(jnp.concatenate([first[:, None], rest], 2), hit)
 
     # Apart from the sums of which points are made: fused with these it takes twice as long.
-    shape = (len(keys), levels, dim)
-    return materialise(generators, shape, jnp.uint32, keys[0]), words[:, levels : levels + 1]
+    kept = materialise(generators, (len(words), levels, dim), jnp.uint32, words[0, 0])
+    return kept, words[:, levels : levels + 1]
 
 
-def _dealt_columns(keys: Array, random: Array, levels: int, leading: int) -> Array:
+ARRAY = Scrambling(_words_of_array, _scrambled_array)
+
+
+def _dealt_columns(order: Array, random: Array, levels: int, leading: int) -> Array:
     """Columns of an orthogonal array for all coordinates, dealt at random, digit by digit.
 
-    Shape (number of keys, levels, dim); `random` are words, (number of keys, dim).
+    Shape (count, levels, dim); `random` are words, (count, dim), for `order` see `_dealt`.
     """
     sizes = _generators.family_sizes(levels, leading, random.shape[-1])
-    number = _dealt(keys, levels + 3, random.shape[-1], sum(sizes))
+    number = _dealt(order, random.shape[-1], sum(sizes))
     found = []
     for size, family in zip(sizes, _generators.families(levels, leading, len(sizes)), strict=True):
         rest = np.uint32(family.rest)
@@ -155,21 +175,18 @@ def _nonzero(words: Array, degree: int) -> Array:
     return np.uint32(1) + words % np.uint32(2**degree - 1)
 
 
-def _dealt(keys: Array, row: int, dim: int, count: int) -> Array:
-    """A random one of `count` columns for each coordinate, (number of keys, dim).
+def _dealt(words: Array, dim: int, columns: int) -> Array:
+    """A random one of so many columns for each coordinate, (count, dim).
 
-    All of a coordinate's own, if there are as many. Otherwise so for each block of `count`
-    coordinates, and independently for each.
+    All of a coordinate's own, if there are as many. Otherwise so for each block of as many
+    coordinates, and independently for each: `words` are (count, blocks * columns).
     """
-    key = keys[:, 0, None, None], keys[:, 1, None, None]
-    blocks = -(-dim // count)
-    block = row + lax.iota(jnp.uint32, blocks)[:, None]
     # By the ranks of random words. Sorting them compiles slowly, and a table would have to be read
     # by indices, which arrays split over a mesh do not allow.
-    words = words32(key, block[None], column_numbers(count)[None])[..., None, :]
-    several = dim if blocks == 1 else count
+    words = words.reshape(len(words), -1, 1, columns)
+    several = dim if words.shape[1] == 1 else columns
     rank = jnp.sum(words < jnp.swapaxes(words[..., :several], -1, -2), -1, dtype=jnp.uint32)
-    return rank.reshape(len(keys), blocks * several)[:, :dim]
+    return rank.reshape(len(words), words.shape[1] * several)[:, :dim]
 
 
 def _place(levels: int) -> np.ndarray:
@@ -181,11 +198,6 @@ def _triangle(words: Array) -> Array:
     """Columns of a random lower triangular matrix: column q has a one at bit q, and bits below."""
     place = _place(words.shape[-2])[None, None]
     return (words & (place - np.uint32(1))) | place
-
-
-def _random(keys: Array, rows: int, dim: int) -> Array:
-    """Independent 32-bit words for each of the keys, (count, rows, dim)."""
-    return words_of_groups(keys, rows, dim, np.dtype(np.float32))
 
 
 def _points(generators: Array, size: int) -> Array:
@@ -212,29 +224,29 @@ def _sums_over_bits(rows: np.ndarray, words: Array) -> Array:
     return _sums(rows.T[None, ..., None], hit)
 
 
-def _widen(points: Array, keys: Array, dtype: np.dtype) -> Array:
-    """Fills 64-bit words up with random low bits where the noise is double precision."""
+def _widen(points: Array, key: Array, number: Array, dtype: np.dtype) -> Array:
+    """Fills 64-bit words up with random low bits where the noise is double precision.
+
+    Of nets of the given numbers, (count, rows, n).
+    """
     if dtype.itemsize <= 4:
         return points
-
-    rows, dim = points.shape[1:]
-
-    def fill_of(key: Array) -> Array:
-        low = child(key, jnp.uint32(0))
-        return grid(low, rows, dim, np.dtype(np.float32)).astype(jnp.uint64)
-
-    return (points.astype(jnp.uint64) << np.uint64(32)) | jax.vmap(fill_of)(keys)
+    count, rows, columns = points.shape
+    index = number[:, None] * np.uint32(rows) + lax.iota(jnp.uint32, rows)[None]
+    low = numbered(child(key, jnp.uint32(0)), index.reshape(-1), columns, np.dtype(np.float32))
+    high = points.astype(jnp.uint64) << np.uint64(32)
+    return high | low.reshape(count, rows, columns).astype(jnp.uint64)
 
 
 @dataclasses.dataclass(frozen=True)
-class DigitalNet:
+class DigitalNet(DrawnTogether):
     """What digital nets have in common: a few groups, as large as can be."""
 
     num_groups: int = 2
 
     needs_inverse: ClassVar[bool] = True
     needs_dim: ClassVar[bool] = True
-    _scrambled: ClassVar[Scrambled]
+    _scrambling: ClassVar[Scrambling]
 
     def __post_init__(self) -> None:
         """Checks num_groups."""
@@ -247,13 +259,6 @@ class DigitalNet:
         groups = max(min(self.num_groups, num_samples), -(-num_samples // MAX_GROUP))
         return -(-num_samples // groups)
 
-    def sample_group(
-        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
-    ) -> Array:
-        """Noise of one group, shape (group_size, dim)."""
-        keys = jax.random.key_data(key)[None]
-        return noise_of_nets(self._scrambled, keys, noise, group_size, dim, dtype)[0]
-
     def sample_groups(
         self,
         key: Array,
@@ -264,13 +269,11 @@ class DigitalNet:
         dim: int,
         dtype: np.dtype,
     ) -> Array:
-        """Noise of several groups, shape (count * group_size, dim).
-
-        All at once, for vmap takes as long to trace as the net itself.
-        """
-        keys = group_keys(key, first, count)
-        z = noise_of_nets(self._scrambled, keys, noise, group_size, dim, dtype)
-        return z.reshape(count * group_size, dim)
+        """Noise of several groups, shape (count * group_size, dim)."""
+        if dim == 0:
+            return jnp.zeros((count * group_size, 0), dtype)
+        number = groups(first, count)
+        return noise_of_nets(self._scrambling, key, number, noise, group_size, dim, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +298,7 @@ class Sobol(DigitalNet):
       Matousek, On the L2-discrepancy for anchored boxes, 1998, doi:10.1006/jcom.1998.0489
     """
 
-    _scrambled = staticmethod(scrambled_sobol)
+    _scrambling = SOBOL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,4 +327,4 @@ class OrthogonalArray(DigitalNet):
       Statistica Sinica 2(2), 439-452
     """
 
-    _scrambled = staticmethod(scrambled_array)
+    _scrambling = ARRAY

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -15,8 +14,8 @@ from ..noise._quantiles import from_bits
 from ..noise._smooth import Normal
 from ..tracing._broadcasting import where
 from ..tracing._linear_algebra import matmul
-from ._protocol import MAX_GROUP
-from ._random_bits import group_keys, materialise, words_of_groups
+from ._protocol import MAX_GROUP, DrawnTogether
+from ._random_bits import groups, kept_words, materialise
 
 # Coordinates of the smallest matrices at least: those of one share the angles of its rows.
 _LEAST_LEAF = 8
@@ -29,7 +28,7 @@ _CANDIDATES = 6
 
 
 @dataclasses.dataclass(frozen=True)
-class Orthogonal:
+class Orthogonal(DrawnTogether):
     """Blocks of orthogonal Gaussian directions, carried to other laws coordinate by coordinate.
 
     Each direction is uniformly distributed, and lengths are chi-distributed and independent, so
@@ -65,12 +64,6 @@ class Orthogonal:
         directions = min(dim, self.block or dim, MAX_GROUP)
         return min(num_samples, max(1, directions) * (2 if self.antithetic else 1))
 
-    def sample_group(
-        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
-    ) -> Array:
-        """Noise of one group, shape (group_size, dim)."""
-        return self._noise(jax.random.key_data(key)[None], noise, group_size, dim, dtype)[0]
-
     def sample_groups(
         self,
         key: Array,
@@ -81,32 +74,27 @@ class Orthogonal:
         dim: int,
         dtype: np.dtype,
     ) -> Array:
-        """Noise of several groups, shape (count * group_size, dim).
-
-        All at once, for what vmap makes of it takes twice as long to compile.
-        """
-        z = self._noise(group_keys(key, first, count), noise, group_size, dim, dtype)
-        return z.reshape(count * group_size, dim)
-
-    def _noise(
-        self, keys: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
-    ) -> Array:
-        """Noise of a group for each of the keys (count, 2): (count, group_size, dim)."""
+        """Noise of several groups, shape (count * group_size, dim)."""
+        shape = count * group_size, dim
         if dim == 0:
-            return jnp.zeros((len(keys), group_size, 0), dtype)
+            return jnp.zeros(shape, dtype)
         rows = -(-group_size // 2) if self.antithetic else group_size
-        z = gaussian_directions(keys, rows, dim, dtype)
+        z = gaussian_directions(key, groups(first, count), rows, dim, dtype)
+        if not self.antithetic:
+            return materialise(lambda: from_normal(noise, z).reshape(shape), shape, dtype, key)
         # Dealt to coordinates once, apart from what the law makes of each number and its opposite:
         # by the same loop as these it would be done number by number.
-        z = materialise(lambda: z, z.shape, dtype, keys[0])
-        if not self.antithetic:
-            return from_normal(noise, z)
-        both = [from_normal(noise, z), from_normal(noise, -z)]
-        return jnp.concatenate(both, axis=1)[:, :group_size]
+        dealt = materialise(lambda: z, z.shape, dtype, key)
+
+        def pairs() -> Array:
+            both = [from_normal(noise, dealt), from_normal(noise, -dealt)]
+            return jnp.concatenate(both, axis=1)[:, :group_size].reshape(shape)
+
+        return materialise(pairs, shape, dtype, key)
 
 
-def gaussian_directions(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Array:
-    """Orthogonal vectors (rows, dim), each of which is standard normal, for each key (count, 2).
+def gaussian_directions(key: Array, groups: Array, rows: int, dim: int, dtype: np.dtype) -> Array:
+    """Orthogonal vectors, each of which is standard normal, for each group: (groups, rows, dim).
 
     Their directions are made of small random matrices by two steps that keep each row uniformly
     distributed:
@@ -121,7 +109,7 @@ def gaussian_directions(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Ar
 
     After doubling, coordinates are dealt at random, for those of one small matrix share angles.
     """
-    count, key = len(keys), keys[0]
+    count = len(groups)
     leaf, doublings = _shape_of(rows, dim)
     size = leaf << doublings if doublings else dim - rows
     added, number = dim - size, 2**doublings
@@ -130,7 +118,7 @@ def gaussian_directions(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Ar
     normals = [added * dim, lengths * rows] + [number * leaf**2] * (doublings > 0)
     uniforms = [lengths * rows] * (lengths < dim) + [doublings * size] * (doublings > 0)
     sizes = np.cumsum([*normals, *uniforms, dim * (doublings > 0)])
-    bits = words_of_groups(keys, 1, int(sizes[-1]), dtype)[:, 0]
+    bits = kept_words(key, groups, int(sizes[-1]), dtype)
     few, many = sizes[len(normals) - 1], sizes[len(normals) + len(uniforms) - 1]
     normal = materialise(lambda: Normal().from_bits(bits[:, :few]), (count, few), dtype, key)
     uniform = 2 * from_bits(bits[:, few:many])[0]

@@ -74,11 +74,8 @@ def root(key: Array) -> Array:
     watched = jax.config.jax_debug_key_reuse  # pyright: ignore[reportAttributeAccessIssue]
     if watched or jax.random.key_impl(key) != "threefry2x32":
         return jax.random.bits(key, (2,), jnp.uint32)
-    # The same words, by a generator that compiles faster than JAX's own, which is a loop. The check
-    # for reuse of keys would not see it.
-    column = lax.iota(jnp.uint32, 2)
-    words = threefry(jax.random.key_data(key), lax.full_like(column, 0), column)
-    return lax.bitwise_xor(*words)
+    # At other rows and columns than JAX's generators, which has the words of its own keys.
+    return jax.random.key_data(key)
 
 
 def fold_in_and_split(key: Array, data: Array) -> tuple[Array, Array]:
@@ -103,15 +100,16 @@ def fold_in_and_split(key: Array, data: Array) -> tuple[Array, Array]:
 def child(key: Array, index: Array) -> Array:
     """The two-word keys of the `index`-th children of `key`, uint32: shape (*index.shape, 2).
 
-    The column lies beyond any coordinate that `words` is asked for, so a child's key never repeats
+    The columns lie beyond any coordinate that `words` is asked for, so a child's key never repeats
     a word that the parent hands out as noise.
     """
-    return jnp.stack(threefry(key, index, lax.full_like(index, 0xFFFFFFFF)), axis=-1)
+    columns = np.uint32(0xFFFFFFFE) + lax.iota(jnp.uint32, 2)
+    return words32(key, index[..., None], columns.reshape((1,) * index.ndim + (2,)))
 
 
-def group_keys(key: Array, first: Array, count: int) -> Array:
-    """The keys of the groups first, ..., first + count - 1: (count, 2)."""
-    return child(key, first + lax.iota(jnp.uint32, count))
+def groups(first: Array, count: int) -> Array:
+    """The numbers of the groups first, ..., first + count - 1, uint32."""
+    return first + lax.iota(jnp.uint32, count)
 
 
 def materialise(
@@ -134,36 +132,17 @@ def column_numbers(dim: int) -> Array:
     return lax.iota(jnp.uint32, dim)[None, :]
 
 
-def grid(key: Array, rows: int, dim: int, dtype: Any) -> Array:
+def numbered(key: Key, rows: Array, number: int, dtype: np.dtype) -> Array:
+    """The words of the numbered rows, (len(rows), number)."""
+    return words(key, rows[:, None], column_numbers(number), dtype)
+
+
+def kept_words(key: Array, rows: Array, number: int, dtype: np.dtype) -> Array:
+    """The same, apart from what is made of them."""
+    kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
+    return materialise(lambda: numbered(key, rows, number, dtype), (len(rows), number), kind, key)
+
+
+def grid(key: Key, rows: int, dim: int, dtype: np.dtype) -> Array:
     """Independent uniform words, shape (rows, dim)."""
     return numbered(key, lax.iota(jnp.uint32, rows), dim, dtype)
-
-
-def numbered(key: Array, rows: Array, dim: int, dtype: Any) -> Array:
-    """The words of the numbered rows, (len(rows), dim).
-
-    Many are kept apart from what makes noise of them: both in one loop take up to twice as long.
-    """
-
-    def drawn() -> Array:
-        return words(key, rows[:, None], column_numbers(dim), dtype)
-
-    many = isinstance(dim, int) and rows.shape[0] * dim > MANY
-    if not many:
-        return drawn()
-    kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
-    return materialise(drawn, (rows.shape[0], dim), kind, key)
-
-
-def words_of_groups(keys: Array, rows: int, dim: int, dtype: np.dtype) -> Array:
-    """Words of each of the keys (count, 2): (count, rows, dim).
-
-    Kept apart from what is made of them, for that reads them several times.
-    """
-
-    def drawn() -> Array:
-        key, row = (keys[:, 0, None, None], keys[:, 1, None, None]), lax.iota(jnp.uint32, rows)
-        return words(key, row[None, :, None], column_numbers(dim)[None], dtype)
-
-    kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
-    return materialise(drawn, (len(keys), rows, dim), kind, keys[0])

@@ -10,10 +10,24 @@ from ._broadcasting import where
 
 # Eliminated at a time in large matrices: 32 rows take half the time of 16 or 64.
 _ROWS = 32
+# Numbers of a matrix up to which a vector times it is as fast by two rows.
+_SHORT = 2**18
 
 
 def matmul(left: Array, right: Array) -> Array:
     """A matrix product in full precision, whatever the accelerator's default."""
+    if min(left.ndim, right.ndim) > 1:
+        # A product with one vector XLA compiles by itself for CPUs, which takes longer than two of
+        # them by the library that has all other products. That is faster, too, but for long rows.
+        if right.shape[-1] == 1:
+            return _product(left, jnp.broadcast_to(right, (*right.shape[:-1], 2)))[..., :1]
+        if left.shape[-2] == 1 and isinstance(right.size, int) and right.size <= _SHORT:
+            both = jnp.broadcast_to(left, (*left.shape[:-2], 2, left.shape[-1]))
+            return _product(both, right)[..., :1, :]
+    return _product(left, right)
+
+
+def _product(left: Array, right: Array) -> Array:
     return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
 
 
