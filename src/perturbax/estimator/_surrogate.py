@@ -164,14 +164,15 @@ def _least_squares(gram: Array, moments: Array) -> tuple[Array, Array]:
         gram * ridge[None].astype(gram.dtype) + floor[None].astype(gram.dtype)
     )
     inverse = invert_positive(stable)
-    # What the ridge took from well determined coefficients is given back, to a thousandth of a
-    # thousandth. Those that the samples do not determine stay small. Of all moments, for to choose
-    # some takes longer.
-    ridged = matmul(inverse, moments)
-    rest = moments - matmul(gram, ridged)
-    more = matmul(inverse, rest)
-    rest -= matmul(gram, more)
-    beta, both = (v[:, :, 1 : 1 + outputs] for v in (ridged + more, moments + rest))
+    # What the ridge took from well determined coefficients is given back: each step leaves a
+    # thousandth of it. Those that the samples do not determine stay small. All moments take part,
+    # for to choose some takes longer.
+    beta = matmul(inverse, moments)
+    rest = moments - matmul(gram, beta)
+    for _ in range(jnp.finfo(gram.dtype).bits // 32):
+        more = matmul(inverse, rest)
+        beta, rest = beta + more, rest - matmul(gram, more)
+    beta, both = (v[:, :, 1 : 1 + outputs] for v in (beta, moments + rest))
     # Features and weights are real; f may be complex.
     return beta, jnp.sum(jnp.real(jnp.conj(beta) * both), axis=1)
 
