@@ -78,20 +78,20 @@ def estimator(carried):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def fit_of(points, noise):
+def fit_of(points, law):
     """A fit that has seen something: two batches of values of a function that is not smooth."""
     sigma = jnp.full(points.shape[1], 0.8)
-    fit = _regression.nothing(6, sigma, noise)
+    fit = _regression.nothing(6, sigma, law)
     values = jnp.sum(jnp.floor(points), axis=1)
     for rows in (slice(0, 6), slice(6, 12)):
         args = points[rows], values[rows], jnp.ones(6), 6, points[rows][0] / 4
-        fit = _regression.renew(fit, *args, sigma, noise)
+        fit = _regression.renew(fit, *args, sigma, law)
     return fit
 
 
 @pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel()], ids=str)
 def test_coefficients_solve_the_regression(noise):
-    draw = np.random.default_rng(0)
+    draw, law = np.random.default_rng(0), _features.law_of(noise)
     points, values = draw.normal(size=(12, 3)), draw.normal(size=12)
     counted = np.ones(12)
     counted[[2, 7]] = 0
@@ -100,12 +100,12 @@ def test_coefficients_solve_the_regression(noise):
 
         @jax.jit
         def fit(*drawn):
-            empty = _regression.nothing(12, jnp.full(3, 2.0), noise)
-            return _regression.renew(empty, *drawn, 12, jnp.full(3, 0.1), jnp.full(3, 2.0), noise)
+            empty = _regression.nothing(12, jnp.full(3, 2.0), law)
+            return _regression.renew(empty, *drawn, 12, jnp.full(3, 0.1), jnp.full(3, 2.0), law)
 
         found = fit(points, values, counted)
         u = (points - 0.1) / 2.0
-        phi = np.asarray(jax.jit(_features.features, static_argnums=1)(u, noise))
+        phi = np.asarray(jax.jit(_features.features, static_argnums=1)(u, law))
         gram = phi @ phi.T
         if isinstance(noise, px.Normal):
             apart = np.sum((u[:, None] - u[None]) ** 2, axis=2)
@@ -124,7 +124,7 @@ def test_coefficients_solve_the_regression(noise):
 @pytest.mark.parametrize("noise", [px.Normal(), px.Gumbel(), px.Logistic(), px.Laplace()], ids=str)
 def test_the_mean_of_a_prediction_is_exact(noise):
     """By quadrature in two coordinates."""
-    draw = np.random.default_rng(1)
+    draw, law = np.random.default_rng(1), _features.law_of(noise)
     z, step = np.linspace(-30, 30, 601, retstep=True)
     chance = np.exp(np.asarray(noise.log_prob(z), np.float64))
     if isinstance(noise, px.Laplace):  # the rule of trapezoids is exact for smooth densities only
@@ -136,32 +136,32 @@ def test_the_mean_of_a_prediction_is_exact(noise):
     x, sigma = np.array([0.4, -0.7]), np.array([0.5, 1.3])
     grid = np.stack(np.meshgrid(z, z, indexing="ij"), -1).reshape(-1, 2)
     with enable_x64(True):
-        fit = fit_of(jnp.asarray(draw.normal(size=(12, 2))), noise)
+        fit = fit_of(jnp.asarray(draw.normal(size=(12, 2))), law)
         at = jnp.asarray(x + sigma * grid)
-        predicted = jax.jit(_regression.predict, static_argnums=2)(fit, at, noise)
+        predicted = jax.jit(_regression.predict, static_argnums=2)(fit, at, law)
         exact = np.asarray(predicted) @ np.outer(chance, chance).ravel()
-        found = jax.jit(_regression.expect, static_argnums=3)(fit, x, sigma, noise)
+        found = jax.jit(_regression.expect, static_argnums=3)(fit, x, sigma, law)
         assert np.abs(exact).min() > 0.03
         assert_trees_close(found, exact, atol=1e-7)
 
 
 def test_what_was_absorbed_is_the_same_sum_around_any_centre():
-    draw, noise = np.random.default_rng(2), px.Normal()
+    draw, law = np.random.default_rng(2), _features.law_of(px.Normal())
     move = jax.jit(_features.moved, static_argnums=3)
     features = jax.jit(_features.features, static_argnums=1)
     with enable_x64(True):
-        weights = draw.normal(size=(2, 3 * _features.basis(3, noise).size))
+        weights = draw.normal(size=(2, 3 * _features.basis(3, law).size))
         u, shift = draw.normal(size=(5, 3)), draw.normal(size=3)
-        moved = np.asarray(move(weights, shift, np.ones(3), noise))
-        change = np.asarray(features(u, noise)) @ weights.T
-        change -= np.asarray(features(u - shift, noise)) @ moved.T
+        moved = np.asarray(move(weights, shift, np.ones(3), law))
+        change = np.asarray(features(u, law)) @ weights.T
+        change -= np.asarray(features(u - shift, law)) @ moved.T
         assert_trees_close(change, np.broadcast_to(change[:1], change.shape), atol=1e-10)
         # In other units what is periodic is forgotten; the rest is as it was.
         first = np.where(np.arange(weights.shape[1]) < 6, weights, 0)
-        moved = np.asarray(move(weights, shift, np.full(3, 3.0), noise))
+        moved = np.asarray(move(weights, shift, np.full(3, 3.0), law))
         assert not np.any(moved[:, 6:])
-        change = np.asarray(features(u, noise)) @ first.T
-        change -= np.asarray(features((u - shift) / 3, noise)) @ moved.T
+        change = np.asarray(features(u, law)) @ first.T
+        change -= np.asarray(features((u - shift) / 3, law)) @ moved.T
         assert_trees_close(change, np.broadcast_to(change[:1], change.shape), atol=1e-10)
 
 
@@ -170,18 +170,18 @@ def test_what_was_absorbed_is_the_same_sum_around_any_centre():
 
 def test_what_points_said_of_single_coordinates_stays_when_they_leave():
     """A fit whose points have all made room predicts what it did, but for a constant."""
-    draw, noise = np.random.default_rng(4), px.Gumbel()
+    draw, law = np.random.default_rng(4), _features.law_of(px.Gumbel())
     with enable_x64(True):
-        before = fit_of(jnp.asarray(draw.normal(size=(12, 2))), noise)
+        before = fit_of(jnp.asarray(draw.normal(size=(12, 2))), law)
         none = jnp.zeros((6, 2)), jnp.zeros(6), jnp.zeros(6)
         middle, sigma = before.centre + 0.3, before.scale
         after = jax.jit(_regression.renew, static_argnums=(4, 7))(
-            before, *none, 6, middle, sigma, noise
+            before, *none, 6, middle, sigma, law
         )
         assert not np.any(after.coefficients)
         y = jnp.asarray(draw.normal(size=(50, 2)))
         first, second = (
-            np.asarray(jax.jit(_regression.predict, static_argnums=2)(fit, y, noise))
+            np.asarray(jax.jit(_regression.predict, static_argnums=2)(fit, y, law))
             for fit in (before, after)
         )
     assert np.std(first, axis=1).min() > 0.1

@@ -10,7 +10,7 @@ as q predicts f. Samples of the past enter through q alone, never through weight
 """
 
 import dataclasses
-import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from .._perturb import PerturbedFun, kind_of_fun
 from ..scale import _scales
 from ..tracing._mesh_axes import with_explicit_axes, without_explicit_axes
 from . import _regression
+from ._features import Law, law_of
 from ._regression import Fit
 
 # How long a step counts for what a prediction is worth: this share is kept from step to step.
@@ -92,7 +93,7 @@ class Carried:
             jnp.zeros((size, dim), dtype),
             jnp.zeros((size,), dtype),
             jnp.zeros((size,), dtype),
-            _regression.nothing(size, sigma, settings.noise),
+            _regression.nothing(size, sigma, law_of(settings.noise)),
             jnp.zeros(levels, dtype),
             jnp.zeros(levels, dtype),
             jnp.zeros(levels, dtype),
@@ -134,32 +135,26 @@ class Carried:
             )
         scales = _scales.scale_leaves(settings.sigma, x, leaves, names)
         dtype = _leaves.noise_dtype(leaves)
-        sigma, noise = _spread(scales, leaves, names, dtype), settings.noise
+        sigma, law = _spread(scales, leaves, names, dtype), law_of(settings.noise)
         if state.origin.dtype != dtype:
             raise ValueError(
                 f"state is one for points of {state.origin.dtype}, but noise for x is {dtype}; "
                 "call init(x) for points like x"
             )
-        if state.fit.weights.shape[1] != _regression.num_features(state.origin.size, noise):
+        if state.fit.weights.shape[1] != _regression.num_features(state.origin.size, law):
             raise ValueError(
-                f"state is one for other noise than {noise!r}: call init(x) with this noise"
+                f"state is one for other noise than {settings.noise!r}: call init(x) with this "
+                "noise"
             )
-        mean, _ = _moments(noise)
         state = lax.stop_gradient(without_explicit_axes(state))
-        centre = lax.stop_gradient(_offset(leaves, state.origin) + sigma * mean)
-        near = _near(state.fit, centre, lax.stop_gradient(sigma))
-        best, share = _best(state)
-        chosen = state.fit._replace(
-            centre=jnp.where(near, state.fit.centre, centre),
-            coefficients=jnp.where(near, share * state.fit.coefficients[best], 0)[None],
-            weights=jnp.where(near, share * state.fit.weights[best], 0)[None],
-        )
+        centre = lax.stop_gradient(_offset(leaves, state.origin) + sigma * law.mean)
+        chosen = _chosen(state, centre, lax.stop_gradient(sigma))
 
         def residual(y: Any, *args: Any, **kwargs: Any) -> Any:
             out = fun(y, *args, **kwargs)
             value, aux = out if settings.has_aux else (out, None)
             point = _offset(_leaves.perturbed_leaves(y)[0], state.origin)
-            q = _regression.predict(chosen, point[None], noise)[0, 0]
+            q = _regression.predict(chosen, point[None], law)[0, 0]
             with jax.numpy_dtype_promotion("standard"):
                 kind = jnp.promote_types(jnp.result_type(value), dtype)
             number = _scalar(value).astype(kind)
@@ -171,13 +166,13 @@ class Carried:
             rest, seen = smoothed(key, merge(values), *args, **kwargs)
             # A coordinate at an infinity stays there, whatever is added to it.
             moving = jnp.where(jnp.isfinite(_flat(values, dtype)), sigma, 0)
-            q = _regression.expect(chosen, _offset(values, state.origin), moving, noise)[0]
+            q = _regression.expect(chosen, _offset(values, state.origin), moving, law)[0]
             return rest + with_explicit_axes(q.astype(rest.dtype), rest), seen
 
         (value, seen), parts = jax.value_and_grad(estimate, has_aux=True)(leaves)
         values, points, aux = seen
         values = without_explicit_axes(jnp.asarray(values).astype(dtype))
-        after = _learn(state, points, values, centre, lax.stop_gradient(sigma), noise)
+        after = _learn(state, points, values, centre, lax.stop_gradient(sigma), law)
         rest = iter(parts)
         gradient = jax.tree.map(
             lambda v: (
@@ -254,22 +249,21 @@ def carry(perturbed_fun: PerturbedFun, *, memory: int | None = None) -> Carried:
         )
     if memory is not None:
         memory = _checks.check_count(memory, "memory")
-    _moments(perturbed_fun.settings.noise)
+    law_of(perturbed_fun.settings.noise)
     return Carried(perturbed_fun, memory)
 
 
-def _moments(noise: Any) -> tuple[float, float]:
-    """Mean and variance of the noise, if they are known and finite."""
-    found = []
-    for name in ("mean", "variance"):
-        moment = getattr(noise, name, None)
-        if not isinstance(moment, int | float) or not math.isfinite(moment):
-            raise ValueError(
-                f"carry needs noise with a finite mean and variance, but noise.{name} is {moment} "
-                f"for {noise!r}: use Normal(), for example"
-            )
-        found.append(float(moment))
-    return found[0], found[1]
+# Jitted, as what else takes many operations, for a step that is not.
+@jax.jit
+def _chosen(state: CarriedState, centre: Array, sigma: Array) -> Fit:
+    """The prediction to be used, as far as it is to be; nothing far from what it was made of."""
+    near = _near(state.fit, centre, sigma)
+    best, share = _best(state)
+    return state.fit._replace(
+        centre=jnp.where(near, state.fit.centre, centre),
+        coefficients=jnp.where(near, share * state.fit.coefficients[best], 0)[None],
+        weights=jnp.where(near, share * state.fit.weights[best], 0)[None],
+    )
 
 
 def _best(state: CarriedState) -> tuple[Array, Array]:
@@ -291,8 +285,9 @@ def _near(fit: Fit, centre: Array, sigma: Array) -> Array:
     return jnp.all(away & (sigma <= _NEAR * fit.scale))
 
 
+@partial(jax.jit, static_argnums=5)
 def _learn(
-    state: CarriedState, points: Array, values: Array, centre: Array, scale: Array, noise: Any
+    state: CarriedState, points: Array, values: Array, centre: Array, scale: Array, law: Law
 ) -> CarriedState:
     """What is known after the function had the values (N,) at the points (N, D)."""
     values, points = lax.stop_gradient((values, points))
@@ -301,7 +296,7 @@ def _learn(
     counted = finite.astype(values.dtype)
     values = jnp.where(finite, values, 0)
     # What the predictions, made before, were worth at these points.
-    q = _regression.predict(state.fit, points, noise)
+    q = _regression.predict(state.fit, points, law)
     size = _regression.size_of(jnp.concatenate([values[None], q]))
     [f] = _regression.centred(values[None] / size, counted)
     q = _regression.centred(q / size, counted)
@@ -329,7 +324,7 @@ def _learn(
         points=points,
         values=values,
         counted=counted,
-        fit=_regression.renew(state.fit, points, values, counted, new, centre, scale, noise),
+        fit=_regression.renew(state.fit, points, values, counted, new, centre, scale, law),
         error=running(state.error, left),
         covariance=running(state.covariance, jnp.sum(f[None] * q, axis=1) / unit),
         variance=running(state.variance, moved / unit),

@@ -14,6 +14,7 @@ References:
   Duvenaud, Nickisch and Rasmussen, Additive Gaussian Processes, 2011, arXiv:1112.4394
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,28 @@ _MOST, _MOST_PERIODIC, _MOST_QUADRATIC = 8, 512, 500
 FAR = 100.0
 
 
+class Law(NamedTuple):
+    """What predictions know of the noise: of which kind it is, its mean and its variance."""
+
+    kind: type
+    mean: float
+    variance: float
+
+
+def law_of(noise: Any) -> Law:
+    """What predictions know of the noise; raises ValueError where they know too little."""
+    found = []
+    for name in ("mean", "variance"):
+        moment = getattr(noise, name, None)
+        if not isinstance(moment, int | float) or not math.isfinite(moment):
+            raise ValueError(
+                f"carry needs noise with a finite mean and variance, but noise.{name} is {moment} "
+                f"for {noise!r}: use Normal(), for example"
+            )
+        found.append(float(moment))
+    return Law(type(noise), *found)
+
+
 class Basis(NamedTuple):
     """Which features there are of each coordinate, beside the linear one.
 
@@ -50,16 +73,16 @@ class Basis(NamedTuple):
         return 1 + self.quadratic + 2 * self.frequencies
 
 
-def basis(dim: int, noise: Any) -> Basis:
+def basis(dim: int, law: Law) -> Basis:
     """Those that pay; no periodic ones where the noise's characteristic function is not known."""
-    known = characteristic_of(noise) is not None
+    known = characteristic_of(law) is not None
     most = min(_MOST, _MOST_PERIODIC // max(2 * dim, 1))
     return Basis(dim <= _MOST_QUADRATIC, most if known else 0)
 
 
-def features(u: Array, noise: Any) -> Array:
+def features(u: Array, law: Law) -> Array:
     """The features at each row of u (A, D): (A, P)."""
-    quadratic, frequencies = basis(u.shape[1], noise)
+    quadratic, frequencies = basis(u.shape[1], law)
     parts = [_LINEAR**0.5 * u]
     if quadratic:
         parts.append(_QUADRATIC**0.5 * (u**2 - 1))
@@ -73,14 +96,14 @@ def features(u: Array, noise: Any) -> Array:
     return jnp.concatenate(parts, axis=1)
 
 
-def expected_features(place: Array, ratio: Array, noise: Any) -> Array:
+def expected_features(place: Array, ratio: Array, law: Law) -> Array:
     """E of the features at place + ratio eps, (P,), for place and ratio (D,)."""
-    quadratic, frequencies = basis(place.shape[0], noise)
-    mean = place + ratio * noise.mean
+    quadratic, frequencies = basis(place.shape[0], law)
+    mean = place + ratio * law.mean
     parts = [_LINEAR**0.5 * mean]
     if quadratic:
-        parts.append(_QUADRATIC**0.5 * (mean**2 + noise.variance * ratio**2 - 1))
-    characteristic = characteristic_of(noise)
+        parts.append(_QUADRATIC**0.5 * (mean**2 + law.variance * ratio**2 - 1))
+    characteristic = characteristic_of(law)
     if characteristic is not None and frequencies:
         frequency = _frequencies(frequencies, place.dtype)
         size, turn = characteristic(ratio[None] * frequency)
@@ -90,7 +113,7 @@ def expected_features(place: Array, ratio: Array, noise: Any) -> Array:
     return jnp.concatenate(parts)
 
 
-def moved(weights: Array, shift: Array, ratio: Array, noise: Any) -> Array:
+def moved(weights: Array, shift: Array, ratio: Array, law: Law) -> Array:
     """Weights (R, P) of the same sums, less constants, around another centre in other units.
 
     Args:
@@ -98,9 +121,9 @@ def moved(weights: Array, shift: Array, ratio: Array, noise: Any) -> Array:
       shift: where the new centre is, (D,), in the units of u.
       ratio: the new units over those of u, (D,). Where it is not 1, periodic features are
         forgotten, for they have no counterparts.
-      noise: its law.
+      law: of the noise.
     """
-    quadratic, frequencies = kinds = basis(shift.shape[0], noise)
+    quadratic, frequencies = kinds = basis(shift.shape[0], law)
     near = jnp.abs(shift) <= FAR
     shift = jnp.where(near, shift, 0)
     each = weights.reshape(len(weights), kinds.size, len(shift))
@@ -132,10 +155,10 @@ def _amplitudes(frequencies: int) -> list[float]:
 # --- Characteristic functions E exp(i t eps), as their absolute value and their argument
 
 
-def characteristic_of(noise: Any) -> Callable[[Array], tuple[Array, Array]] | None:
+def characteristic_of(law: Law) -> Callable[[Array], tuple[Array, Array]] | None:
     """That of the noise, if it is known."""
     known = {Normal: _normal, Logistic: _logistic, Gumbel: _gumbel}
-    return known.get(type(noise))
+    return known.get(law.kind)
 
 
 def _normal(t: Array) -> tuple[Array, Array]:

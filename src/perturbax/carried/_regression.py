@@ -15,7 +15,7 @@ Reference: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jax import Array, lax
 
 from ..noise._smooth import Normal
 from ..tracing._linear_algebra import matmul
-from ._features import FAR, basis, expected_features, features, moved
+from ._features import FAR, Law, basis, expected_features, features, moved
 
 # Candidates for rho, of which the one that predicted the last steps best is used.
 NOISE_LEVELS = (0.1, 1.0, 10.0)
@@ -55,15 +55,15 @@ class Fit(NamedTuple):
     weights: Array
 
 
-def num_features(dim: int, noise: Any) -> int:
+def num_features(dim: int, law: Law) -> int:
     """P, how many features there are."""
-    return dim * basis(dim, noise).size
+    return dim * basis(dim, law).size
 
 
-def nothing(size: int, scale: Array, noise: Any) -> Fit:
+def nothing(size: int, scale: Array, law: Law) -> Fit:
     """The fit to nothing yet, with room for `size` points, in these units."""
     dim, dtype, ranks = scale.shape[0], scale.dtype, len(NOISE_LEVELS)
-    total = num_features(dim, noise)
+    total = num_features(dim, law)
     return Fit(
         centre=jnp.zeros((dim,), dtype),
         scale=scale,
@@ -89,18 +89,20 @@ def expected_kernel(u: Array, mean: Array, variance: Array) -> Array:
     return dim / 2 * jnp.exp(-apart / 2 - jnp.sum(jnp.log1p(variance / max(dim, 1))) / 2)
 
 
-def predict(fit: Fit, y: Array, noise: Any) -> Array:
+def predict(fit: Fit, y: Array, law: Law) -> Array:
     """The R predictions at each row of y (A, D), less a constant each: (R, A)."""
     u = (y - fit.centre[None]) / fit.scale[None]
-    q = matmul(fit.weights, features(u, noise).T)
-    return q + matmul(fit.coefficients, smooth_kernel(fit.points, u)) if _smooth(noise) else q
+    q = matmul(fit.weights, features(u, law).T)
+    return q + matmul(fit.coefficients, smooth_kernel(fit.points, u)) if _smooth(law) else q
 
 
-def expect(fit: Fit, x: Array, sigma: Array, noise: Any) -> Array:
+# Jitted, as what else takes many operations, for a step that is not.
+@partial(jax.jit, static_argnums=3)
+def expect(fit: Fit, x: Array, sigma: Array, law: Law) -> Array:
     """The mean of each prediction at x + sigma eps, for x and sigma (D,): (R,)."""
     place, ratio = (x - fit.centre) / fit.scale, sigma / fit.scale
-    mean = matmul(fit.weights, expected_features(place, ratio, noise))
-    if _smooth(noise):
+    mean = matmul(fit.weights, expected_features(place, ratio, law))
+    if _smooth(law):
         kernel = expected_kernel(fit.points, place, ratio**2)
         mean = mean + matmul(fit.coefficients, kernel)
     return mean
@@ -114,7 +116,7 @@ def renew(
     new: int,
     middle: Array,
     sigma: Array,
-    noise: Any,
+    law: Law,
 ) -> Fit:
     """The fit once `new` evaluations have taken the places of the oldest.
 
@@ -126,7 +128,7 @@ def renew(
       new: how many are new.
       middle: the new centre.
       sigma: the scale of the noise, (D,).
-      noise: its law.
+      law: its law.
     """
     # Every evaluation leaves a part of what it says at each step that it stays. Were it left as it
     # goes, all at once, others near it could take it back, which go in their turn: that grows.
@@ -135,14 +137,14 @@ def renew(
     ratio = sigma / fit.scale
     ratio = jnp.where((ratio > 0.5) & (ratio < 2), 1, ratio)
     shift, scale = (middle - fit.centre) / fit.scale, ratio * fit.scale
-    absorbed = moved(fit.absorbed + left, shift, ratio, noise)
+    absorbed = moved(fit.absorbed + left, shift, ratio, law)
     absorbed = jnp.where(jnp.isfinite(absorbed), absorbed, 0)
     before = jnp.concatenate([jnp.zeros_like(fit.coefficients[:, :new]), fit.coefficients], axis=1)
     u = (points - middle[None]) / scale[None]
     counted = jnp.where(jnp.all(jnp.abs(u) < FAR, axis=1), counted, 0)
     # Points that are not counted may be anything; of no influence, and finite.
     u = jnp.where(counted[:, None] > 0, u, 0)
-    phi = features(u, noise) * counted[:, None]
+    phi = features(u, law) * counted[:, None]
     # Where the point moves fast, slopes told from ever further away may still grow without bound.
     size = size_of(jnp.where(counted > 0, values, 0))
     told = centred(values[None] / size, counted)
@@ -150,7 +152,7 @@ def renew(
     tame = jnp.sum(rest**2, axis=1, keepdims=True) <= _WILD * jnp.sum(told**2)
     absorbed, rest = jnp.where(tame, absorbed, 0), jnp.where(tame, rest, told)
     before = before[:, : points.shape[0]] / size
-    coefficients = size * _solve(u, phi, told, rest, counted, before, _smooth(noise))
+    coefficients = size * _solve(u, phi, told, rest, counted, before, _smooth(law))
     weights = absorbed + matmul(coefficients, phi)
     return Fit(middle, scale, u, coefficients, absorbed, weights)
 
@@ -208,6 +210,6 @@ def centred(v: Array, counted: Array) -> Array:
     return (v - jnp.sum(v * counted[None], axis=1, keepdims=True) / total) * counted[None]
 
 
-def _smooth(noise: Any) -> bool:
+def _smooth(law: Law) -> bool:
     """Whether the kernel has its second term."""
-    return isinstance(noise, Normal)
+    return issubclass(law.kind, Normal)
