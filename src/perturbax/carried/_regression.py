@@ -157,8 +157,6 @@ def renew(
     return Fit(middle, scale, u, coefficients, absorbed, weights)
 
 
-# Jitted, for where a step is not, each call would compile the loop.
-@partial(jax.jit, static_argnums=6)
 def _solve(
     u: Array, phi: Array, told: Array, rest: Array, counted: Array, before: Array, smooth: bool
 ) -> Array:
