@@ -457,7 +457,7 @@ def test_a_mask_is_no_obstacle():
 
     exact = {"value": beyond.sum(), "gradient": np.array([slope[0], 0, slope[1]])}
     promise = {"value": 0.01, "gradient": 0.05}
-    assert_unbiased(estimate, exact, args=(state,), seed=19, num_keys=5120, promise=promise)
+    assert_unbiased(estimate, exact, args=(state,), seed=19, num_keys=4096, promise=promise)
 
 
 def test_unbiased_where_sigma_changes():

@@ -11,7 +11,6 @@ from jax.custom_batching import custom_vmap
 
 from ..execution._plan import Operands, Plan, shaped
 from ..sampling import _random_bits
-from ..tracing._mesh_axes import in_told_mesh
 from ._derivatives import expectation, value_by_formula
 
 
@@ -32,8 +31,7 @@ def estimate(
     Returns:
       The leaves of the value, and of aux stacked over samples.
     """
-    with in_told_mesh():  # so that the generator's trace serves the keys of two groups too
-        words = _random_bits.root(key)
+    words = _random_bits.root(key)
     has_aux = len(plan.fun.out_avals) > plan.num_outputs
     if has_aux or plan.fun.jaxpr.effects:
         # JAX allows no side effects inside a custom derivative rule (jax#11916).

@@ -20,6 +20,7 @@ from ..tracing._broadcasting import where
 from ..tracing._linear_algebra import invert_positive, matmul
 
 RIDGE = 1e-3
+_REFINEMENTS = 2
 # How much of its samples a fit counts as spare at least, when their weights leave none.
 _LEAST_SPARE = 0.01
 # Samples that each fit is made from, for each coefficient. More hardly help: what a fit errs adds
@@ -155,6 +156,9 @@ def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array
 def _least_squares(gram: Array, moments: Array) -> tuple[Array, Array]:
     """Coefficients (groups, P, M), and what they explain of the sums of |f|^2, (groups, M)."""
     size, outputs = gram.shape[1], moments.shape[2] // 2
+    # That of one output is not chosen from the others, for to do so takes longer to compile.
+    own = slice(1, 2) if outputs == 1 else slice(None)
+    moments = moments if outputs == 1 else moments[:, :, 1 : 1 + outputs]
     # The ridge is relative to each feature's own size, and leaves the constant alone, lest a
     # constant added to f change the rest; the tiny floor is for features never seen.
     ridge = np.ones((size, size), gram.dtype) + np.diag([0.0, *[RIDGE] * (size - 1)])
@@ -165,14 +169,13 @@ def _least_squares(gram: Array, moments: Array) -> tuple[Array, Array]:
     )
     inverse = invert_positive(stable)
     # What the ridge took from well determined coefficients is given back: each step leaves a
-    # thousandth of it. Those that the samples do not determine stay small. All moments take part,
-    # for to choose some takes longer.
+    # thousandth of it. Those that the samples do not determine stay small.
     beta = matmul(inverse, moments)
     rest = moments - matmul(gram, beta)
-    for _ in range(jnp.finfo(gram.dtype).bits // 32):
+    for _ in range(_REFINEMENTS):
         more = matmul(inverse, rest)
         beta, rest = beta + more, rest - matmul(gram, more)
-    beta, both = (v[:, :, 1 : 1 + outputs] for v in (beta, moments + rest))
+    beta, both = beta[:, :, own], (moments + rest)[:, :, own]
     # Features and weights are real; f may be complex.
     return beta, jnp.sum(jnp.real(jnp.conj(beta) * both), axis=1)
 

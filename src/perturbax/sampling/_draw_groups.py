@@ -13,7 +13,7 @@ from ..tracing._mesh_axes import in_told_mesh
 from ..tracing._signature import trace
 from ..tracing._user_code import explained_draw, only_leaf
 from ._protocol import Sampler
-from ._random_bits import child, groups, materialise
+from ._random_bits import child, group_numbers, materialise
 
 
 def draw(
@@ -86,7 +86,7 @@ def sample_groups(
             return _checked(draw, typed, what, (group_size, dim), dtype)
 
         def block() -> Array:
-            return jax.vmap(one)(child(key, groups(first, count))).reshape(shape)
+            return jax.vmap(one)(child(key, group_numbers(first, count))).reshape(shape)
 
     return materialise(block, shape, dtype, key)
 

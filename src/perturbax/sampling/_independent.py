@@ -13,7 +13,16 @@ from .. import _checks
 from ..noise._inverse import from_words
 from ..noise._protocol import NoiseDistribution
 from ._protocol import DrawnTogether
-from ._random_bits import MANY, NARROW, child, grid, groups, kept_words, materialise, numbered
+from ._random_bits import (
+    MANY,
+    NARROW,
+    child,
+    grid,
+    group_numbers,
+    kept_words,
+    materialise,
+    numbered,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Independent:
                     return noise.sample(typed, (dim,), dtype)[None].astype(dtype)
                 return self.sample_group(typed, noise, group_size, dim, dtype)
 
-            keys = child(key, groups(first, count))
+            keys = child(key, group_numbers(first, count))
             draw = lambda: jax.vmap(one)(keys).reshape(rows, dim)  # noqa: E731
             return materialise(draw, (rows, dim), dtype, key)
 
@@ -104,7 +113,7 @@ class Antithetic(DrawnTogether):
         del dim
         return min(2, num_samples)
 
-    def sample_groups(
+    def _draw(
         self,
         key: Array,
         first: Array,
@@ -114,15 +123,14 @@ class Antithetic(DrawnTogether):
         dim: int,
         dtype: np.dtype,
     ) -> Array:
-        """Noise of several groups, shape (count * group_size, dim)."""
-        number, shape = groups(first, count), (count * group_size, dim)
+        numbers, shape = group_numbers(first, count), (count * group_size, dim)
         few = isinstance(dim, int) and count * dim <= MANY
         # Read twice, hence apart from what is made of them: before it; or in it, so that many do
         # not take memory for longer.
-        bits = numbered(key, number, dim, dtype) if few else None
+        bits = numbered(key, numbers, dim, dtype) if few else None
 
         def pairs() -> Array:
-            found = kept_words(key, number, dim, dtype) if bits is None else bits
+            found = kept_words(key, numbers, dim, dtype) if bits is None else bits
             both = jnp.stack([found, ~found], axis=1)[:, :group_size]
             return from_words(noise, both).reshape(shape)
 

@@ -29,7 +29,7 @@ class Merged(DrawnTogether):
         """Samples in a group."""
         return self.count * self.sampler.group_size(num_samples, dim)
 
-    def sample_groups(
+    def _draw(
         self,
         key: Array,
         first: Array,
@@ -39,7 +39,6 @@ class Merged(DrawnTogether):
         dim: int,
         dtype: np.dtype,
     ) -> Array:
-        """Noise of several groups, shape (count * group_size, dim)."""
         each, size = self.count, group_size // self.count
         first = first * np.uint32(each)
         return sample_groups(noise, self.sampler, key, first, count * each, size, dim, dtype)

@@ -15,7 +15,7 @@ from ..noise._protocol import NoiseDistribution
 from ..tracing._broadcasting import where
 from . import _generators
 from ._protocol import MAX_GROUP, DrawnTogether
-from ._random_bits import MANY, NARROW, child, groups, materialise, numbered
+from ._random_bits import MANY, NARROW, child, group_numbers, materialise, numbered
 
 
 class Scrambling(NamedTuple):
@@ -37,19 +37,19 @@ _FEWEST_DEALT, _MOST_DEALT = 4, 64
 def noise_of_nets(
     scrambling: Scrambling,
     key: Array,
-    number: Array,
+    numbers: Array,
     noise: NoiseDistribution,
     size: int,
     dim: int,
     dtype: np.dtype,
 ) -> Array:
     """Noise of the nets of the given numbers, (count * size, dim)."""
-    count, (levels, wide) = len(number), shape_of(size, dim)
-    words = numbered(key, number, scrambling.num_words(levels, dim), np.dtype(np.float32))
+    count, (levels, wide) = len(numbers), shape_of(size, dim)
+    words = numbered(key, numbers, scrambling.num_words(levels, dim), np.dtype(np.float32))
 
     def whole() -> Array:
         points = net(scrambling, words, size, dim)
-        return from_words(noise, _widen(points, key, number, dtype))
+        return from_words(noise, _widen(points, key, numbers, dtype))
 
     def samples(z: Array) -> Array:
         return z.reshape(count, 2**levels, dim)[:, :size].reshape(count * size, dim)
@@ -224,7 +224,7 @@ def _sums_over_bits(rows: np.ndarray, words: Array) -> Array:
     return _sums(rows.T[None, ..., None], hit)
 
 
-def _widen(points: Array, key: Array, number: Array, dtype: np.dtype) -> Array:
+def _widen(points: Array, key: Array, numbers: Array, dtype: np.dtype) -> Array:
     """Fills 64-bit words up with random low bits where the noise is double precision.
 
     Of nets of the given numbers, (count, rows, n).
@@ -232,7 +232,7 @@ def _widen(points: Array, key: Array, number: Array, dtype: np.dtype) -> Array:
     if dtype.itemsize <= 4:
         return points
     count, rows, columns = points.shape
-    index = number[:, None] * np.uint32(rows) + lax.iota(jnp.uint32, rows)[None]
+    index = numbers[:, None] * np.uint32(rows) + lax.iota(jnp.uint32, rows)[None]
     low = numbered(child(key, jnp.uint32(0)), index.reshape(-1), columns, np.dtype(np.float32))
     high = points.astype(jnp.uint64) << np.uint64(32)
     return high | low.reshape(count, rows, columns).astype(jnp.uint64)
@@ -259,7 +259,7 @@ class DigitalNet(DrawnTogether):
         groups = max(min(self.num_groups, num_samples), -(-num_samples // MAX_GROUP))
         return -(-num_samples // groups)
 
-    def sample_groups(
+    def _draw(
         self,
         key: Array,
         first: Array,
@@ -269,11 +269,10 @@ class DigitalNet(DrawnTogether):
         dim: int,
         dtype: np.dtype,
     ) -> Array:
-        """Noise of several groups, shape (count * group_size, dim)."""
         if dim == 0:
             return jnp.zeros((count * group_size, 0), dtype)
-        number = groups(first, count)
-        return noise_of_nets(self._scrambling, key, number, noise, group_size, dim, dtype)
+        numbers = group_numbers(first, count)
+        return noise_of_nets(self._scrambling, key, numbers, noise, group_size, dim, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..noise._smooth import Normal
 from ..tracing._broadcasting import where
 from ..tracing._linear_algebra import matmul
 from ._protocol import MAX_GROUP, DrawnTogether
-from ._random_bits import groups, kept_words, materialise
+from ._random_bits import group_numbers, kept_words, materialise
 
 # Coordinates of the smallest matrices at least: those of one share the angles of its rows.
 _LEAST_LEAF = 8
@@ -64,7 +64,7 @@ class Orthogonal(DrawnTogether):
         directions = min(dim, self.block or dim, MAX_GROUP)
         return min(num_samples, max(1, directions) * (2 if self.antithetic else 1))
 
-    def sample_groups(
+    def _draw(
         self,
         key: Array,
         first: Array,
@@ -74,12 +74,11 @@ class Orthogonal(DrawnTogether):
         dim: int,
         dtype: np.dtype,
     ) -> Array:
-        """Noise of several groups, shape (count * group_size, dim)."""
         shape = count * group_size, dim
         if dim == 0:
             return jnp.zeros(shape, dtype)
         rows = -(-group_size // 2) if self.antithetic else group_size
-        z = gaussian_directions(key, groups(first, count), rows, dim, dtype)
+        z = gaussian_directions(key, group_numbers(first, count), rows, dim, dtype)
         if not self.antithetic:
             return materialise(lambda: from_normal(noise, z).reshape(shape), shape, dtype, key)
         # Dealt to coordinates once, apart from what the law makes of each number and its opposite:

@@ -52,7 +52,14 @@ class Sampler(Protocol):
 
 
 class DrawnTogether:
-    """A sampler of this library, which draws one group as it draws several."""
+    """A sampler of this library that draws one group as it draws several."""
+
+    def sample_group(
+        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
+    ) -> Array:
+        """Noise of one group, shape (group_size, dim)."""
+        words = jax.random.key_data(key)
+        return self._draw(words, jnp.uint32(0), 1, noise, group_size, dim, dtype)
 
     def sample_groups(
         self,
@@ -64,12 +71,18 @@ class DrawnTogether:
         dim: int,
         dtype: np.dtype,
     ) -> Array:
-        """Noise of several groups, shape (count * group_size, dim), materialised."""
-        raise NotImplementedError
+        """Noise of several groups, shape (count * group_size, dim)."""
+        return self._draw(key, first, count, noise, group_size, dim, dtype)
 
-    def sample_group(
-        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
+    def _draw(
+        self,
+        key: Array,
+        first: Array,
+        count: int,
+        noise: NoiseDistribution,
+        group_size: int,
+        dim: int,
+        dtype: np.dtype,
     ) -> Array:
-        """Noise of one group, shape (group_size, dim)."""
-        words = jax.random.key_data(key)
-        return self.sample_groups(words, jnp.uint32(0), 1, noise, group_size, dim, dtype)
+        """Noise of several groups, each number of which is computed once: see `materialise`."""
+        raise NotImplementedError

@@ -14,6 +14,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 # Two words, or two arrays of them that broadcast with what is asked for.
 Key = Array | tuple[Array, Array]
 _PARITY = np.uint32(0x1BD11BDA)
+_OURS = np.array([0x70657274, 0x75726261], np.uint32)
 # Of fewer words, a loop of their own costs more than it saves, where each call is waited for.
 MANY = 2**13
 # XLA makes vector instructions of narrower rows only where it takes several for one.
@@ -71,11 +72,13 @@ def words(key: Key, row: Array, column: Array, dtype: np.dtype) -> Array:
 
 def root(key: Array) -> Array:
     """Two words that stand for `key`, whatever its implementation; consumes the key."""
-    watched = jax.config.jax_debug_key_reuse  # pyright: ignore[reportAttributeAccessIssue]
-    if watched or jax.random.key_impl(key) != "threefry2x32":
+    if jax.random.key_impl(key) != "threefry2x32":
         return jax.random.bits(key, (2,), jnp.uint32)
-    # At other rows and columns than JAX's generators, which has the words of its own keys.
-    return jax.random.key_data(key)
+    words = jax.random.key_data(jax.random.clone(key))
+    if jax.config.jax_debug_key_reuse:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.random.bits(key, ())  # the check for reuse of keys sees nothing else
+    # Of another key, lest noise be made of the words that JAX's own generators have for this one.
+    return lax.bitwise_xor(words, _OURS)
 
 
 def fold_in_and_split(key: Array, data: Array) -> tuple[Array, Array]:
@@ -107,7 +110,7 @@ def child(key: Array, index: Array) -> Array:
     return words32(key, index[..., None], columns.reshape((1,) * index.ndim + (2,)))
 
 
-def groups(first: Array, count: int) -> Array:
+def group_numbers(first: Array, count: int) -> Array:
     """The numbers of the groups first, ..., first + count - 1, uint32."""
     return first + lax.iota(jnp.uint32, count)
 
@@ -132,15 +135,16 @@ def column_numbers(dim: int) -> Array:
     return lax.iota(jnp.uint32, dim)[None, :]
 
 
-def numbered(key: Key, rows: Array, number: int, dtype: np.dtype) -> Array:
-    """The words of the numbered rows, (len(rows), number)."""
-    return words(key, rows[:, None], column_numbers(number), dtype)
+def numbered(key: Key, rows: Array, columns: int, dtype: np.dtype) -> Array:
+    """The words of the numbered rows, (len(rows), columns)."""
+    return words(key, rows[:, None], column_numbers(columns), dtype)
 
 
-def kept_words(key: Array, rows: Array, number: int, dtype: np.dtype) -> Array:
-    """The same, apart from what is made of them."""
+def kept_words(key: Array, rows: Array, columns: int, dtype: np.dtype) -> Array:
+    """The words of the numbered rows, (len(rows), columns), apart from what is made of them."""
     kind = jnp.uint32 if dtype.itemsize <= 4 else jnp.uint64
-    return materialise(lambda: numbered(key, rows, number, dtype), (len(rows), number), kind, key)
+    draw = lambda: numbered(key, rows, columns, dtype)  # noqa: E731
+    return materialise(draw, (len(rows), columns), kind, key)
 
 
 def grid(key: Key, rows: int, dim: int, dtype: np.dtype) -> Array:
