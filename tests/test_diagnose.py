@@ -449,6 +449,6 @@ def test_a_rough_suggestion_says_so():
             sampler=px.Independent(),
             degree=0,
         )
-        found = px.diagnose(g, KEY, jnp.zeros(4))
+        found = px.diagnose(g, jax.random.key(2), jnp.zeros(4))
         assert found.settled != noisy
         assert any("is a rough one" in note for note in found.notes) == noisy

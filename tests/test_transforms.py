@@ -437,19 +437,19 @@ def test_export_of_a_batch_of_unknown_size(run):
 @pytest.mark.parametrize("mode", ["jax_debug_nans", "jax_debug_infs"])
 @pytest.mark.parametrize("masked", [False, True], ids=["finite", "masked"])
 def test_debugging_of_nans(mode, masked):
-    x = np.array(X)
+    x, key = np.array(X), jax.random.key(5)
     if masked and mode == "jax_debug_nans":
         x[0] = -np.inf
     g = smooth(lambda y: jax.nn.one_hot(jnp.argmax(y), 3), sigma=2.0, noise=px.Gumbel())
     before = getattr(jax.config, mode)
     jax.config.update(mode, True)
     try:
-        jacobian = np.asarray(jax.jacrev(g, argnums=1)(KEY, x))
+        jacobian = np.asarray(jax.jacrev(g, argnums=1)(key, x))
         in_sigma = jax.grad(lambda s: smooth(sigma=s)(KEY, X))(0.5)
     finally:
         jax.config.update(mode, before)
     # As without the mode, and what theory says: the three chances add up to one in every sample.
-    assert_trees_close(jacobian, jax.jacrev(g, argnums=1)(KEY, x), rtol=1e-5, atol=1e-6)
+    assert_trees_close(jacobian, jax.jacrev(g, argnums=1)(key, x), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(jacobian.sum(axis=0), 0.0, atol=1e-5)
     assert np.all(jacobian[0] == 0) == np.all(jacobian[:, 0] == 0) == np.isinf(x[0])
     assert np.abs(jacobian[1:, 1:]).min() > 0.01
