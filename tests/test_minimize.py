@@ -1001,7 +1001,7 @@ def test_an_interrupt_at_any_line_keeps_the_run_whole(tmp_path, monkeypatch):
         quiet,
         lambda x: jnp.sum(jnp.sin(1000 * x)),
         jnp.ones(3),
-        jax.random.key(0),
+        jax.random.key(2),
         optimizer=ADAM,
         sigma=1.0,
         max_evaluations=600,

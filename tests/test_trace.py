@@ -338,7 +338,7 @@ def test_jitted_and_eager_calls_agree_about_numbers():
         return jnp.sum(jnp.where(y > 0.25, 0.1 * y / 3.0, rate) + jax.nn.softplus(y * 0.7))
 
     for run in (smooth(fun), jax.grad(smooth(fun), argnums=1)):
-        assert_trees_close(jax.jit(run)(KEY, X, 0.3), run(KEY, X, 0.3), rtol=1e-6)
+        assert_trees_close(jax.jit(run)(KEY, X, 0.3), run(KEY, X, 0.3), rtol=3e-6)
 
 
 def test_fun_is_traced_once_a_call():
