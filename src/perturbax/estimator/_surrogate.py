@@ -33,6 +33,8 @@ _MAX_FULL = 20
 # A surrogate with more coefficients than so many times those of a linear function is doubted in two
 # parts. Of fewer, a second fit gains less than it takes to compile.
 _MANY = 4
+# Most coefficients of one output for which a product is not worth calling a library.
+_FEW = 32
 
 
 def num_features(dim: int, degree: int) -> int:
@@ -136,14 +138,15 @@ def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array
         # A number like those that it is multiplied by, for jax_numpy_dtype_promotion='strict'.
         counts = (counts[::-1] if pair else counts)[:, None].astype(jnp.finfo(gram.dtype).dtype)
     sums = Sums(jnp.real(gram[:, 0, :1]), moments[:, 0], least, counts)
-    size, linear = gram.shape[1], 1 + dim
-    beta, explained = _least_squares(gram, moments)
+    size, outputs, linear = gram.shape[1], moments.shape[2] // 2, 1 + dim
+    moment = moments[:, :, 1 : 1 + outputs]
+    beta, explained = _least_squares(gram, moment)
     if size <= _MANY * linear:
         beta = _drawn_to_constant(beta, explained, sums)
     else:
         # What squares and products explain beyond a linear function is doubted by itself, lest its
         # coefficients, which are many, cost a function that is nearly linear what that explains.
-        slopes, before = _least_squares(gram[:, :linear, :linear], moments[:, :linear])
+        slopes, before = _least_squares(gram[:, :linear, :linear], moment[:, :linear])
         weight = sums.weight / least
         gain = (explained - before) / least * weight
         keep = 1 - _lost(gain, explained, size - linear, size, sums) * weight
@@ -153,31 +156,27 @@ def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array
     return beta[::-1] if pair else beta
 
 
-def _least_squares(gram: Array, moments: Array) -> tuple[Array, Array]:
+def _least_squares(gram: Array, moment: Array) -> tuple[Array, Array]:
     """Coefficients (groups, P, M), and what they explain of the sums of |f|^2, (groups, M)."""
-    size, outputs = gram.shape[1], moments.shape[2] // 2
-    # That of one output is not chosen from the others, for to do so takes longer to compile.
-    own = slice(1, 2) if outputs == 1 else slice(None)
-    moments = moments if outputs == 1 else moments[:, :, 1 : 1 + outputs]
+    size = gram.shape[1]
     # The ridge is relative to each feature's own size, and leaves the constant alone, lest a
     # constant added to f change the rest; the tiny floor is for features never seen.
-    ridge = np.ones((size, size), gram.dtype) + np.diag([0.0, *[RIDGE] * (size - 1)])
-    floor = float(jnp.finfo(gram.dtype).tiny) * 1e10 * np.eye(size)
+    own = np.eye(size, dtype=gram.dtype)
+    relative = np.array([0.0, *[RIDGE] * (size - 1)], gram.dtype)[None, :, None]
+    floor = float(jnp.finfo(gram.dtype).tiny) * 1e10
     # It depends on the noise alone, which has no derivative.
-    stable = jax.lax.stop_gradient(
-        gram * ridge[None].astype(gram.dtype) + floor[None].astype(gram.dtype)
-    )
-    inverse = invert_positive(stable)
+    added = jax.lax.stop_gradient(relative * gram + np.asarray(floor, gram.dtype)) * own[None]
+    inverse = invert_positive(jax.lax.stop_gradient(gram) + added)
     # What the ridge took from well determined coefficients is given back: each step leaves a
     # thousandth of it. Those that the samples do not determine stay small.
-    beta = matmul(inverse, moments)
-    rest = moments - matmul(gram, beta)
+    beta = _apply(inverse, moment)
+    rest = moment - _apply(gram, beta)
+    ridge = jnp.sum(added, axis=2, keepdims=True)
     for _ in range(_REFINEMENTS):
-        more = matmul(inverse, rest)
-        beta, rest = beta + more, rest - matmul(gram, more)
-    beta, both = beta[:, :, own], (moments + rest)[:, :, own]
+        more = _apply(inverse, rest)
+        beta, rest = beta + more, ridge * more
     # Features and weights are real; f may be complex.
-    return beta, jnp.sum(jnp.real(jnp.conj(beta) * both), axis=1)
+    return beta, jnp.sum(jnp.real(jnp.conj(beta) * (moment + rest)), axis=1)
 
 
 def _others(values: Array) -> Array:
@@ -251,3 +250,10 @@ def _lost(gain: Array, explained: Array, tried: int, size: int, sums: Sums) -> A
     # The share over the weight in one division, for each is compiled by itself.
     safe = where(weight > 0, weight, 1)
     return jax.lax.stop_gradient(where(told, chance, 1) / where(told, gain * weight, safe))
+
+
+def _apply(matrix: Array, beta: Array) -> Array:
+    """matrix @ beta, (groups, P, M); small, in a form that takes less than to call a library."""
+    if beta.shape[2] == 1 and matrix.shape[1] <= _FEW:
+        return jnp.sum(matrix * beta.mT, axis=2, keepdims=True)
+    return matmul(matrix, beta)

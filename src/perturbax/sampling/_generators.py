@@ -1,8 +1,9 @@
 """Generators of digital nets: Sobol's direction numbers, and orthogonal arrays by finite fields."""
 
 import functools
+import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import scipy
@@ -126,8 +127,11 @@ def from_table(table: Path, dim: int, levels: int) -> np.ndarray:
       Joe and Kuo, Constructing Sobol sequences with better two-dimensional projections, 2008,
       doi:10.1137/070709359
     """
-    with np.load(table) as arrays:
-        polynomials, first = (arrays[name][:dim].tolist() for name in ("poly", "vinit"))
+    with zipfile.ZipFile(table) as arrays:
+        with arrays.open("poly.npy") as file:
+            polynomials = np.lib.format.read_array(file)[:dim].tolist()
+        with arrays.open("vinit.npy") as file:
+            first = _columns(file, max(polynomials).bit_length())[:dim].tolist()
     generators = np.zeros((levels, dim), np.uint32)
     for j, (polynomial, numbers) in enumerate(zip(polynomials, first, strict=True)):
         order = polynomial.bit_length() - 1
@@ -141,6 +145,16 @@ def from_table(table: Path, dim: int, levels: int) -> np.ndarray:
         for k in range(levels):
             generators[k, j] = numbers[k] << (31 - k)
     return generators
+
+
+def _columns(file: IO[bytes], count: int) -> np.ndarray:
+    """The first columns of a matrix in numpy's format; by columns, no more is read than these."""
+    np.lib.format.read_magic(file)
+    (rows, columns), by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if not by_columns:
+        return np.frombuffer(file.read(), dtype).reshape(rows, columns)[:, :count]
+    count = min(count, columns)
+    return np.frombuffer(file.read(count * rows * dtype.itemsize), dtype).reshape(count, rows).T
 
 
 def from_points(dim: int, levels: int) -> np.ndarray:

@@ -74,9 +74,12 @@ def root(key: Array) -> Array:
     """Two words that stand for `key`, whatever its implementation; consumes the key."""
     if jax.random.key_impl(key) != "threefry2x32":
         return jax.random.bits(key, (2,), jnp.uint32)
-    words = jax.random.key_data(jax.random.clone(key))
     if jax.config.jax_debug_key_reuse:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.random.bits(key, ())  # the check for reuse of keys sees nothing else
+        # The check for reuse of keys sees nothing but draws.
+        copy = jax.random.clone(key)
+        jax.random.bits(key, ())
+        key = copy
+    words = jax.random.key_data(key)
     # Of another key, lest noise be made of the words that JAX's own generators have for this one.
     return lax.bitwise_xor(words, _OURS)
 
