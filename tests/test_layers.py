@@ -43,6 +43,7 @@ LAYERS = [
     "noise/_traced",
     "diagnostics/_check_noise",
     "sampling/_protocol",
+    "sampling/_drawn_together",
     "sampling/_draw_groups",
     "sampling/_merged",
     "sampling/_independent",

@@ -100,6 +100,19 @@ def test_a_sampler_made_of_one_of_the_library_draws_by_its_own_method(kind):
         assert drawn
 
 
+def test_several_groups_may_be_drawn_by_the_inherited_method_for_one():
+    """The latter drew by the former, without end."""
+
+    class Own(px.Antithetic):
+        def sample_groups(self, key, first, count, *args):
+            one = super().sample_group
+            keys = jax.random.split(jax.random.wrap_key_data(key), count)
+            return jax.vmap(lambda key: one(key, *args))(keys).reshape(-1, 3)
+
+    fun = smooth(lambda y: y[0], None, 1.0, px.Normal(), 32, sampler=Own(), degree=0)
+    assert jax.eval_shape(fun, jax.random.key(0), jnp.zeros(3)).shape == ()
+
+
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "blocks"])
 def test_groups_are_independent(name):
     """Of two independent normal numbers the sum and the difference are normal again, of variance 2.

@@ -12,7 +12,7 @@ from jax import Array, lax
 from .. import _checks
 from ..noise._inverse import from_words
 from ..noise._protocol import NoiseDistribution
-from ._protocol import DrawnTogether
+from ._drawn_together import DrawnTogether
 from ._random_bits import (
     MANY,
     NARROW,
@@ -116,15 +116,14 @@ class Antithetic(DrawnTogether):
     def _draw(
         self,
         key: Array,
-        first: Array,
-        count: int,
+        numbers: Array,
         noise: NoiseDistribution,
         group_size: int,
         dim: int,
         dtype: np.dtype,
     ) -> Array:
-        numbers, shape = group_numbers(first, count), (count * group_size, dim)
-        few = isinstance(dim, int) and count * dim <= MANY
+        shape = len(numbers) * group_size, dim
+        few = isinstance(dim, int) and len(numbers) * dim <= MANY
         # Read twice, hence apart from what is made of them: before it; or in it, so that many do
         # not take memory for longer.
         bits = numbered(key, numbers, dim, dtype) if few else None

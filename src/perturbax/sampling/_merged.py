@@ -7,7 +7,8 @@ from jax import Array
 
 from ..noise._protocol import NoiseDistribution
 from ._draw_groups import sample_groups
-from ._protocol import DrawnTogether, Sampler
+from ._drawn_together import DrawnTogether
+from ._protocol import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +33,12 @@ class Merged(DrawnTogether):
     def _draw(
         self,
         key: Array,
-        first: Array,
-        count: int,
+        numbers: Array,
         noise: NoiseDistribution,
         group_size: int,
         dim: int,
         dtype: np.dtype,
     ) -> Array:
         each, size = self.count, group_size // self.count
-        first = first * np.uint32(each)
-        return sample_groups(noise, self.sampler, key, first, count * each, size, dim, dtype)
+        first, count = numbers[0] * np.uint32(each), len(numbers) * each
+        return sample_groups(noise, self.sampler, key, first, count, size, dim, dtype)

@@ -14,8 +14,9 @@ from ..noise._inverse import from_words
 from ..noise._protocol import NoiseDistribution
 from ..tracing._broadcasting import where
 from . import _generators
-from ._protocol import MAX_GROUP, DrawnTogether
-from ._random_bits import MANY, NARROW, child, group_numbers, materialise, numbered
+from ._drawn_together import DrawnTogether
+from ._protocol import MAX_GROUP
+from ._random_bits import MANY, NARROW, child, materialise, numbered
 
 
 class Scrambling(NamedTuple):
@@ -54,7 +55,7 @@ def noise_of_nets(
     def samples(z: Array) -> Array:
         return z.reshape(count, 2**levels, dim)[:, :size].reshape(count * size, dim)
 
-    keep = partial(materialise, shape=(count * size, dim), dtype=dtype, key=key)
+    keep = partial(materialise, shape=(count * size, dim), dtype=dtype, words=key)
     if 2**levels * dim <= MANY:
         return keep(lambda: samples(whole()))
     # Many apart from what cuts them into points: together they take up to four times as long.
@@ -262,16 +263,12 @@ class DigitalNet(DrawnTogether):
     def _draw(
         self,
         key: Array,
-        first: Array,
-        count: int,
+        numbers: Array,
         noise: NoiseDistribution,
         group_size: int,
         dim: int,
         dtype: np.dtype,
     ) -> Array:
-        if dim == 0:
-            return jnp.zeros((count * group_size, 0), dtype)
-        numbers = group_numbers(first, count)
         return noise_of_nets(self._scrambling, key, numbers, noise, group_size, dim, dtype)
 
 

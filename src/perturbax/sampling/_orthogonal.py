@@ -14,8 +14,9 @@ from ..noise._quantiles import from_bits
 from ..noise._smooth import Normal
 from ..tracing._broadcasting import where
 from ..tracing._linear_algebra import matmul
-from ._protocol import MAX_GROUP, DrawnTogether
-from ._random_bits import group_numbers, kept_words, materialise
+from ._drawn_together import DrawnTogether
+from ._protocol import MAX_GROUP
+from ._random_bits import kept_words, materialise
 
 # Coordinates of the smallest matrices at least: those of one share the angles of its rows.
 _LEAST_LEAF = 8
@@ -67,18 +68,15 @@ class Orthogonal(DrawnTogether):
     def _draw(
         self,
         key: Array,
-        first: Array,
-        count: int,
+        numbers: Array,
         noise: NoiseDistribution,
         group_size: int,
         dim: int,
         dtype: np.dtype,
     ) -> Array:
-        shape = count * group_size, dim
-        if dim == 0:
-            return jnp.zeros(shape, dtype)
+        shape = len(numbers) * group_size, dim
         rows = -(-group_size // 2) if self.antithetic else group_size
-        z = gaussian_directions(key, group_numbers(first, count), rows, dim, dtype)
+        z = gaussian_directions(key, numbers, rows, dim, dtype)
         if not self.antithetic:
             return materialise(lambda: from_normal(noise, z).reshape(shape), shape, dtype, key)
         # Dealt to coordinates once, apart from what the law makes of each number and its opposite:

@@ -6,8 +6,6 @@ groups are independent of each other. That is all the estimator relies on.
 
 from typing import Protocol, runtime_checkable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -49,40 +47,3 @@ class Sampler(Protocol):
         `key` is a Threefry key of the group's own; `dtype` is float32 or float64.
         """
         ...
-
-
-class DrawnTogether:
-    """A sampler of this library that draws one group as it draws several."""
-
-    def sample_group(
-        self, key: Array, noise: NoiseDistribution, group_size: int, dim: int, dtype: np.dtype
-    ) -> Array:
-        """Noise of one group, shape (group_size, dim)."""
-        words = jax.random.key_data(key)
-        return self._draw(words, jnp.uint32(0), 1, noise, group_size, dim, dtype)
-
-    def sample_groups(
-        self,
-        key: Array,
-        first: Array,
-        count: int,
-        noise: NoiseDistribution,
-        group_size: int,
-        dim: int,
-        dtype: np.dtype,
-    ) -> Array:
-        """Noise of several groups, shape (count * group_size, dim)."""
-        return self._draw(key, first, count, noise, group_size, dim, dtype)
-
-    def _draw(
-        self,
-        key: Array,
-        first: Array,
-        count: int,
-        noise: NoiseDistribution,
-        group_size: int,
-        dim: int,
-        dtype: np.dtype,
-    ) -> Array:
-        """Noise of several groups, each number of which is computed once: see `materialise`."""
-        raise NotImplementedError

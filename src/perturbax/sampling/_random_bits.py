@@ -119,7 +119,7 @@ def group_numbers(first: Array, count: int) -> Array:
 
 
 def materialise(
-    block: Callable[[], Array], shape: tuple[Any, ...], dtype: Any, key: Array
+    block: Callable[[], Array], shape: tuple[Any, ...], dtype: Any, words: Array
 ) -> Array:
     """block(), of the given shape and dtype, computed once and kept.
 
@@ -128,8 +128,9 @@ def materialise(
     broadcasts a part of its argument. It does not fuse across a conditional, and it keeps this one,
     whose other branch is never taken, because it does not see through the barrier.
     """
-    # A zero of the key's type: the result varies over the mesh axes that the key varies over.
-    zero = key[0] & np.uint32(0)
+    # A zero of the type of the words, of a key or made of it, that the block is made of: the result
+    # varies over the mesh axes that they vary over.
+    zero = words[0] & np.uint32(0)
     always = lax.optimization_barrier(np.bool_(True))
     return lax.cond(always, block, lambda: jnp.full(shape, zero.astype(dtype)))
 
