@@ -420,6 +420,47 @@ def test_a_noisy_function_is_noticed_and_its_value_has_an_error():
     assert run.num_evaluations == run.history.evaluations[-1] + 3 * 40
 
 
+def test_a_function_of_a_key_is_noisy_whatever_two_evaluations_show():
+    """Where they were equal or one failed, the luckiest sample was told, with an error of 0."""
+
+    def fun(key, x):
+        return jnp.round(jnp.sum(x**2)) + 4.0 * jax.random.bernoulli(key)
+
+    options = {**QUICK, "takes_key": True, "num_samples": 8, "max_evaluations": 400}
+
+    def run(key):
+        return px.minimize(fun, jnp.zeros(2), key, **options)
+
+    runs = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 8))
+    assert (runs.value_error > 0).all()
+    assert abs(float(jnp.mean(runs.value)) - 2) < 1
+    unused = quiet(lambda key, x: staircase(x), jnp.zeros(2), jax.random.key(0), **options)
+    assert unused.value_error == 0
+    assert unused.value == staircase(unused.x)
+
+
+def test_failures_of_a_noisy_function_are_left_out_in_the_end_too():
+    """The point at which it failed was returned, with NaN, and not the good one seen before."""
+
+    def edge(key, x):
+        noise = 0.01 * jax.random.normal(key)
+        return jnp.where(jnp.sum(x) > 1, jnp.nan, -jnp.sum(x) + noise)
+
+    def failing(key, x):
+        value_key, failing_key = jax.random.split(key)
+        value = jnp.sum(x**2) + jax.random.normal(value_key)
+        return jnp.where(jax.random.bernoulli(failing_key, 0.2), jnp.nan, value)
+
+    # Long steps along the last gradient end far beyond the edge.
+    options = {"takes_key": True, "num_samples": 8, "max_evaluations": 500}
+    options |= {**QUICK, "optimizer": optax.sgd(0.2), "sigma": 0.1}
+    beyond = quiet(edge, jnp.zeros(2), jax.random.key(0), **options)
+    assert -1.1 < beyond.value < 0
+    assert jnp.sum(beyond.x) <= 1
+    now_and_then = quiet(failing, jnp.zeros(2), jax.random.key(0), **options)
+    assert abs(float(now_and_then.value)) < 6 * float(now_and_then.value_error) + 0.1
+
+
 # The second learns no curvatures of its own, as functions of many coordinates do.
 @pytest.mark.parametrize(("dim", "most_metric"), [(20, 200), (30, 10)])
 def test_what_a_key_adds_to_all_values_of_a_step_does_not_matter(dim, most_metric, monkeypatch):

@@ -220,7 +220,7 @@ def minimize(
     )
     key, operands = without_explicit_axes((key, operands))
     method = method_of(setup)
-    kept = int(_final_evaluations(setup, max_evaluations)[int(takes_key)])
+    kept = int(_final_evaluations(setup, max_evaluations)[int(objective.uses_key)])
     least = 2 + method.init_evaluations + method.most_evaluations + kept
     if max_evaluations < least:
         raise ValueError(

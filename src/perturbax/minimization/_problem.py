@@ -35,7 +35,7 @@ class Objective:
       shapes: of its leaves.
       dtypes: of its leaves.
       dtype: that of noise and values, of at least single precision.
-      takes_key: whether the function looks at the key.
+      uses_key: whether the value can change with the key.
     """
 
     traced: TracedFunction
@@ -43,7 +43,7 @@ class Objective:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[np.dtype, ...]
     dtype: np.dtype
-    takes_key: bool
+    uses_key: bool
 
     @property
     def dim(self) -> int:
@@ -170,7 +170,7 @@ def make_problem(
         shapes=tuple(leaf.shape for leaf in leaves),
         dtypes=tuple(leaf.dtype for leaf in leaves),
         dtype=dtype,
-        takes_key=takes_key,
+        uses_key=traced.depends_on_inputs(0),
     )
     parts = zip(*map(widths, free, low, high), strict=True)
     scale, widest = (merge(list(part)) for part in parts)

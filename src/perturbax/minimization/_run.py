@@ -59,8 +59,9 @@ def begin(setup: Setup, operands: Operands, key: Array, u: Any) -> Run:
     steps_key, init_key, *two = jax.random.split(key, 4)
     first, second = evaluations(objective, operands.function, jnp.stack(two), u)
     state, told = method.init(operands, (init_key, two[1]), u, second)
-    noisy = first != second
-    noisy = noisy & jnp.isfinite(first) & jnp.isfinite(second)
+    # What a key draws may be the same twice, or fail.
+    differs = (first != second) & jnp.isfinite(first) & jnp.isfinite(second)
+    noisy = differs | objective.uses_key
     dtype = objective.dtype
     infinite = jnp.asarray(jnp.inf, dtype)
     zero = jnp.zeros((), jnp.int32)
@@ -231,11 +232,18 @@ def finish(objective: Objective, repeats: int, operands: Operands, run: Run, las
         # The centre with the lowest smoothed value and the last one, by the same keys; the better
         # of the two is evaluated once more, for a value that was not chosen for being low.
         again = jax.random.clone(first)
-        means = jnp.mean(values(run.best, first)), jnp.mean(values(end, again))
-        chosen = where(means[0] <= means[1], run.best, end)
+        both = jnp.stack([values(run.best, first), values(end, again)])
+        known = jnp.isfinite(both)
+        # What failed is no better than any other value, so that failing does not make a point good.
+        worst = jnp.max(jnp.where(known, both, -jnp.inf))
+        means = jnp.mean(jnp.where(known, both, worst), axis=1)
+        safer = known[1].sum() > known[0].sum()
+        better = (means[1] < means[0]) | ((means[1] == means[0]) & safer)
+        chosen = where(better, end, run.best)
         fresh = values(chosen, second)
-        error = jnp.std(fresh) / jnp.sqrt(max(1.0, repeats - 1))
+        known = jnp.isfinite(fresh)
+        error = jnp.std(fresh, where=known) / jnp.sqrt(jnp.maximum(1, known.sum() - 1))
         made = run.evaluations + 3 * repeats
-        return chosen, jnp.mean(fresh), error.astype(objective.dtype), made
+        return chosen, jnp.mean(fresh, where=known), error.astype(objective.dtype), made
 
     return Found(*lax.cond(run.noisy, several, once))

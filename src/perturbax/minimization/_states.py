@@ -95,7 +95,7 @@ class Run(NamedTuple):
       method: the state of the method.
       steps: number of steps made.
       evaluations: number of evaluations made.
-      noisy: whether two evaluations at one point differed.
+      noisy: whether the function depends on a key, or two evaluations at one point differed.
       best: the point with the lowest value that was seen, or, of a noisy function, the centre with
         the lowest smoothed value.
       best_value: that value.

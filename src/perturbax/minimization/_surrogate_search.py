@@ -245,7 +245,7 @@ def surrogate_search(setup: Setup) -> Method:
             unlimited=jnp.asarray(mean, dtype),
             points=points[::-1],
             values=values[::-1],
-            priors=jnp.tile(np.array(FIRST[: 2 + objective.takes_key], np.int32), (2, 1)),
+            priors=jnp.tile(np.array(FIRST[: 2 + objective.uses_key], np.int32), (2, 1)),
             reach=jnp.ones((), dtype),
             stream=stream,
         )

@@ -94,9 +94,10 @@ class TracedFunction:
         """The host functions that it calls."""
         return tuple(hosts_of(self.jaxpr))
 
-    def depends_on_inputs(self) -> bool:
-        """Whether any result can change with the arguments, the constants being fixed."""
-        return any(reached(self.jaxpr, [True] * len(self.jaxpr.invars)))
+    def depends_on_inputs(self, *which: int) -> bool:
+        """Whether any result can change with these arguments, or any of them, all else fixed."""
+        places = range(len(self.jaxpr.invars))
+        return any(reached(self.jaxpr, [not which or i in which for i in places]))
 
 
 def trace(fun: Callable[..., Any], *leaves: Any) -> tuple[TracedFunction, tuple[Any, ...]]:
