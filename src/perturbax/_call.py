@@ -221,7 +221,7 @@ def run(call: Call, program: Callable[..., Any], *static: Any) -> Any:
 def _untold(mesh: Mesh, program: Callable[..., Any], static: tuple[Any, ...], *inputs: Any) -> Any:
     """program(*static, *inputs), where neither arguments nor cotangents tell a mesh.
 
-    Arrays of an eager call tell where they are, whatever has become of them before.
+    Jitted, for outside of `jit` the type of an array tells its mesh, even after `replicated`.
     """
     return replicated(mesh, program(*static, *replicated(mesh, inputs)))
 

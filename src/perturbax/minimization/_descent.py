@@ -10,7 +10,7 @@ from jax import Array, lax
 from .._perturb import make_perturbed_fun
 from ..diagnostics._standard_errors import estimate
 from ..estimator._default_rule import RULE
-from ._schedules import SWEEP_EVALUATIONS, given_sigma, sweep, widths
+from ._first_sigma import SWEEP_EVALUATIONS, given_sigma, sweep, widths
 from ._setup import ADAPTED, Setup, TracedOptimizer
 from ._states import Method, Operands, Start, Step, where
 

@@ -50,6 +50,17 @@ class Objective:
         """Number of coordinates."""
         return sum(math.prod(shape) for shape in self.shapes)
 
+    def point(self, flat: Array) -> Any:
+        """The point with these coordinates in a row."""
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes])[:-1]
+        parts = zip(jnp.split(flat, ends), self.shapes, self.dtypes, strict=True)
+        leaves = [part.reshape(shape).astype(kind) for part, shape, kind in parts]
+        return jax.tree.unflatten(self.tree, leaves)
+
+    def flat(self, u: Any) -> Array:
+        """All coordinates of a point in a row."""
+        return jnp.concatenate([leaf.ravel().astype(self.dtype) for leaf in jax.tree.leaves(u)])
+
     def value(self, operands: Any, key: Array, u: Any) -> Array:
         """The function at u."""
         # Points that are to be compared share a key: for `jax.debug_key_reuse` it is no reuse.

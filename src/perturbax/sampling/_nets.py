@@ -30,8 +30,8 @@ class Scrambling(NamedTuple):
     generators: Callable[[Array, int, int], tuple[Array, Array]]
 
 
-# Coordinates of a Sobol net are dealt at random, lest products of the signs of a few be always the
-# same ones that it estimates badly: of three all choices are the same, many would take long.
+# Sobol nets estimate some products of signs badly; coordinates dealt at random keep these from being
+# the same ones in every net. Of three coordinates nothing changes, and for many it takes long.
 _FEWEST_DEALT, _MOST_DEALT = 4, 64
 
 

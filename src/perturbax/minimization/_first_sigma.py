@@ -1,4 +1,4 @@
-"""How sigma and the number of samples begin, where they are not given."""
+"""Sigma of the first steps: as it is given, or by a few samples at each of several widths."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
