@@ -29,9 +29,9 @@ class Rule:
       block_degree: most coordinates, and samples for each from which a fit of degree 1 pays with
         orthogonal directions, which tell it more. In more coordinates they leave little to fit.
       parts: pairs (r, d): in up to d coordinates a block of orthogonal directions pays from r
-        samples for each coordinate on. The block gets all N samples but
-        min(2 sqrt(N), N / 3), which are left to make its baseline. In many coordinates drawing it takes twice the time, and
-        hardly gains at first.
+        samples for each coordinate on. The block gets all N samples but min(2 sqrt(N), N / 3),
+        which are left to make its baseline. In many coordinates drawing it takes twice the time,
+        and hardly gains at first.
       pairs: the same for whole blocks of directions with their opposites, and the most: with more,
         nets are better.
       block_coordinates: fewest and most for which blocks are taken.

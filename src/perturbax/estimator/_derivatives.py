@@ -7,7 +7,7 @@
 import dataclasses
 import functools
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ from jax import Array, lax
 
 from ..execution._chunks import (
     Chunk,
+    added,
     draw_noise,
     drawer,
     evaluate_at,
     kept_noise,
-    over_groups,
     stacked,
     summed,
     vmapped_in_parts,
@@ -193,34 +193,52 @@ def _jacobian_jvp(plan: Plan, wanted: Wanted, primals: Any, tangents: Any) -> An
 _jacobian = with_jvp(_value_and_jacobians, _jacobian_jvp, 2, symbolic_zeros=True)
 
 
+class Centred(NamedTuple):
+    """Sums over samples of their values less a centre, and of these times scores.
+
+    Attributes:
+      centre: what is subtracted, (M,).
+      rows: how many samples.
+      total: the sum of what is left, (M,).
+      products: for each of a and r that is asked for, the sum of what is left times
+        dl_i + B_g / n_g, (M, D), and sum_g B_g / n_g, (1, D), N times which is the sum of
+        dl_i + B_g / n_g.
+    """
+
+    centre: Array
+    rows: Array
+    total: Array
+    products: Any
+
+
 def _jacobian_of_baselines(
     plan: Plan, wanted: Wanted, key: Array, point: Point, r: Any, operands: Operands
 ) -> list[Array]:
     """Value and Jacobians for degree 0, or none: in one pass, which stores neither z nor f.
 
     With 1 / n_g the weight of a value in the baseline of group g, and with c = f0, or the first
-    value if f0 is not used,
+    value if f0 is not used (of each chunk, until they are merged),
 
         sum_i (f_i - b_i) dl_i = sum_i (f_i - c) (dl_i + B_g / n_g) - S sum_g B_g / n_g,
 
     where B_g is the sum of dl_i over the group g of sample i, and S that of all f_i - c.
     """
     noise = noise_in(plan, operands)
-    first_tells = plan.degree == 0 and not plan.evaluates_at_x
-    start = jnp.full((plan.num_rows,), jnp.nan if first_tells else 0, plan.value_dtype)
-    counted = 0
+    value_at_x, counted = None, 0
     if plan.evaluates_at_x:
-        start, counted = at_x(plan, operands, point)
+        value_at_x, counted = at_x(plan, operands, point)
 
-    def accumulate(chunk: Chunk, sizes: Array, centre: Array) -> tuple[Any, tuple[()], Array]:
+    def accumulate(chunk: Chunk, sizes: Array) -> Centred:
         z = draw_noise(plan, key, operands, chunk)
         f = evaluate_at(plan, operands, point, z)[0]
-        if first_tells:
-            centre = jnp.where(jnp.isnan(centre), centre_of(f[0]), centre)
+        centre = jnp.zeros_like(f[0])
+        if plan.degree == 0:
+            centre = centre_of(f[0]) if value_at_x is None else value_at_x
         f = f - centre[None]
         slopes = [v.astype(f.dtype) for v in grads_of_log_density(wanted, noise, z, r)]
+        total, rows = jnp.sum(f, axis=0), jnp.full((), chunk.rows, f.dtype)
         if plan.degree is None:
-            return (jnp.sum(f, axis=0), [(matmul(f.T, v), ()) for v in slopes], ()), (), centre
+            return Centred(centre, rows, total, [(matmul(f.T, v), ()) for v in slopes])
         share = share_of_one(plan.num_samples - sizes + counted, f.dtype)[:, None]
         if plan.group_size == 1:  # B_g is dl_i
             columns = jnp.concatenate([f * (1 + share), share], axis=1)
@@ -232,20 +250,22 @@ def _jacobian_of_baselines(
                 matmul(columns.T, v) + matmul(own.T, jnp.sum(in_groups(plan, v), axis=1))
                 for v in slopes
             ]
-        rows = jnp.full((), chunk.rows, f.dtype)
-        return (jnp.sum(f, axis=0), [(v[:-1], v[-1:]) for v in products], rows), (), centre
+        return Centred(centre, rows, total, [(v[:-1], v[-1:]) for v in products])
 
-    def recount(sums: Any, centre: Array, other: Array) -> Any:
-        """The sums with another c: of 1 more, f_i - c has 1 less, and that times N / n_g dl_i."""
-        total, products, rows = sums
-        change = jnp.where(jnp.isnan(centre), 0, centre - other)
-        more = plan.num_samples * change[:, None]
-        return total + rows * change, [(v + more * score, score) for v, score in products], rows
+    def merge(left: Centred, right: Centred) -> Centred:
+        """The sums of both, around the centre of the left, if that is not of nothing."""
+        centre = jnp.where(left.rows > 0, left.centre, right.centre)
+        change = right.centre - centre
+        total = left.total + right.total + right.rows * change
+        products = [
+            (v + w + plan.num_samples * change[:, None] * score, before + score)
+            for (v, before), (w, score) in zip(left.products, right.products, strict=True)
+        ]
+        return Centred(centre, left.rows + right.rows, total, products)
 
     sizes = jnp.asarray(group_sizes(plan), jnp.int32)
-    (total, sums, _), _, centre = over_groups(
-        plan, accumulate, sizes, start, recount if first_tells else None
-    )
+    centred = merge if plan.degree == 0 else added
+    centre, _, total, sums = summed(plan, accumulate, sizes, centred)
     if plan.degree == 0:
         # A matrix product, lest XLA recompute the total for every leaf of the result.
         jacobians = [product + matmul(-total[:, None], score) for product, score in sums]

@@ -139,14 +139,21 @@ def _evaluate_at(
     return jax.vmap(one)(z)
 
 
+def added(left: Any, right: Any) -> Any:
+    """The sum of two pytrees."""
+    return jax.tree.map(jnp.add, left, right)
+
+
 def everything(plan: Plan) -> Chunk:
     """All groups in one chunk."""
     return Chunk(jnp.uint32(0), plan.num_groups, plan.num_samples)
 
 
-def summed(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> Any:
+def summed(
+    plan: Plan, body: Callable[..., Any], xs: Any = (), merge: Callable[[Any, Any], Any] = added
+) -> Any:
     """The sum over chunks of body(chunk, xs of its samples or groups); see `over_groups`."""
-    return over_groups(plan, lambda chunk, xs: (body(chunk, xs), ()), xs)[0]
+    return over_groups(plan, lambda chunk, xs: (body(chunk, xs), ()), xs, merge)[0]
 
 
 def stacked(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> Any:
@@ -159,28 +166,21 @@ def stacked(plan: Plan, body: Callable[..., Any], xs: Any = ()) -> Any:
 
 
 def over_groups(
-    plan: Plan,
-    body: Callable[..., Any],
-    xs: Any = (),
-    carry: Array | None = None,
-    recount: Callable[[Any, Array, Array], Any] | None = None,
-) -> tuple[Any, ...]:
+    plan: Plan, body: Callable[..., Any], xs: Any = (), merge: Callable[[Any, Any], Any] = added
+) -> tuple[Any, Any]:
     """Sums the first and stacks the second result of body(chunk, xs of its samples or groups).
 
-    `xs` and stacked results have one row a sample or one row a group. If there is a carry, `body`
-    takes it as a further argument and returns it as a further result, from chunk to chunk; so does
-    this function. On several devices several chunks are the first one, and recount(sums, carried,
-    other) tells what sums would be if what they ended with were another; of both NaN is nothing.
+    `xs` and stacked results have one row a sample or one row a group. merge(left, right) makes the
+    sums of chunks in a row from those of the former and of the latter; zeros are those of none.
     """
     if plan.shares_groups:
-        return _over_shares(plan, body, xs, carry, recount)
+        return _over_shares(plan, body, xs, merge)
     size, total, count = plan.group_size, plan.num_groups, plan.groups_at_a_time()
-    carried = () if carry is None else (carry,)
     if count == total:
-        return body(everything(plan), xs, *carried)
+        return body(everything(plan), xs)
 
-    def of_chunk(count: int, rows: int, first: Array, xs: Any, *carried: Array) -> Any:
-        return body(Chunk(first, count, rows), xs, *carried)
+    def of_chunk(count: int, rows: int, first: Array, xs: Any) -> Any:
+        return body(Chunk(first, count, rows), xs)
 
     # Without this, reverse mode would keep the noise of all chunks; it is drawn again instead.
     if not plan.fun.jaxpr.effects:
@@ -191,40 +191,31 @@ def over_groups(
     def rows_of(v: Any) -> int:  # in the part that the scan covers
         return steps * count * (size if v.shape[0] == plan.num_samples else 1)
 
-    def step(state: Any, step_xs: Any) -> tuple[Any, Any]:
-        (index, part), (total_sums, *carried) = step_xs, state
-        first = index * np.uint32(count)
-        sums, rows, *carried = of_chunk(count, count * size, first, part, *carried)
-        return (jax.tree.map(jnp.add, total_sums, sums), *carried), rows
+    def step(sums: Any, step_xs: Any) -> tuple[Any, Any]:
+        index, part = step_xs
+        more, rows = of_chunk(count, count * size, index * np.uint32(count), part)
+        return merge(sums, more), rows
 
     def chunked(v: Any) -> Array:
         return v[: rows_of(v)].reshape(steps, rows_of(v) // steps, *v.shape[1:])
 
     steps_xs = (lax.iota(jnp.uint32, steps), jax.tree.map(chunked, xs))
     head = jax.tree.map(lambda v: v[0], steps_xs)
-    shapes, _, *after = jax.eval_shape(
-        lambda h: body(Chunk(h[0], count, count * size), h[1], *carried), head
-    )
-    # What is carried on may vary over more mesh axes than at the start.
-    carried = [varying(v, varying_axes(t)) for v, t in zip(carried, after, strict=True)]
-    (sums, *carried), stack = lax.scan(step, (jax.tree.map(_zeros, shapes), *carried), steps_xs)
+    shapes, _ = jax.eval_shape(lambda h: body(Chunk(h[0], count, count * size), h[1]), head)
+    sums, stack = lax.scan(step, jax.tree.map(_zeros, shapes), steps_xs)
     stack = jax.tree.map(lambda v: v.reshape(steps * v.shape[1], *v.shape[2:]), stack)
     if rest:
         tail = jax.tree.map(lambda v: v[rows_of(v) :], xs)
         first = jnp.uint32(steps * count)
-        more, last, *carried = of_chunk(total - steps * count, rest, first, tail, *carried)
-        sums = jax.tree.map(jnp.add, sums, more)
+        more, last = of_chunk(total - steps * count, rest, first, tail)
+        sums = merge(sums, more)
         stack = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stack, last)
-    return sums, stack, *carried
+    return sums, stack
 
 
 def _over_shares(
-    plan: Plan,
-    body: Callable[..., Any],
-    xs: Any,
-    carry: Array | None,
-    recount: Callable[[Any, Array, Array], Any] | None,
-) -> tuple[Any, ...]:
+    plan: Plan, body: Callable[..., Any], xs: Any, merge: Callable[[Any, Any], Any]
+) -> tuple[Any, Any]:
     """`over_groups`, of which each device does a part."""
     assert plan.mesh is not None
     size, count = plan.group_size, plan.groups_at_a_time()
@@ -232,19 +223,12 @@ def _over_shares(
     before = chunks - 1  # of the last chunk, which may lack some
     groups, rows = plan.num_groups - before * count, plan.num_samples - before * count * size
 
-    def whole(number: Array, part: Any, *carried: Array) -> Any:
-        return body(Chunk(number * np.uint32(count), count, count * size), part, *carried)
+    def whole(number: Array, part: Any) -> Any:
+        return body(Chunk(number * np.uint32(count), count, count * size), part)
 
-    def last(number: Array, part: Any, *carried: Array) -> Any:
+    def last(number: Array, part: Any) -> Any:
         part = jax.tree.map(lambda v: v[: groups if v.shape[0] == count else rows], part)
-        return body(Chunk(number * np.uint32(count), groups, rows), part, *carried)
-
-    def merge(left: Any, right: Any) -> Any:
-        (sums, *carried), (more, *others) = left, right
-        if recount is not None:
-            common = jnp.where(jnp.isnan(carried[0]), others[0], carried[0])
-            more, carried = recount(more, others[0], common), [common]
-        return jax.tree.map(jnp.add, sums, more), *carried
+        return body(Chunk(number * np.uint32(count), groups, rows), part)
 
     def chunked(v: Array) -> Array:
         rows = count * (size if v.shape[0] == plan.num_samples else 1)
@@ -256,16 +240,15 @@ def _over_shares(
         number = plan.num_groups if v.shape[1] == count else plan.num_samples
         return v.reshape(chunks * v.shape[1], *v.shape[2:])[:number]
 
-    sums, stack, *carried = _devices.shared_out(
+    sums, stack = _devices.shared_out(
         plan.mesh,
         chunks,
         whole,
         last if rows < count * size else None,
         jax.tree.map(chunked, xs),
-        () if carry is None else (carry,),
         merge,
     )
-    return sums, jax.tree.map(unchunked, stack), *carried
+    return sums, jax.tree.map(unchunked, stack)
 
 
 def vmapped_in_parts(plan: Plan, fun: Callable[..., Any], *args: Any) -> Any:

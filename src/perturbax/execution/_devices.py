@@ -65,10 +65,9 @@ def shared_out(
     whole: Callable[..., Any],
     last: Callable[..., Any] | None,
     xs: Any,
-    carried: tuple[Array, ...],
     merge: Callable[[Any, Any], Any],
-) -> tuple[Any, ...]:
-    """Sums the first and stacks the second result of whole(number of a chunk, its xs, *carried).
+) -> tuple[Any, Any]:
+    """Sums the first and stacks the second result of whole(number of a chunk, its xs).
 
     Args:
       mesh: of the devices.
@@ -77,26 +76,26 @@ def shared_out(
       last: what is done for the last one, if that is another function with results of other shapes,
         which are filled up with zeros.
       xs: a pytree of arrays with a leading axis for the chunks; of the last one, the first rows.
-      carried: given to each slot's first chunk as a further argument, and on from chunk to chunk.
-      merge: of two pairs (sums, *carried) from chunks in a row, the one for all of them.
+      merge: of the sums of chunks in a row and those of the next ones, what all have; zeros are
+        those of none.
 
     Returns:
-      The sums, the stacked results with a leading axis for the chunks, and what is carried.
+      The sums, and the stacked results with a leading axis for the chunks.
     """
     slots = num_slots(mesh)
     bounds = starts(chunks, slots)
     steps, own = int(np.diff(bounds).max()), slots // mesh.size
-    head = (jnp.uint32(0), jax.tree.map(lambda v: v[0], xs), *carried)
+    head = (jnp.uint32(0), jax.tree.map(lambda v: v[0], xs))
     functions = [whole] if last is None else [whole, last]
     closed = [jax.make_jaxpr(fun, return_shape=True)(*head) for fun in functions]
     shapes = closed[0][1]
     constants, places = _distinct([jaxpr.consts for jaxpr, _ in closed])
     branches = [_filled(*one, shapes, at) for one, at in zip(closed, places, strict=True)]
 
-    def nothing(constants: Any, chunk: Array, part: Any, *carried: Array) -> Any:
-        return *_zeros(shapes[:2]), *carried
+    def nothing(constants: Any, chunk: Array, part: Any) -> Any:
+        return _zeros(shapes)
 
-    def one(constants: Any, chunk: Array, end: Array, part: Any, *carried: Array) -> Any:
+    def one(constants: Any, chunk: Array, end: Array, part: Any) -> Any:
         """What is done for a chunk, if it is before `end`."""
         kind = (chunk < end).astype(jnp.int32)
         if last is not None:
@@ -104,24 +103,24 @@ def shared_out(
         # The barrier keeps XLA from merging what is done with what is around it, which rounds in
         # another way when there are other loops around it.
         kind = lax.optimization_barrier(kind)
-        return lax.switch(kind, [nothing, *branches], constants, chunk, part, *carried)
+        return lax.switch(kind, [nothing, *branches], constants, chunk, part)
 
     if not any(jaxpr.effects for jaxpr, _ in closed):
         # Without this, reverse mode would keep the noise of all chunks; it is drawn again instead.
         one = jax.checkpoint(one, prevent_cse=False)
 
-    def on_this(constants: Any, xs: Any, carried: tuple[Array, ...]) -> Any:
+    def on_this(constants: Any, xs: Any) -> Any:
         first_slot = this_device(mesh) * np.uint32(own)
         numbers = np.minimum(bounds[:-1, None] + np.arange(steps), chunks - 1)
         numbers = lax.dynamic_slice_in_dim(numbers.astype(np.uint32), first_slot, own)
         ends = jnp.asarray(bounds.astype(np.uint32))
-        nought = (_zeros(shapes[0]), *carried)
+        nought = _zeros(shapes[0])
 
         def in_slot(slot: Array, parts: Any) -> Any:
-            def step(state: Any, xs: Any) -> tuple[Any, Any]:
-                (first, i, part), (sums, *carried) = xs, state
-                more, rows, *carried = one(constants, first + i, end, part, *carried)
-                return (jax.tree.map(jnp.add, sums, more), *carried), rows
+            def step(sums: Any, xs: Any) -> tuple[Any, Any]:
+                first, i, part = xs
+                more, rows = one(constants, first + i, end, part)
+                return merge(sums, more), rows
 
             start, end = ends[slot], ends[slot + 1]
             count = lax.iota(jnp.uint32, steps)
@@ -134,49 +133,49 @@ def shared_out(
             each = number // ways
             split = jax.tree.map(lambda v: v.reshape(ways, each, *v.shape[1:]), parts)
 
-            def step(state: Any, xs: Any) -> tuple[Any, Any]:
+            def step(sums: Any, xs: Any) -> tuple[Any, Any]:
                 i, parts = xs
-                found, rows = in_slots(slot + i * np.uint32(each), each, parts)
-                return merge(state, found), rows
+                more, rows = in_slots(slot + i * np.uint32(each), each, parts)
+                return merge(sums, more), rows
 
-            state, rows = lax.scan(step, nought, (lax.iota(jnp.uint32, ways), split))
-            return state, jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), rows)
+            sums, rows = lax.scan(step, nought, (lax.iota(jnp.uint32, ways), split))
+            return sums, jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), rows)
 
         parts = jax.tree.map(lambda v: v[numbers], xs)
-        state, rows = in_slots(first_slot, own, parts)
-        return _merged(mesh, state, merge), jax.tree.map(functools.partial(gathered, mesh), rows)
+        sums, rows = in_slots(first_slot, own, parts)
+        return _merged(mesh, sums, merge), jax.tree.map(functools.partial(gathered, mesh), rows)
 
-    (sums, *after), rows = on_each(mesh, on_this, constants, xs, carried)
+    sums, rows = on_each(mesh, on_this, constants, xs)
     done = np.concatenate([slot * steps + np.arange(n) for slot, n in enumerate(np.diff(bounds))])
 
     def in_order(v: Array) -> Array:  # (devices, slots of each * steps, ...)
         v = v.reshape(slots * steps, *v.shape[2:])
         return v if chunks == slots * steps else v[done]
 
-    return sums, jax.tree.map(in_order, rows), *after
+    return sums, jax.tree.map(in_order, rows)
 
 
-def _merged(mesh: Mesh, state: Any, merge: Callable[[Any, Any], Any]) -> Any:
-    """The states of all devices, merged in pairs of neighbours, these in pairs, and so on.
+def _merged(mesh: Mesh, sums: Any, merge: Callable[[Any, Any], Any]) -> Any:
+    """The sums of all devices, merged in pairs of neighbours, these in pairs, and so on.
 
     If the number of devices is a power of two, else one by one.
     """
     if mesh.size & (mesh.size - 1):
-        states = jax.tree.map(functools.partial(gathered, mesh), state)
-        first, rest = (jax.tree.map(lambda v, i=i: v[i], states) for i in (0, slice(1, None)))
+        all_sums = jax.tree.map(functools.partial(gathered, mesh), sums)
+        first, rest = (jax.tree.map(lambda v, i=i: v[i], all_sums) for i in (0, slice(1, None)))
         length = mesh.size - 1
         return lax.scan(lambda a, b: (merge(a, b), None), first, rest, length=length)[0]
     here, distance = this_device(mesh), 1
     while distance < mesh.size:
         pairs = [(i, i ^ distance) for i in range(mesh.size)]
-        other = jax.tree.map(lambda v, p=pairs: lax.ppermute(v, mesh.axis_names, p), state)
+        other = jax.tree.map(lambda v, p=pairs: lax.ppermute(v, mesh.axis_names, p), sums)
         is_left = here & np.uint32(distance) == 0
         left, right = (
-            jax.tree.map(lambda a, b, at=at: jnp.where(at, a, b), state, other)
+            jax.tree.map(lambda a, b, at=at: jnp.where(at, a, b), sums, other)
             for at in (is_left, ~is_left)
         )
-        state, distance = merge(left, right), 2 * distance
-    return state
+        sums, distance = merge(left, right), 2 * distance
+    return sums
 
 
 # --- What functions close over, as arguments
@@ -190,13 +189,13 @@ def _filled(closed: Any, tree: Any, shapes: Any, places: Sequence[int]) -> Calla
 
     def call(constants: Sequence[Any], *args: Any) -> Any:
         flat = eval_jaxpr(closed.jaxpr, [constants[i] for i in places], *jax.tree.leaves(args))
-        sums, rows, *carried = jax.tree.unflatten(jax.tree.structure(tree), flat)
+        sums, rows = jax.tree.unflatten(jax.tree.structure(tree), flat)
 
         def fill(v: Array, like: Any) -> Array:
             missing = like.shape[0] - v.shape[0]
             return jnp.concatenate([v, jnp.zeros((missing, *v.shape[1:]), v.dtype)])
 
-        return sums, jax.tree.map(fill, rows, shapes[1]), *carried
+        return sums, jax.tree.map(fill, rows, shapes[1])
 
     return call
 

@@ -30,8 +30,8 @@ class Scrambling(NamedTuple):
     generators: Callable[[Array, int, int], tuple[Array, Array]]
 
 
-# Sobol nets estimate some products of signs badly; coordinates dealt at random keep these from being
-# the same ones in every net. Of three coordinates nothing changes, and for many it takes long.
+# Sobol nets estimate some products of signs badly; coordinates dealt at random keep these from
+# being the same ones in every net. Of three coordinates nothing changes; for many it takes long.
 _FEWEST_DEALT, _MOST_DEALT = 4, 64
 
 
