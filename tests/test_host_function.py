@@ -658,6 +658,34 @@ def test_too_many_hung_threads_are_an_error(monkeypatch):
     release.set()
 
 
+def test_what_goes_wrong_after_an_error_does_not_hide_it(monkeypatch):
+    """A result of a wrong shape was raised in its place, and the thread of what hung was lost."""
+    monkeypatch.setattr("perturbax.host_functions._scheduling._GRACE", 0.5)
+    begun, raises, release = threading.Barrier(3), threading.Event(), threading.Event()
+
+    def fun(x):
+        if x < 3:
+            begun.wait(20.0)
+        if x == 0:
+            raises.set()
+            raise ArithmeticError("my own")
+        if x == 1:
+            raises.wait(20.0)
+            time.sleep(0.1)
+            return np.zeros(2)
+        if x == 2:
+            release.wait(60.0)
+        if x > 2:  # takes all three threads
+            begun.wait(20.0)
+        return x
+
+    with px.host_function(fun, like=ONE, executor=3) as h:
+        with pytest.raises(ArithmeticError, match="my own"):
+            jax.vmap(h)(jnp.arange(3.0))
+        np.testing.assert_array_equal(jax.vmap(h)(jnp.arange(3.0, 6.0)), [3, 4, 5])
+        release.set()
+
+
 @pytest.mark.parametrize("pool", [False, True])
 def test_ctrl_c_begins_nothing_more(pool, monkeypatch):
     """Threads in place of those left behind took what was still in the queue."""

@@ -1,6 +1,7 @@
 """What becomes of the evaluations of one call back: order, attempts, time limits, failures."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import os
@@ -129,13 +130,13 @@ class Schedule:
             while self._pending or self._running or self._elsewhere:
                 self._submit()
                 self._wait()
-        except Exception:
-            self._wind_up()
-            raise
-        except BaseException:  # Ctrl-C
-            self._withdraw()  # first: in place of a thread that is left behind comes another one
-            for attempt in self._running:
-                self.workers.give_up(attempt)
+        except BaseException as error:
+            try:
+                self._withdraw()
+                if isinstance(error, Exception):  # not Ctrl-C
+                    self._take_in()
+            finally:  # Ctrl-C may come again
+                self._give_up()
             raise
 
     def _submit(self) -> None:
@@ -247,16 +248,18 @@ class Schedule:
         self.tally.add(retries=1)
         self._pending.append(task)
 
+    # What ends a call back is its first error, not what may go wrong after it.
+
     def _withdraw(self) -> None:
         """Begins nothing more."""
         for attempt in list(self._running):
-            # One that was given up is here if that raised.
-            if attempt.given_up or self.workers.withdraw(attempt):
-                del self._running[attempt]
+            with contextlib.suppress(Exception):
+                # One that was given up is here if that raised.
+                if attempt.given_up or self.workers.withdraw(attempt):
+                    del self._running[attempt]
 
-    def _wind_up(self) -> None:
-        """Takes in what can still be had without beginning anything more."""
-        self._withdraw()
+    def _take_in(self) -> None:
+        """Takes what ends in time of what is under way."""
         end = time.monotonic() + _GRACE
         while self._running:
             try:
@@ -265,7 +268,12 @@ class Schedule:
                 break
             task = self._running.pop(attempt, None)
             if task is not None and attempt.error is None:
-                self.points.accept(task.rows, attempt.value)
-                self.tally.add(evaluations=len(task.rows))
+                with contextlib.suppress(Exception):
+                    self.points.accept(task.rows, attempt.value)
+                    self.tally.add(evaluations=len(task.rows))
+
+    def _give_up(self) -> None:
+        """Leaves what is under way, once nothing waits: a thread left behind is replaced."""
         for attempt in self._running:
-            self.workers.give_up(attempt)
+            with contextlib.suppress(Exception):
+                self.workers.give_up(attempt)
