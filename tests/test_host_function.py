@@ -384,8 +384,8 @@ def above(x):
     return x.sum()
 
 
-def raised(run):
-    with pytest.raises(KeyError, match="my own") as caught:
+def raised(run, kind=KeyError):
+    with pytest.raises(kind, match="my own") as caught:
         run()
     return caught
 
@@ -642,6 +642,22 @@ def test_hung_threads_are_left_behind_and_replaced():
     wait_for(lambda: threading.active_count() <= before)
 
 
+@pytest.mark.parametrize("timeout", [None, 20.0])
+@pytest.mark.parametrize("executor", [None, 1, "pool"])
+def test_a_timeout_error_of_the_functions_own_is_a_failure_as_any_other(executor, timeout):
+    """It was counted as an attempt that took longer than `timeout`, without one too."""
+
+    def fun(x):
+        raise TimeoutError("the service did not answer")
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        executor = pool if executor == "pool" else executor
+        with px.host_function(fun, like=ONE, executor=executor, timeout=timeout, retries=1) as h:
+            with pytest.raises(TimeoutError, match="the service did not answer"):
+                h(X)
+            assert h.counts == (0, 0, 1, 1, 0)
+
+
 def test_too_many_hung_threads_are_an_error(monkeypatch):
     """It was hidden by a StopIteration, ten seconds later."""
     monkeypatch.setattr("perturbax.host_functions._crew.MOST_LEFT_BEHIND", 1)
@@ -760,7 +776,7 @@ def faulty(marker):
         import time
 
         if x[0] == 1:
-            raise KeyError("my own")
+            raise TimeoutError("my own")  # no time limit of the library's
         if x[0] == 2:
             time.sleep(1000)
         if x[0] == 3 and not os.path.exists(marker):
@@ -1188,7 +1204,7 @@ def test_processes_of_our_own(tmp_path):
     def troublesome(x):
         x = np.asarray(x)
         if x[0] == 1:
-            raise KeyError("my own")
+            raise TimeoutError("my own")  # no time limit of the library's
         if x[0] == 2:
             os.system("sleep 1000 & echo $! >> " + str(marker) + ".children")
             time.sleep(1000)
@@ -1204,7 +1220,7 @@ def test_processes_of_our_own(tmp_path):
         np.testing.assert_array_equal(jax.vmap(h)(xs), [0, -1, -1, 9, 12, 15])
         assert h.counts == (4, 0, 2, 1, 1)
         raising = px.host_function(troublesome, like=ONE, executor=workers)
-        error = raised(lambda: raising(xs[1])).value
+        error = raised(lambda: raising(xs[1]), TimeoutError).value
         assert any("in troublesome" in note for note in error.__notes__)
         for kind in (ConnectionResetError, EOFError, SystemExit):  # not taken for its worker's
 

@@ -27,6 +27,7 @@ class Attempt:
       value: what the function returned.
       error: the exception that it ended with instead.
       died: whether `error` is about the worker, not about the function.
+      overdue: whether it was ended because it took longer than `timeout`.
       fatal: whether there is no use in another attempt at anything.
       given_up: whether nobody waits for it any more.
       left_behind: whether its thread is to end with it.
@@ -43,6 +44,7 @@ class Attempt:
     value: Any = None
     error: BaseException | None = None
     died: bool = False
+    overdue: bool = False
     fatal: bool = False
     given_up: bool = False
     left_behind: bool = False

@@ -48,7 +48,7 @@ class Foreign:
         self._count, self._count_again = 1, 0.0
         self._places = [_Place(executor, ready=True)]
         self._lock = threading.Lock()
-        self._sealed = is_from(executor, "distributed")
+        self._sealed, self._timed = is_from(executor, "distributed"), timeout is not None
         call = functools.partial(_call_of, executor, fun, timeout, self._sealed)
         self._call = functools.cache(call)
         self._made: list[Any] = []  # executors, to be shut down
@@ -108,6 +108,8 @@ class Foreign:
                 attempt.value = future.result()
                 if self._sealed:
                     attempt.value, attempt.error = _worker.unsealed(attempt.value)
+                if attempt.error is None and self._timed:
+                    attempt.overdue, attempt.value = attempt.value
             broken = isinstance(attempt.error, concurrent.futures.BrokenExecutor)
             # Dask tells of lost workers by exceptions of its own.
             attempt.died = broken or is_from(attempt.error, "distributed")

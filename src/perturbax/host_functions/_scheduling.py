@@ -33,7 +33,8 @@ class HostCounts(NamedTuple):
       recalled: points whose results were taken from the journal instead.
       failures: points that failed, after all retries.
       retries: attempts beyond the first.
-      timeouts: attempts that took too long.
+      timeouts: attempts that took longer than `timeout`. A TimeoutError of the function's own is a
+        failure as any other.
     """
 
     evaluations: int = 0
@@ -203,8 +204,7 @@ class Schedule:
                 self._check = min(self._check, deadline)
                 continue
             self.workers.give_up(attempt)
-            message = f"an evaluation took more than timeout={self.timeout:g} seconds"
-            attempt.error, attempt.died = TimeoutError(message), False
+            attempt.overdue = True
             self._handle(attempt)
 
     def _handle(self, attempt: Attempt) -> None:
@@ -212,7 +212,10 @@ class Schedule:
         task = self._running.pop(attempt, None)
         if task is None:  # its end and its deadline fell together
             return
-        error = attempt.error
+        error, died = attempt.error, attempt.died
+        if attempt.overdue:  # whatever its worker says, which has just been ended
+            message = f"an evaluation took more than timeout={self.timeout:g} seconds"
+            error, died = TimeoutError(message), False
         if error is None:
             self.points.accept(task.rows, attempt.value)
             self._finished += len(task.rows)
@@ -225,8 +228,8 @@ class Schedule:
             error.__cause__ = reason
         if not isinstance(error, Exception) or attempt.fatal:
             raise error
-        self.tally.add(timeouts=isinstance(error, TimeoutError))
-        if attempt.died and task.deaths < _MOST_DEATHS:
+        self.tally.add(timeouts=attempt.overdue)
+        if died and task.deaths < _MOST_DEATHS:
             task.deaths += 1
         elif len(task.rows) > 1:  # to find out which of the points it is
             half = len(task.rows) // 2
@@ -267,7 +270,7 @@ class Schedule:
             except queue.Empty:
                 break
             task = self._running.pop(attempt, None)
-            if task is not None and attempt.error is None:
+            if task is not None and attempt.error is None and not attempt.overdue:
                 with contextlib.suppress(Exception):
                     self.points.accept(task.rows, attempt.value)
                     self.tally.add(evaluations=len(task.rows))

@@ -162,8 +162,13 @@ def at_home(process: int, token: str, there: Any, /, *args: Any, **kwargs: Any) 
     return (there if shipped is None else shipped)(*args, **kwargs)
 
 
-def timed(fun: Any, timeout: float, most: int, in_main: bool, /, *args: Any, **kwargs: Any) -> Any:
-    """fun(*args, **kwargs) in a thread that is left behind after `timeout` seconds.
+def timed(
+    fun: Any, timeout: float, most: int, in_main: bool, /, *args: Any, **kwargs: Any
+) -> tuple[bool, Any]:
+    """Whether fun(*args, **kwargs) took longer than `timeout` seconds, and its value if not.
+
+    It is called in a thread, which is left behind where it takes longer. So a TimeoutError that is
+    raised here is the function's own.
 
     For executors whose workers are not ours to end. Where `most` threads were left behind already,
     a process ends itself, and its executor notices; the main program (`in_main`) has an error.
@@ -190,11 +195,11 @@ def timed(fun: Any, timeout: float, most: int, in_main: bool, /, *args: Any, **k
     thread.join(timeout)
     if not found:
         thread.name = name
-        raise TimeoutError(f"an evaluation took more than timeout={timeout:g} seconds")
+        return True, None
     value, error = found[0]
     if error is not None:
         raise error
-    return value
+    return False, value
 
 
 # --- Workers
