@@ -31,8 +31,7 @@ class Attempt:
       fatal: whether there is no use in another attempt at anything.
       given_up: whether nobody waits for it any more.
       left_behind: whether its thread is to end with it.
-      submitted: when it was handed over, by time.monotonic().
-      taken: when a worker took it.
+      taken: when a worker took it, by time.monotonic().
       started: when the function was called.
       ended: whether it has ended.
       place: what the workers know it by.
@@ -48,7 +47,6 @@ class Attempt:
     fatal: bool = False
     given_up: bool = False
     left_behind: bool = False
-    submitted: float = dataclasses.field(default_factory=time.monotonic)
     taken: float | None = None
     started: float | None = None
     ended: bool = False
