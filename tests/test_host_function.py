@@ -37,6 +37,7 @@ import perturbax as px
 from helpers import assert_trees_close
 from perturbax.host_functions import _processes, _worker
 from perturbax.host_functions._attempts import Attempt
+from perturbax.host_functions._call_back import CallBack
 from perturbax.host_functions._foreign_executors import Foreign, _Place
 from perturbax.host_functions._progress import Bar
 from perturbax.host_functions._scheduling import Schedule
@@ -656,6 +657,20 @@ def test_a_timeout_error_of_the_functions_own_is_a_failure_as_any_other(executor
             with pytest.raises(TimeoutError, match="the service did not answer"):
                 h(X)
             assert h.counts == (0, 0, 1, 1, 0)
+
+
+def test_what_ended_in_time_has_not_taken_too_long(monkeypatch):
+    """It had where it waited for what came before it to be written to a journal, for one."""
+    accept = CallBack.accept
+
+    def slow(back, rows, value):
+        time.sleep(0.5)
+        accept(back, rows, value)
+
+    monkeypatch.setattr(CallBack, "accept", slow)
+    with px.host_function(np.sum, like=ONE, executor=2, timeout=0.3, on_failure=-1.0) as h:
+        np.testing.assert_array_equal(jax.vmap(h)(jnp.arange(3.0)), [0.0, 1.0, 2.0])
+        assert h.counts == (3, 0, 0, 0, 0)
 
 
 def test_too_many_hung_threads_are_an_error(monkeypatch):

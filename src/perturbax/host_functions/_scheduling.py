@@ -197,6 +197,8 @@ class Schedule:
         self._check, now = math.inf, time.monotonic()
         assert self.timeout is not None
         for attempt in list(self._running):
+            if attempt.ended:  # and is among the events
+                continue
             deadline = self.workers.deadline(attempt, self.timeout)
             if deadline is None:
                 continue
