@@ -690,6 +690,49 @@ def test_names_tell_what_a_module_gets_of_itself_apart(module, tmp_path, monkeyp
     assert name(2) == name(2) != name(3)
 
 
+RESTARTED = """
+import functools
+import part0, part1, part2, part3, part4
+
+class Partial(functools.partial):
+    pass
+
+NAMES = {"b", "a", "c"}
+
+def modules(x):
+    return part0.of(x) + part1.of(x) + part2.of(x) + part3.of(x) + part4.of(x), NAMES
+
+partial = Partial(modules, 1.0)
+"""
+
+
+def test_names_are_the_same_when_a_program_is_started_again(tmp_path, monkeypatch):
+    """They changed with the order in which a set had the modules, and with an address of Python's.
+
+    So nothing that was finished was recalled.
+    """
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for i in range(5):
+        (tmp_path / f"part{i}.py").write_text(f"def of(x):\n    return {i}")
+    (tmp_path / "restarted.py").write_text(RESTARTED)
+    importlib.invalidate_caches()
+    restarted = importlib.import_module("restarted")
+    program = """
+import restarted
+from perturbax.host_functions._function_names import name_of
+print(name_of(restarted.modules), name_of(restarted.partial))
+"""
+    again = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert again.stdout.split() == [name_of(restarted.modules), name_of(restarted.partial)]
+
+
 @pytest.mark.parametrize(("folder", "is_users"), [("dist-packages", False), ("packages", True)])
 def test_packages_are_known_by_their_folder(folder, is_users, tmp_path, monkeypatch):
     """Debian's Python, and Colab's, have them in dist-packages; all were the user's own code."""

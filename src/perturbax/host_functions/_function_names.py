@@ -268,6 +268,9 @@ def _attributes(value: Any) -> dict[str, Any]:
     held = dict(vars(value)) if hasattr(value, "__dict__") else {}
     for cls in reversed(classes):
         for name, descriptor in vars(cls).items():
+            # Of functools.partial, an address of Python's own, which no two runs share.
+            if name == "__vectorcalloffset__":
+                continue
             if isinstance(descriptor, types.MemberDescriptorType):
                 with contextlib.suppress(AttributeError):  # nothing is there yet
                     held[f"{cls.__name__}.{name}"] = descriptor.__get__(value)
@@ -376,7 +379,8 @@ def _globals_of(function: types.FunctionType, seen: dict[int, tuple[int, Any]]) 
     own, every = _names(function.__code__, _GLOBAL), _names(function.__code__)
     spaces = [function.__globals__, *map(vars, _imported(function))]
     for i, space in enumerate(spaces):  # which grow
-        found = {name: space[name] for name in (every if i else own) if name in space}
+        # In one order, whichever the sets have: the names of two runs of a program are the same.
+        found = {name: space[name] for name in sorted(every if i else own) if name in space}
         for value in found.values():
             if isinstance(value, types.ModuleType) and _is_of_user(value):
                 # The function's own module too, if it is got at by attributes.
