@@ -14,14 +14,15 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import operator
 import re
 import struct
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,29 @@ _VALUES = (
 )
 # Of these it is told by what they would be pickled as.
 _REDUCED = (slice, operator.methodcaller, operator.itemgetter, operator.attrgetter)
+
+# Objects of these classes are told by these attributes alone.
+_MADE_OF: dict[type, tuple[str, ...]] = {
+    types.MethodType: ("__func__", "__self__"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    property: ("fget", "fset", "fdel"),
+    functools.cached_property: ("func",),
+    functools.singledispatchmethod: ("dispatcher",),
+    np.vectorize: ("pyfunc", "otypes", "excluded", "signature"),
+}
+# So is what objects of these hold, beside what a class of the user's that derives from one adds.
+_HOLDING: dict[type, tuple[str, ...]] = {
+    BaseException: ("args",),
+    re.Pattern: ("pattern", "flags"),
+    functools.partial: ("func", "args", "keywords"),
+    functools.partialmethod: ("func", "args", "keywords"),
+}
+# And code, beside its constants.
+_OF_CODE = (
+    *("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_exceptiontable"),
+    *("co_flags", "co_argcount", "co_posonlyargcount", "co_kwonlyargcount"),
+)
 
 # Operations by which code reads names of its module.
 _GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
@@ -104,7 +128,7 @@ def _structure(tree: Any, kinds: dict[type, bytes]) -> bytes:
     kind, data = node
     if kind not in kinds:
         fields = getattr(kind, "_fields", None)  # of a namedtuple, of which no more may be known
-        kinds[kind] = _joined(b"node", (_content(v, {}) for v in (kind, fields)))
+        kinds[kind] = _joined(b"node", [_content(v, {}) for v in (kind, fields)])
     inner = (_structure(child, kinds) for child in tree.children())
     return _joined(kinds[kind], [_content(data, {}), *inner])
 
@@ -120,8 +144,7 @@ def _content(value: Any, seen: dict[int, tuple[int, Any]], strict: bool = True) 
         kind stands for it: so for what is found in modules and classes, where there is much that a
         function does not depend on, such as a lock or a logger.
     """
-    kind = type(value).__name__.encode()
-    inner = functools.partial(_content, seen=seen, strict=strict)
+    kind = _kind(value)
     # Of a class of the user's, which may derive from one of Python's, the methods count as well.
     special = not isinstance(value, type) and _is_class_of_user(type(value), surely=True)
     # Of these Python shares equal ones at will, constants of code among them.
@@ -130,82 +153,106 @@ def _content(value: Any, seen: dict[int, tuple[int, Any]], strict: bool = True) 
     if isinstance(value, types.ModuleType):
         return kind + value.__name__.encode()
     if isinstance(value, types.CodeType):
-        parts = (value.co_code, value.co_names, value.co_varnames, value.co_freevars)
-        parts += (value.co_cellvars, value.co_exceptiontable, value.co_flags, value.co_argcount)
-        parts += (value.co_posonlyargcount, value.co_kwonlyargcount, *value.co_consts)
-        return _joined(kind, map(inner, parts))
+        parts = (*(getattr(value, name) for name in _OF_CODE), *value.co_consts)
+        return _joined(kind, [_content(part, seen, strict) for part in parts])
     if id(value) in seen:
         return kind + str(seen[id(value)][0]).encode()
     seen[id(value)] = len(seen), value
     if special:
-        # The value of a member of an enumeration is in its class, which is in a module.
-        certain = strict and not isinstance(value, enum.Enum)
-        data = _data(value, seen, certain)
-        if data is None:
-            data = b"" if _is_open(value) else _of_kind(b"", _told(value), strict)
-        held, beside = _attributes(value), {}
-        if dataclasses.is_dataclass(value):  # locks and caches
-            fields = {field.name for field in dataclasses.fields(value)}
-            others = sorted(name for name in {*held} - fields if "." not in name)
-            beside = {name: held.pop(name) for name in others}
-        parts = _content(held, seen, certain), _content(beside, seen, strict=False)
-        return _joined(kind, [inner(type(value)), *parts, data])
+        return _object_of_user(value, seen, strict)
     if isinstance(value, type):
-        name = kind + f"{value.__module__}.{value.__qualname__}".encode()
-        if not _is_class_of_user(value):
-            return name
-        own = {k: v for k, v in vars(value).items() if not _is_bookkeeping(k, v)}
-        return _joined(name, [*map(inner, (type(value), *value.__bases__)), *_named(own, seen)])
+        return _class(value, seen, strict)
     if isinstance(value, types.FunctionType):
-        if not _is_of_user(value):
-            name = kind + f"{value.__module__}.{value.__qualname__}".encode()
-            held = _held(value)
-            # Of what a package keeps, there is much that a function does not depend on.
-            return _joined(name, (_content(v, seen, False) for v in held)) if held else name
-        parts = [value.__code__, value.__defaults__, value.__kwdefaults__]
-        parts += _closed_over(value)
-        return _joined(
-            kind, [*map(inner, parts), *_named(vars(value), seen), *_globals_of(value, seen)]
-        )
-    if isinstance(value, types.MethodType):
-        return _joined(kind, map(inner, (value.__func__, value.__self__)))
-    if isinstance(value, staticmethod | classmethod):
-        return _joined(kind, [inner(value.__func__)])
-    if isinstance(value, property):
-        return _joined(kind, map(inner, (value.fget, value.fset, value.fdel)))
-    if isinstance(value, functools.cached_property):
-        return _joined(kind, [inner(value.func)])
-    if isinstance(value, functools.singledispatchmethod):
-        return _joined(kind, [inner(value.dispatcher)])
+        return _function(value, seen, strict)
+    data = _data(value, seen, strict)
+    return _object(value, seen, strict) if data is None else kind + data
+
+
+def _object_of_user(value: Any, seen: dict[int, tuple[int, Any]], strict: bool) -> bytes:
+    """As `_content`, of an object of a class that is surely the user's."""
+    # The value of a member of an enumeration is in its class, which is in a module.
+    strict_inside = strict and not isinstance(value, enum.Enum)
+    data = _data(value, seen, strict_inside)
+    if data is None:
+        data = b"" if _is_open(value) else _of_kind(b"", _told(value), strict)
+    held, beside = _attributes(value), {}
+    if dataclasses.is_dataclass(value):  # locks and caches
+        fields = {field.name for field in dataclasses.fields(value)}
+        others = sorted(name for name in {*held} - fields if "." not in name)
+        beside = {name: held.pop(name) for name in others}
+    parts = _content(held, seen, strict_inside), _content(beside, seen, strict=False)
+    return _joined(_kind(value), [_content(type(value), seen, strict), *parts, data])
+
+
+def _class(value: type, seen: dict[int, tuple[int, Any]], strict: bool) -> bytes:
+    """As `_content`, of a class."""
+    if not _is_class_of_user(value):
+        return _kind_and_name(value)
+    parts = [_content(v, seen, strict) for v in (type(value), *value.__bases__)]
+    for name, own in sorted(vars(value).items()):
+        if not _is_bookkeeping(name, own):
+            parts.append(name.encode() + b"=" + _content(own, seen, strict=False))
+    return _joined(_kind_and_name(value), parts)
+
+
+def _function(value: types.FunctionType, seen: dict[int, tuple[int, Any]], strict: bool) -> bytes:
+    """As `_content`, of a function that was written in Python."""
+    if not _is_of_user(value):
+        held, name = _held(value), _kind_and_name(value)
+        # Of what a package keeps, there is much that a function does not depend on.
+        return _joined(name, [_content(v, seen, strict=False) for v in held]) if held else name
+    own = [value.__code__, value.__defaults__, value.__kwdefaults__, *_closed_over(value)]
+    parts = [_content(v, seen, strict) for v in own]
+    for name, used in itertools.chain(sorted(vars(value).items()), _globals_of(value)):
+        parts.append(name.encode() + b"=" + _content(used, seen, strict=False))
+    return _joined(_kind(value), parts)
+
+
+def _object(value: Any, seen: dict[int, tuple[int, Any]], strict: bool) -> bytes:
+    """As `_content`, of an object that is neither surely the user's nor known to `_data`."""
+    kind = _kind(value)
+    inner = functools.partial(_content, seen=seen, strict=strict)
+    made_of = _attributes_in(_MADE_OF, value)
+    if made_of is not None:
+        return _joined(kind, [*map(inner, made_of)])
     if isinstance(value, np.ufunc):
         name = kind + value.__name__.encode()
         if value.__name__.endswith(" (vectorized)"):  # of any function
             return _of_kind(name, "a function of numpy.frompyfunc", strict)
         return name
-    if isinstance(value, np.vectorize):
-        parts = (value.pyfunc, value.otypes, value.excluded, value.signature)
-        return _joined(kind, map(inner, parts))
     if isinstance(value, jax.tree_util.PyTreeDef):
         return _structure(value, {})
-    data = _data(value, seen, strict)
-    if data is not None:
-        return kind + data
     if dataclasses.is_dataclass(value):
         parts = (getattr(value, field.name) for field in dataclasses.fields(value))
-        return _joined(kind, map(inner, (type(value), *parts)))
+        return _joined(kind, [*map(inner, (type(value), *parts))])
     if callable(value) and hasattr(value, "__qualname__"):  # compiled, or wrapped by a package
-        name = f"{getattr(value, '__module__', '')}.{value.__qualname__}".encode()
         held = ["__self__", "__wrapped__"]
         if isinstance(value, jax.custom_jvp | jax.custom_vjp):
             held += ["jvp", "fwd", "bwd"]
-        return _joined(kind + name, map(inner, (getattr(value, v, None) for v in held)))
+        parts = (getattr(value, v, None) for v in held)
+        return _joined(_kind_and_name(value), [*map(inner, parts)])
     plain = isinstance(value, types.SimpleNamespace) or _is_class_of_user(type(value))
     if (plain and hasattr(value, "__dict__")) or (strict and _is_slotted(value)):
-        return _joined(kind, map(inner, (type(value), _attributes(value))))
+        return _joined(kind, [*map(inner, (type(value), _attributes(value)))])
     # Looked for so that nothing runs: in a module may be anything.
     if inspect.getattr_static(value, "__wrapped__", None) is not None:
         kind = _joined(kind, [_content(getattr(value, "__wrapped__", None), seen, strict=False)])
     return _of_kind(kind, _told(value), strict)
+
+
+def _kind(value: Any) -> bytes:
+    return type(value).__name__.encode()
+
+
+def _kind_and_name(value: Any) -> bytes:
+    return _kind(value) + f"{getattr(value, '__module__', '')}.{value.__qualname__}".encode()
+
+
+def _attributes_in(table: dict[type, tuple[str, ...]], value: Any) -> list[Any] | None:
+    """The attributes that a table names for the class of a value; None where it has none."""
+    found = (names for cls, names in table.items() if isinstance(value, cls))
+    names = next(found, None)
+    return None if names is None else [getattr(value, name) for name in names]
 
 
 def _data(value: Any, seen: dict[int, tuple[int, Any]], strict: bool) -> bytes | None:
@@ -218,48 +265,51 @@ def _data(value: Any, seen: dict[int, tuple[int, Any]], strict: bool) -> bytes |
         # What tells a member of an enumeration is among its attributes.
         return b"" if plain is enum.Enum else plain.__repr__(value).encode()
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        known = str(value.dtype).encode()
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            value = jax.random.key_data(cast(jax.Array, value))
-        if isinstance(value, jax.Array) and value.is_deleted():  # by a call that it was donated to
-            return _of_kind(known, "an array that was deleted", strict)
-        if isinstance(value, np.ma.MaskedArray):
-            known += inner(np.ma.getmaskarray(value))
-        entries = np.asarray(value)
-        if entries.dtype.hasobject:
-            return _joined(known, map(inner, (entries.shape, entries.ravel().tolist())))
-        return known + leaf_digest(entries)
+        return _array(value, seen, strict)
     if isinstance(value, set | frozenset):  # in no order
         kind: Any = set if isinstance(value, set) else frozenset
         members = (_content(v, dict(seen), strict) for v in kind.__iter__(value))
         return _joined(b"", sorted(members))
     if isinstance(value, tuple):
-        return _joined(b"", map(inner, tuple.__iter__(value)))
+        return _joined(b"", [*map(inner, tuple.__iter__(value))])
     if isinstance(value, list):
-        return _joined(b"", map(inner, list.__iter__(value)))
+        return _joined(b"", [*map(inner, list.__iter__(value))])
     if isinstance(value, dict):
-        items = [inner(k) + b"=" + inner(v) for k, v in dict.items(value)]
+        items = [
+            _content(k, seen, strict) + b"=" + _content(v, seen, strict)
+            for k, v in dict.items(value)
+        ]
         default = getattr(value, "default_factory", None)  # of a defaultdict
         return _joined(b"", items if default is None else [*items, inner(default)])
     if isinstance(value, types.MappingProxyType):
         return _joined(b"", [inner(dict(value))])
     if isinstance(value, collections.deque):
-        return _joined(b"", map(inner, (value.maxlen, *collections.deque.__iter__(value))))
+        return _joined(b"", [*map(inner, (value.maxlen, *collections.deque.__iter__(value)))])
     if isinstance(value, array.array):
         return _joined(b"", (value.typecode.encode(), value.tobytes()))
     if isinstance(value, bytearray):
         return bytes(value)
-    if isinstance(value, BaseException):
-        return _joined(b"", [inner(value.args)])
     if isinstance(value, jax.Device | jax.sharding.Mesh):
         return repr(value).encode()
-    if isinstance(value, re.Pattern):
-        return _joined(b"", map(inner, (value.pattern, value.flags)))
     if isinstance(value, _REDUCED):
         return _joined(b"", [inner(value.__reduce__())])
-    if isinstance(value, functools.partial | functools.partialmethod):
-        return _joined(b"", map(inner, (value.func, value.args, value.keywords)))
-    return None
+    held = _attributes_in(_HOLDING, value)
+    return None if held is None else _joined(b"", [*map(inner, held)])
+
+
+def _array(value: Any, seen: dict[int, tuple[int, Any]], strict: bool) -> bytes:
+    inner = functools.partial(_content, seen=seen, strict=strict)
+    known = str(value.dtype).encode()
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    if isinstance(value, jax.Array) and value.is_deleted():  # by a call that it was donated to
+        return _of_kind(known, "an array that was deleted", strict)
+    if isinstance(value, np.ma.MaskedArray):
+        known += inner(np.ma.getmaskarray(value))
+    entries = np.asarray(value)
+    if entries.dtype.hasobject:
+        return _joined(known, [*map(inner, (entries.shape, entries.ravel().tolist()))])
+    return known + leaf_digest(entries)
 
 
 def _attributes(value: Any) -> dict[str, Any]:
@@ -307,7 +357,9 @@ def _of_kind(kind: bytes, told: str, strict: bool) -> bytes:
     return kind
 
 
-def _joined(kind: bytes, parts: Iterable[bytes]) -> bytes:
+# The parts are made before this is called. During it they would take one more call for each object
+# in a chain of objects, and Python has room for a thousand.
+def _joined(kind: bytes, parts: Sequence[bytes]) -> bytes:
     hashed = hashlib.sha256(kind)
     for part in parts:
         hashed.update(hashlib.sha256(part).digest())
@@ -367,26 +419,20 @@ def _is_bookkeeping(name: str, value: Any) -> bool:
     return name[:2] == name[-2:] == "__" and not acts
 
 
-def _named(values: dict[str, Any], seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
-    """Of named values of a module or a class."""
-    for name in sorted(values):
-        yield name.encode() + b"=" + _content(values[name], seen, strict=False)
-
-
-def _globals_of(function: types.FunctionType, seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
-    """Of what a function uses of its module, and of the user's modules that it gets at there."""
+def _globals_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function uses of its module, and of the user's modules that it gets at there."""
     # Names of attributes, as in x.mean(), may be those of other things in the module.
     own, every = _names(function.__code__, _GLOBAL), _names(function.__code__)
     spaces = [function.__globals__, *map(vars, _imported(function))]
     for i, space in enumerate(spaces):  # which grow
-        # In one order, whichever the sets have: the names of two runs of a program are the same.
-        found = {name: space[name] for name in sorted(every if i else own) if name in space}
-        for value in found.values():
+        # Sorted, for the order of sets is another one whenever the program is started.
+        found = [(name, space[name]) for name in sorted(every if i else own) if name in space]
+        for _, value in found:
             if isinstance(value, types.ModuleType) and _is_of_user(value):
                 # The function's own module too, if it is got at by attributes.
                 if not any(vars(value) is other for other in spaces[1:]):
                     spaces.append(vars(value))
-        yield from _named(found, seen)
+        yield from found
 
 
 def _names(code: types.CodeType, operations: frozenset[str] | None = None) -> set[str]:
