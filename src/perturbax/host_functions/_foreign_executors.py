@@ -147,10 +147,10 @@ class Foreign:
             self._places.remove(place)
             places = [_Place(executor, ready=False) for executor in made]
             self._places += places
-        for place in places:
+        for new in places:
             # Loads the function, with what it imports.
-            future = place.executor.submit(callable, self._call()[-1])
-            future.add_done_callback(functools.partial(_now_ready, place))
+            future = new.executor.submit(callable, self._call()[-1])
+            future.add_done_callback(functools.partial(_now_ready, new))
 
     def deadline(self, attempt: Attempt, timeout: float) -> float | None:
         """Late: the worker itself looks at the clock, and says when it gave up.
