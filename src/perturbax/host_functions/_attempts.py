@@ -54,14 +54,20 @@ class Attempt:
 
 
 class Workers(Protocol):
-    """Where attempts run."""
+    """Where attempts run.
+
+    An attempt that was submitted is put among its events when it ends, unless it was withdrawn or
+    given up before.
+
+    Attributes:
+      ahead: how many windows to hand over at a time: several where results take a while to come
+        back.
+    """
+
+    ahead: int
 
     def window(self) -> int | None:
         """How many attempts under way keep all workers busy; None for unknown."""
-        ...
-
-    def ahead(self) -> int:
-        """How many windows to hand over at a time, for where results take a while to come back."""
         ...
 
     def submit(self, attempt: Attempt) -> None:
@@ -105,10 +111,12 @@ def run(fun: Callable[..., Any], attempt: Attempt) -> None:
 
 
 class ThisThread:
-    """Attempts are made while they are handed over, one after another.
+    """Attempts are made one after another, each while it is handed over: it has ended then.
 
     Programs on several devices, and threads of the user's, wait for each other's.
     """
+
+    ahead = 1
 
     def __init__(self, fun: Callable[..., Any]):
         """For calls of `fun`."""
@@ -116,15 +124,9 @@ class ThisThread:
         self._turn, self._next = threading.Lock(), threading.Lock()
 
     def window(self) -> int | None:
-        """One."""
-        return 1
-
-    def ahead(self) -> int:
-        """One."""
         return 1
 
     def submit(self, attempt: Attempt) -> None:
-        """Makes the attempt."""
         # All but one queue for being next, or a thread could take many turns in a row. Devices
         # would come to their next exchange at different times, and XLA waits for 40 seconds.
         with self._next:
@@ -136,16 +138,13 @@ class ThisThread:
         attempt.events.put(attempt)
 
     def deadline(self, attempt: Attempt, timeout: float) -> float | None:
-        """None: when it is asked, the attempt has ended."""
-        del attempt, timeout
+        return None
 
     def withdraw(self, attempt: Attempt) -> bool:
-        """False: the attempt has ended."""
-        del attempt
         return False
 
     def give_up(self, attempt: Attempt) -> None:
-        """Nothing: the attempt has ended."""
+        pass
 
     def close(self) -> None:
-        """Nothing: there is nothing to end."""
+        pass

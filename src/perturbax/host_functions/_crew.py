@@ -77,6 +77,8 @@ class Crew:
     place. Threads are daemons: one that hangs does not keep the program from ending.
     """
 
+    ahead = 1
+
     def __init__(self, count: int, make: Callable[[], Caller]):
         """Of up to `count` threads, each with a caller of its own."""
         self._shared = _Shared(count, make)
@@ -85,10 +87,6 @@ class Crew:
     def window(self) -> int | None:
         """Two for each thread: the next attempt waits in the queue."""
         return 2 * self._shared.count
-
-    def ahead(self) -> int:
-        """One."""
-        return 1
 
     def submit(self, attempt: Attempt) -> None:
         """Puts the attempt in the queue, and starts a thread if one may be missing."""

@@ -45,6 +45,8 @@ class Foreign:
         """For calls of `fun`, which are left behind where they take longer than `timeout`."""
         self._given = executor
         self._client = getattr(executor, "_client", None)  # of a Dask cluster
+        # A cluster sends messages every ten milliseconds, both ways.
+        self.ahead = 1 if self._client is None else 8
         self._count, self._count_again = 1, 0.0
         self._places = [_Place(executor, ready=True)]
         self._lock = threading.Lock()
@@ -66,10 +68,6 @@ class Foreign:
             return 2 * self._count
         workers = getattr(self._given, "_max_workers", None)
         return None if workers is None else 2 * workers
-
-    def ahead(self) -> int:
-        """Of a cluster several: it sends messages every ten milliseconds, both ways."""
-        return 1 if self._client is None else 8
 
     def submit(self, attempt: Attempt) -> None:
         """Submits the call; where workers died before, to an executor made anew."""
@@ -163,7 +161,7 @@ class Foreign:
             attempt.taken = time.monotonic()
         if attempt.taken is None:
             return None
-        return attempt.taken + (2 * self.ahead() + 1) * timeout + START
+        return attempt.taken + (2 * self.ahead + 1) * timeout + START
 
     def withdraw(self, attempt: Attempt) -> bool:
         """Cancels the future."""

@@ -131,34 +131,32 @@ class ProcessWorkers:
 class _OnProcesses:
     """Calls of one function on `ProcessWorkers`."""
 
+    ahead = Crew.ahead
     _numbers = itertools.count()
 
     def __init__(self, pool: ProcessWorkers, fun: Callable[..., Any]):
-        self._pool = pool
+        self._crew = pool.crew
         # Pickled at the first call, by which time what it refers to is there.
         self._function = functools.cache(lambda: (next(self._numbers), pickled(fun, "fun")))
 
     def window(self) -> int | None:
-        return self._pool.crew().window()
-
-    def ahead(self) -> int:
-        return self._pool.crew().ahead()
+        return self._crew().window()
 
     def submit(self, attempt: Attempt) -> None:
         attempt.args = (*self._function(), pickled((attempt.args, attempt.kwargs), "x"))
-        self._pool.crew().submit(attempt)
+        self._crew().submit(attempt)
 
     def deadline(self, attempt: Attempt, timeout: float) -> float | None:
-        return self._pool.crew().deadline(attempt, timeout)
+        return self._crew().deadline(attempt, timeout)
 
     def withdraw(self, attempt: Attempt) -> bool:
-        return self._pool.crew().withdraw(attempt)
+        return self._crew().withdraw(attempt)
 
     def give_up(self, attempt: Attempt) -> None:
-        self._pool.crew().give_up(attempt)
+        self._crew().give_up(attempt)
 
     def close(self) -> None:
-        """Nothing: the processes are their owner's."""
+        pass  # the processes are their owner's
 
 
 class _Nursery:

@@ -143,7 +143,7 @@ class Schedule:
     def _submit(self) -> None:
         window = self.workers.window()
         if window is not None:
-            window *= self.workers.ahead()
+            window *= self.workers.ahead
         while self._pending and (window is None or len(self._running) < window):
             task = self._pending.popleft()
             if self.session is not None:
