@@ -46,7 +46,7 @@ class InThread:
 
 
 class _Shift:
-    """A queue, and the threads that take from it until each finds a None: the crew was closed."""
+    """A queue, and threads that take from it, each until a None: then the crew was closed."""
 
     def __init__(self) -> None:
         self.tasks: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()

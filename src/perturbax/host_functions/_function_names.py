@@ -31,7 +31,7 @@ import numpy as np
 from ..tracing._files import is_file_of_user
 from ._encoding import leaf_digest
 
-# Of these repr tells all.
+# The repr of these tells all about them.
 _PLAIN = (
     *(bool, int, float, complex, str, bytes, range, PurePath, enum.Enum, np.dtype),
     *(datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
@@ -41,7 +41,7 @@ _VALUES = (
     *(*_PLAIN, types.NoneType, types.EllipsisType, np.ndarray, np.generic, jax.Array),
     *(set, frozenset, tuple, slice, re.Pattern),
 )
-# Of these it is told by what they would be pickled as.
+# These are told by what they would be pickled as.
 _REDUCED = (slice, operator.methodcaller, operator.itemgetter, operator.attrgetter)
 
 # Objects of these classes are told by these attributes alone.
@@ -147,7 +147,7 @@ def _content(value: Any, seen: dict[int, tuple[int, Any]], strict: bool = True) 
     kind = _kind(value)
     # Of a class of the user's, which may derive from one of Python's, the methods count as well.
     special = not isinstance(value, type) and _is_class_of_user(type(value), surely=True)
-    # Of these Python shares equal ones at will, constants of code among them.
+    # Never told by number: Python may make one object of several equal ones, as of constants.
     if not special and isinstance(value, _VALUES):
         return kind + (_data(value, seen, strict) or b"")
     if isinstance(value, types.ModuleType):

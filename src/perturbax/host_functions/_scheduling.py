@@ -17,7 +17,7 @@ from ._progress import Bar
 
 # After so many deaths of workers at a point, further ones are taken for failures of the point.
 _MOST_DEATHS = 5
-# How often to look what other processes have done, in seconds.
+# How often to look at what other processes have done, in seconds.
 _GLANCE = 0.05
 # Seconds; on Windows Ctrl-C does not end a wait.
 _LONGEST_WAIT = 0.5 if os.name == "nt" else math.inf
@@ -212,7 +212,7 @@ class Schedule:
     def _handle(self, attempt: Attempt) -> None:
         """Accepts what an attempt has brought, or decides what comes next."""
         task = self._running.pop(attempt, None)
-        if task is None:  # its end and its deadline fell together
+        if task is None:  # it ended while it was given up
             return
         error, died = attempt.error, attempt.died
         if attempt.overdue:  # whatever its worker says, which has just been ended
@@ -259,7 +259,7 @@ class Schedule:
         """Begins nothing more."""
         for attempt in list(self._running):
             with contextlib.suppress(Exception):
-                # One that was given up is here if that raised.
+                # One that was given up is still here if giving it up raised.
                 if attempt.given_up or self.workers.withdraw(attempt):
                     del self._running[attempt]
 

@@ -6,8 +6,8 @@ never does anything else, so that a worker takes milliseconds to start, and fork
 
 A worker is connected with the main program by a socket: requests and replies are pickles with
 their length in front. It ends, with all processes that it started, when the socket does; so does
-the nursery. That is what is left of a program that was killed. Nobody else keeps the socket: what
-the user's function starts may outlive a worker that dies, and the program has to see that it did.
+the nursery. So nothing is left of a program that was killed. Nobody else keeps the socket: what the
+user's function starts may outlive a worker that dies, and the program has to see that it died.
 """
 
 import io
