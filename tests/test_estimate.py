@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import perturbax as px
+from helpers import AS_FOR_USERS
 from perturbax.diagnostics._standard_errors import estimates_by_degree
 
 KEY = jax.random.key(3)
@@ -417,6 +418,38 @@ def test_what_it_cannot_do_it_says():
         px.estimate(px.make_perturbed_fun(relu, 1), KEY, X)
     with pytest.raises(TypeError, match="must be what make_perturbed_fun returned, got relu"):
         px.estimate(relu, KEY, X)
+
+
+@pytest.mark.parametrize("degree", [0, 1])
+def test_large_jacobians_do_not_change_how_the_function_is_evaluated(degree, monkeypatch):
+    """It was evaluated for no more samples at a time than Jacobians are held: one by one, here."""
+    shapes = []
+
+    def signs(x):
+        shapes.append(x.shape)
+        return np.sign(x)
+
+    def fun(x):
+        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(signs, like, x, vmap_method="expand_dims")
+
+    x, sampler = jnp.linspace(-1.0, 1.0, 12), px.Independent(block=2)
+    smooth = px.make_perturbed_fun(fun, 64, 0.3, px.Normal(), sampler=sampler, degree=degree)
+    monkeypatch.setitem(px.execution._plan.CHUNK, "cpu", 12 * 16)
+    jax.block_until_ready(smooth(KEY, x))
+    expected, shapes[:] = sorted(shapes), []
+    found = px.estimate(smooth, KEY, x)
+    jax.block_until_ready(found)
+    assert sorted(shapes) == expected == [(32, 12)] * 2
+    assert found.gradient.shape == (12, 12)
+
+
+def test_memory_of_large_jacobians_is_bounded():
+    """Those of all groups at once would take 48 times as much as one."""
+    smooth = px.make_perturbed_fun(jnp.sign, 48, 0.3, sampler=px.Independent(), degree=0)
+    program = jax.jit(lambda x: px.estimate(smooth, KEY, x)).lower(jnp.zeros(1000))
+    memory = program.compile(compiler_options=AS_FOR_USERS).memory_analysis()
+    assert 0 < memory.temp_size_in_bytes < 6 * 1000 * 1000 * 4
 
 
 @pytest.mark.parametrize("sampler", [px.Sobol(4), px.Independent(block=16)], ids=str)

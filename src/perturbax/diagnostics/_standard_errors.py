@@ -322,8 +322,6 @@ def _with_errors(
     operands: Operands,
 ) -> tuple[list[_Estimates], list[Array]]:
     """Estimates for each plan, which all draw the same samples, and aux; evaluated by the first."""
-    if derive:
-        plans = tuple(map(_in_parts, plans))
     flat_x, scale = concatenate(x, plans[0].dtype), flat_scale(plans[0], sigma)
     words, point = _random_bits.root(key), Point(flat_x, scale)
     drawers = [drawer(plan, words, operands, kept_noise(plan, words, operands)) for plan in plans]
@@ -339,14 +337,12 @@ def _with_errors(
     return found, aux
 
 
-def _in_parts(plan: Plan) -> Plan:
-    """The plan, with a bound on the Jacobians of groups that are held at a time."""
+def _for_jacobians(plan: Plan) -> Plan:
+    """The plan for sums over groups, each with a Jacobian: with fewer at a time, if need be."""
     if not isinstance(plan.width, int):  # a symbolic shape, while exporting, for which there is one
         return plan
     most = max(1, chunk_size() // max(plan.num_rows * plan.dim, 1))
-    if most < plan.groups_at_a_time():
-        return dataclasses.replace(plan, batch_size=most * plan.group_size)
-    return plan
+    return dataclasses.replace(plan, most_groups=most) if most < plan.groups_at_a_time() else plan
 
 
 def _combined(
@@ -407,6 +403,8 @@ def _combined(
 
     _, pull = jax.vjp(lambda v: standardised(plan, v, scale)[0], flat_x)
 
+    for_jacobians = _for_jacobians(plan)
+
     def in_x(in_a: Array) -> Array:
         if jnp.iscomplexobj(in_a):
             return lax.complex(in_x(in_a.real), in_x(in_a.imag))
@@ -421,13 +419,13 @@ def _combined(
             in_a += part.sizes.astype(expected.dtype)[:, None, None] * expected
         return in_x(in_a / number)
 
-    jacobian = summed(plan, lambda *args: jnp.sum(jacobians(*args), axis=0), parts)
+    jacobian = summed(for_jacobians, lambda *args: jnp.sum(jacobians(*args), axis=0), parts)
 
     def jacobian_squares(chunk: Chunk, part: Part) -> Array:
         share = part.sizes.astype(f.dtype) / number
         return squares(jacobians(chunk, part), jacobian, share, unit[:, None])
 
-    jacobian_error = error(summed(plan, jacobian_squares, parts), unit[:, None])
+    jacobian_error = error(summed(for_jacobians, jacobian_squares, parts), unit[:, None])
 
     def by_leaf_of_x(rows: Array) -> list[list[Array]]:
         columns = [jnp.moveaxis(v, 0, -1) for v in in_leaves(rows.T)]

@@ -60,6 +60,7 @@ class Plan:
     mesh: Mesh | None = None  # whose devices share the samples
     # Operands of fun that are leaves of x: callbacks of many points see them at each point.
     own_operands: tuple[int, ...] = ()
+    most_groups: int | None = None  # that a chunk holds, where sums over groups take more memory
 
     @property
     def dim(self) -> int:
@@ -151,10 +152,10 @@ class Plan:
                 most = self.num_groups
         else:
             most = self.batch_size // self.group_size
-        most = min(max(most, 1), self.num_groups)
+        most = min(max(most, 1), self.num_groups, self.most_groups or self.num_groups)
         if self.mesh is not None and self.shares_groups:
             return self._groups_of_a_share(most, _devices.num_slots(self.mesh))
-        if self.batch_size is None:
+        if self.batch_size is None and self.most_groups is None:
             # A divisor saves the last, smaller chunk a compilation of its own.
             for count in range(most, most // 2, -1):
                 if self.num_groups % count == 0:
