@@ -15,7 +15,7 @@ from .._call import run
 from .._perturb import PerturbedFun, kind_of_fun
 from ..estimator._default_rule import RULE, choose
 from ..estimator._derivatives import grads_of_expected, score_function_sums
-from ..estimator._formula import Part, coefficients, fitted, kept, unit_of
+from ..estimator._formula import Part, Surrogates, coefficients, fitted, kept, unit_of
 from ..execution._chunks import Chunk, drawer, evaluate_at, kept_noise, stacked, summed
 from ..execution._plan import (
     Operands,
@@ -337,14 +337,6 @@ def _with_errors(
     return found, aux
 
 
-def _for_jacobians(plan: Plan) -> Plan:
-    """The plan for sums over groups, each with a Jacobian: with fewer at a time, if need be."""
-    if not isinstance(plan.width, int):  # a symbolic shape, while exporting, for which there is one
-        return plan
-    most = max(1, chunk_size() // max(plan.num_rows * plan.dim, 1))
-    return dataclasses.replace(plan, most_groups=most) if most < plan.groups_at_a_time() else plan
-
-
 def _combined(
     plan: Plan,
     derive: bool,
@@ -361,49 +353,81 @@ def _combined(
     quite: surrogates are fitted on common samples. What that correlates is a product of two errors
     of fits.)
     """
-    flat_x, scale = point
-    noise = noise_in(plan, operands)
     # What is fitted serves the Jacobian alone; the rest tells which samples are missing.
     fit_for = plan if derive else dataclasses.replace(plan, degree=None)
     surrogates = fitted(fit_for, operands, point, noise_of, f)
-    parts, number, value = surrogates.parts, surrogates.number, surrogates.value
+    value, parts = surrogates.value, surrogates.parts
+    deviations = kept(f - value[None], parts.present)
+    spread = _spread(surrogates, deviations)
+    means = jnp.sum(in_groups(plan, deviations), axis=1) / surrogates.number
+    value_error = spread.error(spread.squares(means, parts, jnp.zeros_like(value)))
+    jacobian, jacobian_error = [], []
+    if derive:
+        found = _jacobian_with_error(plan, noise_of, point, operands, spread)
+        jacobian, jacobian_error = (_by_leaf_of_x(plan, rows, x) for rows in found)
     missing, empty = None, None
     if parts.present is not None:
         missing = plan.num_samples - jnp.sum(parts.sizes)
         empty = jnp.sum(parts.sizes == 0, dtype=np.int32)
-    shares = parts.sizes.astype(f.dtype) / number
-    # One group alone, or none, tells nothing: squares are zero too.
-    told_of = 1 - jnp.sum(jnp.real(shares) ** 2)
-    told_of = jnp.where(jnp.sum(parts.sizes > 0) > 1, told_of, 1)
-    deviations = kept(f - value[None], parts.present)
-    unit = unit_of(deviations)  # lest squares overflow or vanish
+    return _Estimates(
+        _in_leaves(plan, value),
+        _in_leaves(plan, value_error),
+        jacobian,
+        jacobian_error,
+        missing,
+        empty,
+    )
 
-    def squares(parts: Array, whole: Array, share: Array, unit: Array) -> Array:
-        """Sums over the groups of |C_g - n_g / N C|^2 in squared units.
 
-        If variances of C_g are in proportion to n_g, the mean of this is 1 - sum_g (n_g / N)^2 of
-        that of C: 1 - 1/G for G groups of one size.
+class _Spread(NamedTuple):
+    """What tells the error of an estimate C, the sum of the groups' parts C_g."""
+
+    surrogates: Surrogates
+    unit: Array  # of each output, (M,), lest squares overflow or vanish
+    told_of: Array  # the share of the squared error of C that `squares` are in the mean
+
+    def squares(self, rows: Array, part: Part, whole: Array) -> Array:
+        """Sums over some groups of |C_g - n_g / N C|^2 in squared units, C_g being the rows.
+
+        If variances of C_g are in proportion to n_g, the mean of this, of all groups, is
+        1 - sum_g (n_g / N)^2 of that of C: 1 - 1/G for G groups of one size.
         """
-        deviations = parts - share.reshape(-1, *[1] * whole.ndim) * whole[None]
-        return jnp.sum((jnp.abs(deviations) / unit[None]) ** 2, axis=0)
+        shares = _shares(self.surrogates, part).reshape(-1, *[1] * whole.ndim)
+        deviations = rows - shares * whole[None]
+        return jnp.sum((jnp.abs(deviations) / self._unit_for(whole)[None]) ** 2, axis=0)
 
-    def error(squares: Array, unit: Array) -> Array:
-        return unit * jnp.sqrt(squares / told_of)
+    def error(self, squares: Array) -> Array:
+        """The standard error of C, given the sum over all groups."""
+        return self._unit_for(squares) * jnp.sqrt(squares / self.told_of)
 
-    def in_leaves(flat: Array) -> list[Array]:
-        dtypes = plan.output_dtypes
-        if not jnp.iscomplexobj(flat):  # errors are real, also those of complex numbers
-            dtypes = [np.dtype(jnp.finfo(dtype).dtype) for dtype in dtypes]
-        return split_leaves(flat, plan.outputs, dtypes)
+    def _unit_for(self, whole: Array) -> Array:
+        return self.unit.reshape(-1, *[1] * (whole.ndim - 1))
 
-    means = jnp.sum(in_groups(plan, deviations), axis=1) / number
-    value_error = error(squares(means, jnp.zeros_like(value), shares, unit), unit)
-    if not derive:
-        return _Estimates(in_leaves(value), in_leaves(value_error), [], [], missing, empty)
 
-    _, pull = jax.vjp(lambda v: standardised(plan, v, scale)[0], flat_x)
+def _spread(surrogates: Surrogates, deviations: Array) -> _Spread:
+    """What the deviations of all values from their mean, (N, M), tell."""
+    told_of = 1 - jnp.sum(jnp.real(_shares(surrogates, surrogates.parts)) ** 2)
+    # One group alone, or none, tells nothing: squares are zero too.
+    told_of = jnp.where(jnp.sum(surrogates.parts.sizes > 0) > 1, told_of, 1)
+    return _Spread(surrogates, unit_of(deviations), told_of)
 
-    for_jacobians = _for_jacobians(plan)
+
+def _shares(surrogates: Surrogates, part: Part) -> Array:
+    """n_g / N: which part of all samples each group of a part has."""
+    return part.sizes.astype(surrogates.value.dtype) / surrogates.number
+
+
+def _jacobian_with_error(
+    plan: Plan,
+    noise_of: Callable[[Chunk], Array],
+    point: Point,
+    operands: Operands,
+    spread: _Spread,
+) -> tuple[Array, Array]:
+    """The Jacobian in x, (M, D), and its errors."""
+    surrogates, noise = spread.surrogates, noise_in(plan, operands)
+    parts, number, for_jacobians = surrogates.parts, surrogates.number, _for_jacobians(plan)
+    _, pull = jax.vjp(lambda v: standardised(plan, v, point.scale)[0], point.x)
 
     def in_x(in_a: Array) -> Array:
         if jnp.iscomplexobj(in_a):
@@ -411,6 +435,7 @@ def _combined(
         return jax.vmap(jax.vmap(pull))(in_a.astype(plan.dtype))[0].astype(in_a.dtype)
 
     def jacobians(chunk: Chunk, part: Part) -> Array:
+        """C_g of a chunk's groups, (groups, M, D)."""
         z, wanted = noise_of(chunk), (True, False)
         [in_a] = score_function_sums(plan, wanted, noise, None, z, part, by_group=True)
         beta = coefficients(surrogates, part)
@@ -419,26 +444,34 @@ def _combined(
             in_a += part.sizes.astype(expected.dtype)[:, None, None] * expected
         return in_x(in_a / number)
 
-    jacobian = summed(for_jacobians, lambda *args: jnp.sum(jacobians(*args), axis=0), parts)
+    whole = summed(for_jacobians, lambda *args: jnp.sum(jacobians(*args), axis=0), parts)
 
-    def jacobian_squares(chunk: Chunk, part: Part) -> Array:
-        share = part.sizes.astype(f.dtype) / number
-        return squares(jacobians(chunk, part), jacobian, share, unit[:, None])
+    def squares(chunk: Chunk, part: Part) -> Array:
+        return spread.squares(jacobians(chunk, part), part, whole)
 
-    jacobian_error = error(summed(for_jacobians, jacobian_squares, parts), unit[:, None])
+    return whole, spread.error(summed(for_jacobians, squares, parts))
 
-    def by_leaf_of_x(rows: Array) -> list[list[Array]]:
-        columns = [jnp.moveaxis(v, 0, -1) for v in in_leaves(rows.T)]
-        return [
-            split_leaves(v, x, [v.dtype if jnp.iscomplexobj(v) else leaf.dtype for leaf in x])
-            for v in columns
-        ]
 
-    return _Estimates(
-        in_leaves(value),
-        in_leaves(value_error),
-        by_leaf_of_x(jacobian),
-        by_leaf_of_x(jacobian_error),
-        missing,
-        empty,
-    )
+def _for_jacobians(plan: Plan) -> Plan:
+    """The plan for sums over groups, each with a Jacobian: with fewer at a time, if need be."""
+    if not isinstance(plan.width, int):  # a symbolic shape, while exporting, for which there is one
+        return plan
+    most = max(1, chunk_size() // max(plan.num_rows * plan.dim, 1))
+    return dataclasses.replace(plan, most_groups=most) if most < plan.groups_at_a_time() else plan
+
+
+def _in_leaves(plan: Plan, flat: Array) -> list[Array]:
+    """Leaves of the value, or of its errors, from the last axis of flat arrays (..., M)."""
+    dtypes = plan.output_dtypes
+    if not jnp.iscomplexobj(flat):  # errors are real, also those of complex numbers
+        dtypes = [np.dtype(jnp.finfo(dtype).dtype) for dtype in dtypes]
+    return split_leaves(flat, plan.outputs, dtypes)
+
+
+def _by_leaf_of_x(plan: Plan, rows: Array, x: list[Array]) -> list[list[Array]]:
+    """For each leaf of the value, those of x, from a Jacobian (M, D) or its errors."""
+    columns = [jnp.moveaxis(v, 0, -1) for v in _in_leaves(plan, rows.T)]
+    return [
+        split_leaves(v, x, [v.dtype if jnp.iscomplexobj(v) else leaf.dtype for leaf in x])
+        for v in columns
+    ]
