@@ -541,7 +541,21 @@ def test_without_promotion(option, value):
         (lambda: px.carry(jax.jit(smoothed())), TypeError, "make_perturbed_fun"),
         (lambda: px.carry(smoothed(noise=px.Cauchy())), ValueError, "finite mean and variance"),
         (lambda: px.carry(smoothed(), memory=0), ValueError, "memory must be >= 1, got 0"),
-        (lambda: step_of(smoothed(lambda x: 2 * x)), TypeError, r"real scalar, got float32\[3\]"),
+        (
+            lambda: step_of(smoothed(lambda x: 2 * x)),
+            ValueError,
+            r"float32\[3\]: carry the perturbed",
+        ),
+        (
+            lambda: step_of(smoothed(lambda x: 1j * x[0])),
+            TypeError,
+            r"got complex64\[\]: return its",
+        ),
+        (
+            lambda: step_of(smoothed(lambda x: (x[0], x))),
+            TypeError,
+            r"got float32\[\], float32\[3\]",
+        ),
         (
             lambda: step_of(px.make_perturbed_fun(bumpy, 8, np.eye(3), px.Normal())),
             ValueError,

@@ -405,7 +405,7 @@ def test_wrappers_of_a_perturbed_function_are_not_looked_through(wrap):
     """They share its attributes: the estimate was that of the function inside."""
     wrapped = wrap(px.make_perturbed_fun(relu, 20, 0.2))
     with pytest.raises(
-        TypeError, match=r"a function that wraps it, .* Apply jit and vmap to estimate"
+        TypeError, match=r"a function that wraps it, .*; apply jit and vmap to estimate"
     ):
         px.estimate(wrapped, KEY, X)
 

@@ -321,8 +321,7 @@ def test_picture_of_a_diagnosis(ax):
         ({"direction": np.array([1, np.nan, 0])}, "direction must be finite"),
         ({"reach": 0}, "reach must be positive and finite, got 0"),
         ({"reach": np.nan}, "reach must be positive and finite, got nan"),
-        ({"fun": lambda x: x}, r"must return one number, got arrays of the shapes \[\(3,\)\]"),
-        ({"fun": lambda x: 1j * steps(x)}, "must return a real number, got a complex one"),
+        ({"fun": lambda x: x}, r"must return one real number, got float32\[3\]: choose one"),
     ],
 )
 def test_lines_that_are_refused(change, text, ax):
@@ -334,6 +333,11 @@ def test_lines_that_are_refused(change, text, ax):
 
 def test_lines_of_the_wrong_kind(ax):
     g, direction = px.make_perturbed_fun(steps, 20, 0.3, **OPTIONS), np.ones(3)
+    complex_steps = px.make_perturbed_fun(lambda x: 1j * steps(x), 20, 0.3, **OPTIONS)
+    with pytest.raises(TypeError, match=r"one real number, got complex64\[\]: return its real"):
+        px.plot_smoothing(complex_steps, KEY, X, direction, ax=ax)
+    with pytest.raises(TypeError, match=r"g must be what make_perturbed_fun returned, got steps$"):
+        px.plot_smoothing(steps, KEY, X, direction, ax=ax)
     with pytest.raises(TypeError, match="reach must be a number or None, got str"):
         px.plot_smoothing(g, KEY, X, direction, reach="a", ax=ax)
     with pytest.raises(TypeError, match="call it outside jit"):

@@ -11,7 +11,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from ._leaves import on_device
+from ._leaves import dtype_of, kind_of, on_device
 from ._types import PyTree
 
 
@@ -113,6 +113,34 @@ def check_level(
     if not 0 < level < 1:
         raise ValueError(f"{name} must be between 0 and 1, got {value}; {example}")
     return level
+
+
+def one_number(value: PyTree, name: str, remedy: str, any_rank: bool = False) -> Array:
+    """The one real number that a function returned, of shape ().
+
+    With `any_rank`, an array of one element, whatever its shape, is a number too.
+
+    Raises:
+      TypeError: for several arrays or none, and for what is not a real number.
+      ValueError: for an array of another shape.
+    """
+    leaves = jax.tree.leaves(value)
+    kinds = [dtype_of(leaf) for leaf in leaves]
+    came = [
+        f"{kind}{list(np.shape(leaf))}" if kind is not None else kind_of(leaf)
+        for leaf, kind in zip(leaves, kinds, strict=True)
+    ]
+    told = f"{name} must return one real number, got {', '.join(came) or 'nothing'}: "
+    if len(leaves) != 1:
+        raise TypeError(told + remedy)
+    [leaf], [kind] = leaves, kinds
+    if kind is not None and jnp.issubdtype(kind, jnp.complexfloating):
+        raise TypeError(f"{told}return its real or its imaginary part, or its absolute value")
+    if kind is None or not any(jnp.issubdtype(kind, real) for real in (np.number, np.bool_)):
+        raise TypeError(told + remedy)
+    if np.shape(leaf) and not (any_rank and np.size(leaf) == 1):
+        raise ValueError(told + remedy)
+    return jnp.reshape(leaf, ()) if np.shape(leaf) else jnp.asarray(leaf)
 
 
 def check_noise(noise: object) -> None:

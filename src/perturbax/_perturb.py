@@ -63,6 +63,13 @@ class PerturbedFun:
         return type(self), (self.fun, self.settings)
 
 
+def check_perturbed_fun(value: object, name: str, remedy: str = "") -> None:
+    """Raises TypeError unless `value` is a `PerturbedFun`."""
+    if not isinstance(value, PerturbedFun):
+        told = f"{name} must be what make_perturbed_fun returned, got {kind_of_fun(value)}"
+        raise TypeError(f"{told}; {remedy}" if remedy else told)
+
+
 def kind_of_fun(fun: Any) -> str:
     """What an error calls a function in the place of which a `PerturbedFun` is needed."""
     kind = getattr(fun, "__name__", type(fun).__name__)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .. import _checks, _leaves
-from .._perturb import PerturbedFun, kind_of_fun
+from .._perturb import PerturbedFun, check_perturbed_fun
 from ..scale import _scales
 from ..tracing._mesh_axes import with_explicit_axes, without_explicit_axes
 from . import _regression
@@ -116,9 +116,9 @@ class Carried:
           function has aux. The gradient has the structure of x, as that of `jax.value_and_grad`.
 
         Raises:
-          TypeError: if state is none, or the value is not a real scalar.
-          ValueError: if state is one for points of another dtype or with another number of
-            coordinates, or for noise whose predictions have other terms.
+          TypeError: if state is none, or the value is not one array of real numbers.
+          ValueError: if that is not a scalar; if state is one for points of another dtype or with
+            another number of coordinates, or for noise whose predictions have other terms.
         """
         fun, settings = self.perturbed_fun.fun, self.perturbed_fun.settings
         if not isinstance(state, CarriedState):
@@ -155,10 +155,11 @@ class Carried:
             value, aux = out if settings.has_aux else (out, None)
             point = _offset(_leaves.perturbed_leaves(y)[0], state.origin)
             q = _regression.predict(chosen, point[None], law)[0, 0]
+            remedy = "carry the perturbed function of a loss instead"
+            number = _checks.one_number(value, "fun", remedy)
             with jax.numpy_dtype_promotion("standard"):
-                kind = jnp.promote_types(jnp.result_type(value), dtype)
-            number = _scalar(value).astype(kind)
-            return number - with_explicit_axes(q.astype(kind), number), (value, point, aux)
+                number = number.astype(jnp.promote_types(number.dtype, dtype))
+            return number - with_explicit_axes(q.astype(number.dtype), number), (value, point, aux)
 
         smoothed = PerturbedFun(residual, dataclasses.replace(settings, has_aux=True))
 
@@ -217,10 +218,10 @@ def carry(perturbed_fun: PerturbedFun, *, memory: int | None = None) -> Carried:
       - `value_and_grad(state, key, x, *args, **kwargs)` returns `((value, gradient), state)`.
 
     Raises:
-      TypeError: if perturbed_fun is not what make_perturbed_fun returned, or its value is not a
-        real scalar.
-      ValueError: if its noise lacks a mean or variance, if its scale is a matrix, or memory is
-        below 1.
+      TypeError: if perturbed_fun is not what make_perturbed_fun returned, or, when it is called,
+        its value is not one array of real numbers.
+      ValueError: if that is not a scalar; if its noise lacks a mean or variance, if its scale is a
+        matrix, or memory is below 1.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -241,12 +242,8 @@ def carry(perturbed_fun: PerturbedFun, *, memory: int | None = None) -> Carried:
       - Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2
       - Rahimi and Recht, Random Features for Large-Scale Kernel Machines, 2007
     """
-    if not isinstance(perturbed_fun, PerturbedFun):
-        raise TypeError(
-            "perturbed_fun must be what make_perturbed_fun returned, got "
-            f"{kind_of_fun(perturbed_fun)}; carry first, then apply jit, vmap and scan to "
-            "value_and_grad"
-        )
+    hint = "carry first, then apply jit, vmap and scan to value_and_grad"
+    check_perturbed_fun(perturbed_fun, "perturbed_fun", hint)
     if memory is not None:
         memory = _checks.check_count(memory, "memory")
     law_of(perturbed_fun.settings.noise)
@@ -329,19 +326,6 @@ def _learn(
         covariance=running(state.covariance, jnp.sum(f[None] * q, axis=1) / unit),
         variance=running(state.variance, moved / unit),
     )
-
-
-def _scalar(value: Any) -> Array:
-    """The value of fun, if it is a real scalar."""
-    leaves = jax.tree.leaves(value)
-    shapes = [jnp.shape(v) for v in leaves]
-    if shapes != [()] or jnp.issubdtype(jnp.result_type(leaves[0]), jnp.complexfloating):
-        kinds = [f"{jnp.result_type(v)}{list(s)}" for v, s in zip(leaves, shapes, strict=True)]
-        raise TypeError(
-            f"carry needs a function whose value is a real scalar, got {', '.join(kinds) or 'none'}"
-            ": carry the perturbed function of a loss instead"
-        )
-    return jnp.asarray(leaves[0])
 
 
 def _flat(leaves: list[Array], dtype: Any) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from .. import _checks, _leaves
-from .._perturb import PerturbedFun, kind_of_fun
+from .._perturb import PerturbedFun, check_perturbed_fun
 from ..scale import _scales
 from ..tracing._host_call import own_exceptions
 from . import _plots
@@ -59,8 +59,9 @@ def plot_smoothing(
       The axes.
 
     Raises:
-      TypeError: if g is not what make_perturbed_fun returned, or anything is traced.
-      ValueError: if its value is not one number, direction is not like x, zero or not finite, or
+      TypeError: if g is not what make_perturbed_fun returned, if its value is not one array of real
+        numbers, or anything is traced.
+      ValueError: if that is not one number, direction is not like x, zero or not finite, or
         reach is not positive and finite.
       ImportError: without matplotlib.
 
@@ -72,8 +73,7 @@ def plot_smoothing(
       >>> x, direction = jnp.array([0.2, -0.4]), jnp.array([1.0, 0.0])
       >>> ax = px.plot_smoothing(g, jax.random.key(0), x, direction, num_points=5)
     """
-    if not isinstance(g, PerturbedFun):
-        raise TypeError(f"g must be what make_perturbed_fun returned, got {kind_of_fun(g)}")
+    check_perturbed_fun(g, "g")
     num_points = _checks.check_count(num_points, "num_points")
     if _checks.is_traced((key, x, direction, args, kwargs, g.settings.sigma)):
         raise TypeError("plot_smoothing needs known numbers, got traced ones; call it outside jit")
@@ -145,16 +145,8 @@ def plot_smoothing(
 
 
 def _one_number(value: Any) -> Array:
-    leaves = jax.tree.leaves(value)
-    if len(leaves) != 1 or jnp.size(leaves[0]) != 1:
-        shapes = [jnp.shape(v) for v in leaves]
-        raise ValueError(
-            f"the function must return one number, got arrays of the shapes {shapes}: choose one, "
-            "or draw the loss that they are used in"
-        )
-    if jnp.iscomplexobj(leaves[0]):
-        raise ValueError("the function must return a real number, got a complex one: draw a part")
-    return jnp.reshape(jnp.asarray(leaves[0]), ())
+    remedy = "choose one of several, or draw the loss that they are used in"
+    return _checks.one_number(value, "the function", remedy, any_rank=True)
 
 
 def _check_reach(reach: Any) -> float:

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from .. import _checks
 from .._call import run
-from .._perturb import PerturbedFun, kind_of_fun
+from .._perturb import PerturbedFun, check_perturbed_fun
 from ..estimator._default_rule import RULE, choose
 from ..estimator._derivatives import grads_of_expected, score_function_sums
 from ..estimator._formula import Part, Surrogates, coefficients, fitted, kept, unit_of
@@ -237,12 +237,12 @@ def estimates_by_degree(
     Raises:
       ValueError: if for one of the degrees other samples would be drawn.
     """
-    if not isinstance(perturbed_fun, PerturbedFun):
-        raise TypeError(
-            "perturbed_fun must be what make_perturbed_fun returned, got "
-            f"{kind_of_fun(perturbed_fun)}. Apply jit and vmap to estimate. (Layers and losses "
-            "have no standard errors; a mean solution is a perturbed function of its solver)"
-        )
+    check_perturbed_fun(
+        perturbed_fun,
+        "perturbed_fun",
+        "apply jit and vmap to estimate (layers and losses have no standard errors; a mean "
+        "solution is a perturbed function of its solver)",
+    )
     key = _checks.check_key(key, x, "estimate(g, key, x)")
     call = perturbed_fun.prepare(key, x, args, kwargs, RULE.nets_for_errors)
     call = dataclasses.replace(

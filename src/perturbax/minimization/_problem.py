@@ -144,16 +144,8 @@ def make_problem(
         x = inside(merge(key_and_leaves[1:]))
         key = key_and_leaves[0]
         result = fun(key, x, *args) if takes_key else fun(x, *args)
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(result)]
-        if shapes != [()]:
-            raise TypeError(
-                "fun must return one number, to be minimised, got a result of shape "
-                f"{jax.tree.map(jnp.shape, result)}: return a sum or a mean of it"
-            )
-        (number,) = jax.tree.leaves(result)
-        if jnp.iscomplexobj(number):
-            raise TypeError("fun must return a real number, to be minimised, got a complex one")
-        return jnp.asarray(number).astype(dtype)
+        remedy = "return what is to be minimised alone, such as a sum or a mean of it"
+        return _checks.one_number(result, "fun", remedy).astype(dtype)
 
     def widths(leaf: Array, low: np.ndarray, high: np.ndarray) -> tuple[Array, Array]:
         """How wide each coordinate may be expected to range, and most noise that it is to have."""

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh
 
@@ -88,7 +87,8 @@ def make_perturbed_max(
     Raises:
       TypeError: at construction or call, where an argument is not of the kind described.
       ValueError: where argmax_fun returns another shape than that of theta and there is no
-        objective, where the objective is not a scalar, and as in `make_perturbed_fun`.
+        objective, where the objective is not a scalar (TypeError: not one array of real
+        numbers), and as in `make_perturbed_fun`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -190,15 +190,11 @@ def maximum(layer: Layer, objective: Fun | None, symmetrize: bool) -> Callable[.
 
 
 def objective_value(objective: Fun, dtype: Any) -> Callable[..., Array]:
-    """The objective, if it is a real scalar; otherwise calling it raises ValueError."""
+    """The objective, whose value must be one real number."""
 
     def value(theta: PyTree, y: PyTree, *args: Any, **kwargs: Any) -> Array:
         result = objective(theta, y, *args, **kwargs)
-        if jax.tree.structure(result) != jax.tree.structure(0) or jnp.shape(result):
-            shapes = jax.tree.map(jnp.shape, result)
-            raise ValueError(f"objective must return a scalar, got arrays of the shapes {shapes}")
-        if jnp.iscomplexobj(result):
-            raise ValueError("objective must return a real number, got a complex one")
-        return jnp.asarray(result).astype(dtype)
+        remedy = "return what is to be maximised alone, such as a sum of it"
+        return _checks.one_number(result, "objective", remedy).astype(dtype)
 
     return value
