@@ -10,6 +10,7 @@ import pytest
 
 import closed_forms
 import perturbax as px
+from helpers import enable_x64
 from perturbax.diagnostics import _plots
 from perturbax.diagnostics._sweep import _suggest, _why_not
 
@@ -145,8 +146,28 @@ def test_sigmas_that_are_refused(sigmas, error, text):
         px.sweep_sigma(steps, KEY, X, sigmas)
 
 
+def test_values_beyond_single_precision_are_finite():
+    """They were looked at in single precision, where they are infinite, so that no sigma was."""
+    with enable_x64(True):
+        options = {"num_samples": 64, "noise": px.Normal()}
+        found = px.sweep_sigma(
+            lambda x: 1e39 * (1 + jnp.sum(x**2)), KEY, np.ones(2), [0.1, 0.5], **options
+        )
+    assert not found.share_failed.any()
+    assert found.hard_value == 3e39
+    assert found.suggested_range == (0.1, 0.5)
+
+
+@pytest.mark.parametrize("value", [1.5, 2, True])
+def test_a_python_number_as_value(value):
+    """JAX warned that it has no such dtype in single precision."""
+    found = px.sweep_sigma(lambda x: value, KEY, X, [0.1, 0.5], num_samples=16)
+    assert found.hard_value == value
+    assert (found.share_equal == 1).all()
+
+
 def test_what_a_sweep_needs():
-    with pytest.raises(ValueError, match=r"fun must return one real number, got .* \[\(3,\)\]"):
+    with pytest.raises(ValueError, match=r"fun must return one real number, got float32\[3\]"):
         px.sweep_sigma(lambda x: x, KEY, X)
     with pytest.raises(TypeError, match="call it outside jit"):
         jax.jit(lambda x: px.sweep_sigma(steps, KEY, x).values)(X)

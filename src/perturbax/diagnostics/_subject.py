@@ -431,15 +431,21 @@ def equal_rows(values: np.ndarray, value_at_x: Any) -> np.ndarray:
     for leaf in jax.tree.leaves(value_at_x):
         rows = values[:, start : start + leaf.size]
         start += leaf.size
-        inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
-        slack = 8 * float(jnp.finfo(leaf.dtype).eps) if inexact else 0.0
-        at_x = np.ravel(leaf).astype(values.dtype)
-        with np.errstate(invalid="ignore"):
-            # Near an infinite value there is no other.
-            reach = slack * np.where(np.isfinite(at_x), np.abs(at_x), 0)
-            close = np.abs(rows - at_x) <= reach
-        same &= (close | (rows == at_x)).all(axis=1)
+        same &= nearly_equal(rows, np.ravel(leaf)).all(axis=1)
     return same
+
+
+def nearly_equal(values: Any, at_x: np.ndarray) -> Any:
+    """Which values, of numpy or JAX, are the ones at x, but for rounding in the dtype of these."""
+    numbers = at_x.astype(values.dtype)
+    equal = values == numbers
+    if not jnp.issubdtype(at_x.dtype, jnp.inexact):
+        return equal
+    size = np.abs(numbers)
+    # Near an infinite value there is no other.
+    slack = 8 * float(jnp.finfo(at_x.dtype).eps) * np.where(np.isfinite(size), size, 0)
+    with np.errstate(invalid="ignore"):
+        return equal | (abs(values - numbers) <= slack.astype(size.dtype))
 
 
 def _joined(tree: Any) -> Array:

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ import numpy as np
 from jax import Array
 
 from .. import _checks, _leaves
-from .._perturb import make_perturbed_fun
+from .._perturb import PerturbedFun, make_perturbed_fun
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
 from ..tracing._host_call import own_exceptions
 from . import _plots
 from ._standard_errors import estimate
-from ._subject import FEW_SPACINGS, PLATEAU
+from ._subject import FEW_SPACINGS, PLATEAU, nearly_equal
 from ._variance_law import squared_length
 from ._words import columns_of, count_of, one_digit, percent, wide, wrapped
 
@@ -162,8 +162,9 @@ def sweep_sigma(
       A `SigmaSweep`: `print` it for a table; `suggested_range`, `reason`; `plot()`.
 
     Raises:
-      TypeError: if an argument is not of the kind described, or traced.
-      ValueError: if fun does not return one number; if sigmas are not positive; if x is empty.
+      TypeError: if an argument is not of the kind described, or traced; if fun does not return one
+        array of real numbers.
+      ValueError: if that is not one number; if sigmas are not positive; if x is empty.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -183,33 +184,11 @@ def sweep_sigma(
     if not _leaves.num_elements(leaves):
         raise ValueError("x has no coordinates: there is nothing to smooth")
     scales = _check_sigmas(sigmas, leaves)
-    try:
-        value = fun(x)
-    except TypeError as error:
-        error.add_note(
-            "Raised by fun(x): if fun has further arguments, close over them: "
-            "sweep_sigma(lambda x: fun(x, ...), key, x)"
-        )
-        raise
-    hard = jax.tree.leaves(jax.tree.map(np.asarray, value))
-    if len(hard) != 1 or hard[0].size != 1 or np.iscomplexobj(hard[0]):
-        shapes = [v.shape for v in hard]
-        raise ValueError(
-            f"fun must return one real number, got arrays of the shapes {shapes}: sweep the loss "
-            "that they are used in"
-        )
-    dtype = np.dtype(np.int8) if hard[0].dtype == bool else hard[0].dtype
-    at_x = hard[0].astype(dtype).ravel()[0]
-    # Near an infinite value there is no other.
-    inexact = jnp.issubdtype(dtype, jnp.floating) and np.isfinite(at_x)
-    slack = 8 * float(jnp.finfo(dtype).eps) * abs(at_x) if inexact else 0
-    freedom = 0
+    at_x = _value_at(fun, x)
 
-    def one(arguments: tuple[Array, Array], leaves: list[Array]) -> Any:
-        key, sigma = arguments
-        nonlocal freedom
-        g = make_perturbed_fun(
-            lambda x: (jnp.reshape(jax.tree.leaves(fun(x))[0], ()),) * 2,
+    def smoothed(sigma: Array) -> PerturbedFun:
+        return make_perturbed_fun(
+            lambda x: (_number(fun(x)),) * 2,
             num_samples,
             sigma,
             noise,
@@ -219,40 +198,106 @@ def sweep_sigma(
             degree=degree,
             missing=missing,
         )
+
+    found = _measured(smoothed, at_x, key, scales, leaves, merge)
+    spacings = scales / _largest_spacing(leaves)
+    return _assessed(found, scales, spacings, at_x, num_samples, missing == "drop")
+
+
+def _number(value: Any) -> Array:
+    return _checks.one_number(value, "fun", "sweep the loss that it is used in", any_rank=True)
+
+
+def _value_at(fun: Callable[[Any], Any], x: Any) -> np.ndarray:
+    """The value at x, of shape ()."""
+    try:
+        value = fun(x)
+    except TypeError as error:
+        error.add_note(
+            "Raised by fun(x): if fun has further arguments, close over them: "
+            "sweep_sigma(lambda x: fun(x, ...), key, x)"
+        )
+        raise
+    return np.asarray(_number(value))
+
+
+class _Measured(NamedTuple):
+    """What was measured, a row for each sigma."""
+
+    values: Any
+    value_errors: Any
+    gradients: Any
+    gradient_errors: Any
+    share_equal: Any  # of samples: to the value at x, but for rounding
+    share_failed: Any  # that are NaN or infinite
+    share_nan: Any
+    degrees_of_freedom: Any
+
+
+def _measured(
+    smoothed: Callable[[Array], PerturbedFun],
+    at_x: np.ndarray,
+    key: Array,
+    scales: np.ndarray,
+    leaves: list[Array],
+    merge: Callable[[Iterable[Array]], Any],
+) -> _Measured:
+    """Estimates at all scales, by one program, of a function whose aux are its values."""
+
+    def one(arguments: tuple[Array, Array], leaves: list[Array]) -> _Measured:
+        key, sigma = arguments
+        g = smoothed(sigma)
         found = estimate(g, key, merge(leaves))
-        freedom = found.degrees_of_freedom
         if found.gradient is None:
+            noise = g.settings.noise
             raise NotImplementedError(f"{noise!r} is good for no derivative: take another noise")
-        gradients = [
+        gradient, gradient_error = (
             jnp.concatenate([jnp.ravel(v) for v in jax.tree.leaves(tree)])
             for tree in (found.gradient, found.gradient_error)
-        ]
-        values = found.aux.astype(dtype)
-        equal = (jnp.abs(values - at_x) <= slack) | (values == at_x)
-        numbers = values.astype(jnp.float32)
-        shares = [jnp.mean(v) for v in (equal, ~jnp.isfinite(numbers), jnp.isnan(numbers))]
-        return found.value, found.value_error, *gradients, *shares
+        )
+        values = found.aux
+        return _Measured(
+            found.value,
+            found.value_error,
+            gradient,
+            gradient_error,
+            share_equal=jnp.mean(nearly_equal(values, at_x)),
+            share_failed=jnp.mean(~jnp.isfinite(values)),
+            share_nan=jnp.mean(jnp.isnan(values)),
+            degrees_of_freedom=jnp.asarray(found.degrees_of_freedom, jnp.int32),
+        )
 
     @jax.jit
-    def all_of(keys: Array, scales: Array, leaves: list[Array]) -> Any:
+    def all_of(keys: Array, scales: Array, leaves: list[Array]) -> _Measured:
         return jax.lax.map(functools.partial(one, leaves=leaves), (keys, scales))
 
     keys = jax.random.split(key, len(scales))
     found = own_exceptions(all_of)(keys, jnp.asarray(scales, _leaves.noise_dtype(leaves)), leaves)
-    values, value_errors, gradients, errors, equal, failed, absent = map(wide, found)
+    return _Measured(*map(wide, found))
+
+
+def _assessed(
+    found: _Measured,
+    scales: np.ndarray,
+    spacings: np.ndarray,
+    at_x: np.ndarray,
+    num_samples: int,
+    drop: bool,
+) -> SigmaSweep:
+    """What the measurements tell, and which scales they suggest."""
+    gradients, variances = found.gradients, found.gradient_errors**2
     with np.errstate(all="ignore"):
-        squares, square_errors = squared_length(gradients, errors**2)
+        squares, square_errors = squared_length(gradients, variances)
         lengths = np.sqrt(np.maximum(squares, 0))
         roots = np.sqrt(np.maximum(squares, square_errors))
         length_errors = np.where(roots > 0, square_errors / (2 * roots), 0.0)
-        noise_lengths = np.sqrt(np.sum(errors**2, axis=1))
+        noise_lengths = np.sqrt(np.sum(variances, axis=1))
         relative = np.where(lengths > 0, noise_lengths / lengths, np.inf)
-        cosines, cosine_errors = _cosines(gradients, errors**2, squares)
+        cosines, cosine_errors = _cosines(gradients, variances, squares)
     seen = np.isfinite(squares) & (squares > 2 * square_errors) & (relative <= _MOST_ERROR)
     # What was left out is held against a sigma if nothing is left.
-    absent = np.where((missing == "drop") & (absent < 1), absent, 0)
-    of_rest = [share / (1 - absent) for share in (equal, failed - absent)]
-    spacings = scales / _largest_spacing(leaves)
+    absent = np.where(drop & (found.share_nan < 1), found.share_nan, 0)
+    of_rest = [share / (1 - absent) for share in (found.share_equal, found.share_failed - absent)]
     rows = zip(seen, relative, *of_rest, absent, spacings, strict=True)
     why = [_why_not(*row) for row in rows]
     ends, reason = _suggest(scales, why, cosines, cosine_errors)
@@ -260,16 +305,16 @@ def sweep_sigma(
         sigmas=scales,
         num_samples=num_samples,
         hard_value=float(at_x),
-        values=values,
-        value_errors=value_errors,
+        values=found.values,
+        value_errors=found.value_errors,
         lengths=lengths,
         length_errors=length_errors,
         relative_errors=relative,
         cosines=cosines,
         cosine_errors=cosine_errors,
-        share_equal=equal,
-        share_failed=failed,
-        degrees_of_freedom=freedom,
+        share_equal=found.share_equal,
+        share_failed=found.share_failed,
+        degrees_of_freedom=int(found.degrees_of_freedom[0]),
         suggested_range=ends,
         reason=reason,
     )
