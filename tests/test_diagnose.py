@@ -288,6 +288,15 @@ def test_a_suggestion_is_cautious():
     np.testing.assert_allclose(asked, [1e4, 1e4 * np.exp(np.hypot(0.1, 0.1))], rtol=0.02)
 
 
+def test_sigma_is_not_checked_for_each_number_of_samples(monkeypatch):
+    """Of a million coordinates that took seconds, for thousands of numbers."""
+    subject = Subject(px.make_perturbed_fun(steps, 64, np.ones(3)), KEY, X, (), {})
+    monkeypatch.delattr("perturbax.scale._scales.check_sigma")
+    assert subject.law(64).name == ("nets", 1)
+    assert subject.choose(64) == px.choose_sampler(64, 3)
+    assert subject.choose(64, degree=1) == px.choose_sampler(64, 3, degree=1)
+
+
 def test_nets_that_are_suggested_are_whole():
     x = jnp.asarray(np.random.RandomState(0).normal(0, 0.3, 3), jnp.float32)
     subject = Subject(px.make_perturbed_fun(jnp.sum, 1000, 0.5, px.Normal()), KEY, x, (), {})

@@ -18,7 +18,7 @@ from .. import _checks, _leaves
 from .._call import Settings
 from .._describe import Made, leading
 from .._perturb import PerturbedFun, kind_of_fun
-from ..estimator._default_rule import Choice, choose_sampler
+from ..estimator._default_rule import Choice, choose
 from ..estimator._surrogate import num_features
 from ..sampling._independent import Independent
 from ..sampling._nets import OrthogonalArray, Sobol
@@ -109,6 +109,7 @@ class Subject:
         self._num_outputs = 1
         self._largest = 0
         self._signs: np.ndarray | None = None
+        self._choices: dict[Any, Choice] = {}
         self._programs: dict[Any, tuple[Any, list[int]]] = {}
         # What the samples of the pilot are values of, and where.
         sampled, self._sampled_at, self._sampled_settings = fun, self._merge, settings
@@ -235,15 +236,14 @@ class Subject:
 
     def choose(self, num_samples: int, **changes: Any) -> Choice:
         """Sampler, degree and groups for a number of samples."""
-        settings = dataclasses.replace(self.settings, **changes)
-        return choose_sampler(
-            num_samples,
-            self.dim,
-            settings.noise,
-            sampler=settings.sampler,
-            degree=settings.degree,
-            num_outputs=1 if self._signs is not None else self._num_outputs,
-        )
+        settings = self.settings
+        asked = {"sampler": settings.sampler, "degree": settings.degree, **changes}
+        asked["num_outputs"] = 1 if self._signs is not None else self._num_outputs
+        # For thousands of numbers of samples, several times each.
+        name = num_samples, *asked.values()
+        if name not in self._choices:
+            self._choices[name] = choose(num_samples, self.dim, settings.noise, **asked)
+        return self._choices[name]
 
     def law(self, num_samples: int, **changes: Any) -> Law:
         """The law that the variance follows as long as the choice is the same."""
