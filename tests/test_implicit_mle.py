@@ -159,8 +159,10 @@ def test_errors():
     for lam in (0.0, -1.0, np.inf, jnp.ones(2)):
         with pytest.raises(ValueError, match="lam must be one positive"):
             layer(lam=lam)
-    with pytest.raises(TypeError, match="lam must be a positive number, got str"):
-        layer(lam="1")
+    # Those of numpy were taken for the number 1 and the number 2.
+    for lam, kind in (("1", "str"), (np.str_("2"), "str_"), (np.bool_(True), "bool")):
+        with pytest.raises(TypeError, match=f"lam must be a positive number, got {kind}"):
+            layer(lam=lam)
     with pytest.raises(ValueError, match="alpha must be one finite number, got nan"):
         layer(alpha=np.nan)
     with pytest.raises(ValueError, match="alpha must be one finite number, got 1e\\+39"):

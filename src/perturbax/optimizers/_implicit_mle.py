@@ -143,17 +143,15 @@ def make_implicit_mle(
 
 
 def _check_number(value: Any, name: str, kind: str = "", above: float = -math.inf) -> Any:
-    if isinstance(value, Tracer) and not value.ndim:
+    if getattr(value, "ndim", 0):
+        raise ValueError(f"{name} must be one {kind}number, got shape {value.shape}")
+    if isinstance(value, Tracer):
         return value
-    known = isinstance(value, int | float | np.ndarray | np.generic | Array)
-    if isinstance(value, bool) or not known:
-        raise TypeError(f"{name} must be a {kind}number, got {type(value).__name__}")
-    if np.ndim(value):
-        raise ValueError(f"{name} must be one {kind}number, got shape {np.shape(value)}")
+    number = _checks.check_number(value, name, f"a {kind}number")
     # A larger one is infinite in single precision.
-    if not above < float(value) or abs(float(value)) > float(np.finfo(np.float32).max):
+    if not above < number or abs(number) > float(np.finfo(np.float32).max):
         raise ValueError(f"{name} must be one {kind}finite number, got {value}")
-    return float(value)
+    return number
 
 
 def _scaled(scores: Array, factor: Any) -> Array:
