@@ -16,6 +16,7 @@ from .._describe import describe, leading, remembered
 from .._types import Fun, PyTree
 from ..diagnostics._words import are_known, columns_of, fields_of, numbers_of, wide
 from ..estimator import _formula
+from ..execution._plan import concatenate, flat_scale, noise_in, standardised
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling import _random_bits
@@ -198,7 +199,7 @@ def make_perturbed_distribution(
         call = prepare(dataclasses.replace(settings, sigma=scale), solve, key, location)
         _, (v, solutions) = evaluate(call)
         size = call.plan.group_size if use_baseline else num_samples
-        density = _log_density(call, *in_types_of_constants((v, location, scale)))
+        density = _log_density(call, v)
         distinct, weights = _tabulate(size, in_types_of_constants(solutions), density)
         distinct = jax.tree.map(with_explicit_axes, distinct, solutions)
         if layer.has_traced_scales:
@@ -211,17 +212,15 @@ def make_perturbed_distribution(
     return perturbed_distribution
 
 
-def _log_density(call: Call, v: list[Array], location: list[Array], scale: Any) -> Array:
+def _log_density(call: Call, v: list[Array]) -> Array:
     """Log-density of each sample v, held fixed, under m + r Z: shape (N,)."""
-    scales = scale if isinstance(scale, list) else [scale] * len(location)
     plan = call.plan
-    rows = [jnp.zeros((plan.num_samples, 0), plan.dtype)]  # scores may have no leaves
-    log_scale = jnp.zeros((), plan.dtype)
-    for one, m, r in zip(v, location, scales, strict=True):
-        spread = jnp.broadcast_to(r, m.shape)
-        rows.append(((lax.stop_gradient(one) - m[None]) / spread[None]).reshape(len(one), -1))
-        log_scale += jnp.sum(jnp.log(spread))
-    return _formula.log_prob_of(call.settings.noise, jnp.concatenate(rows, axis=1)) - log_scale
+    v, x, sigma = in_types_of_constants((v, call.x, call.sigma))
+    # v is the noise itself, for m is 0 and r is 1; there may be no leaves.
+    rows = [jnp.zeros((plan.num_samples, 0), plan.dtype), *(one.reshape(len(one), -1) for one in v)]
+    z, noise = lax.stop_gradient(jnp.concatenate(rows, axis=1)), noise_in(plan, call.operands)
+    a_and_r = standardised(plan, concatenate(x, plan.dtype), flat_scale(plan, sigma))
+    return _formula.log_density(plan, noise, z, *a_and_r)
 
 
 @partial(jax.jit, static_argnums=0)
