@@ -29,6 +29,7 @@ LAYERS = [
     "tracing/_host_call",
     "tracing/_files",
     "tracing/_signature",
+    "tracing/_compiled",
     "tracing/_user_code",
     "scale/_matrices",
     "scale/_scales",

@@ -13,6 +13,7 @@ import perturbax as px
 from helpers import enable_x64
 from perturbax.diagnostics import _plots
 from perturbax.diagnostics._sweep import _suggest, _why_not
+from test_trace import compilations
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -253,6 +254,31 @@ def test_a_sweep_of_truth_values():
 
 
 # --- Pictures
+
+
+def test_what_was_made_anew_is_not_compiled_anew():
+    """A second diagnosis, sweep or picture took as long as the first."""
+
+    def run(shift):
+        # So little that as many samples are suggested, for which programs are compiled.
+        level, sigma = np.float32([shift, 0]), 0.5 + shift
+
+        def fun(x):
+            return steps(x - level) + jnp.sum(level * x)
+
+        g = px.make_perturbed_fun(fun, 64, sigma, px.Normal())
+        layer = px.make_perturbed_argmax(px.solvers.one_hot_argmax, 64, sigma)
+        told = [px.diagnose(made, KEY, X[:2]).gradient_length for made in (g, layer)]
+        told.append(px.sweep_sigma(fun, KEY, X[:2], num_samples=64).lengths[-1])
+        ax = plt.figure().subplots()
+        px.plot_smoothing(g, KEY, X[:2], np.float32([1, shift]), num_points=3, ax=ax)
+        told.append(line(ax, "smoothed")[1][0])
+        plt.close("all")
+        return np.array(told)
+
+    first, second = run(0.0), []
+    assert compilations(lambda: second.append(run(1e-3)) or second) == 0
+    assert (first != second[0]).all()
 
 
 @pytest.fixture

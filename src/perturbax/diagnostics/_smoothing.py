@@ -1,5 +1,6 @@
 """plot_smoothing: a function and its smoothed version along a line."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from jax import Array
 from .. import _checks, _leaves
 from .._perturb import PerturbedFun, check_perturbed_fun
 from ..scale import _scales
+from ..tracing._compiled import compiled
 from ..tracing._host_call import own_exceptions
 from . import _plots
 from ._standard_errors import estimate
@@ -114,9 +116,10 @@ def plot_smoothing(
         value = g.fun(at(t), *args, **kwargs)
         return _one_number(value[0] if g.settings.has_aux else value)
 
-    def smooth(t: Array) -> tuple[Array, Array, Array, Array]:
+    def smooth(t: Array, sigma: Any) -> tuple[Array, Array, Array, Array]:
+        smoothed = PerturbedFun(g.fun, dataclasses.replace(g.settings, sigma=sigma))
         # The same noise for all points, on purpose.
-        found = estimate(g, jax.random.clone(key), at(t), *args, **kwargs)
+        found = estimate(smoothed, jax.random.clone(key), at(t), *args, **kwargs)
         value, error = _one_number(found.value), _one_number(found.value_error)
         if found.gradient is None:
             return value, error, jnp.full((), jnp.nan), jnp.full((), jnp.nan)
@@ -133,10 +136,15 @@ def plot_smoothing(
     # Outside of jit, where a host function finds out what it returns.
     g.prepare(jax.random.clone(key), x, args, kwargs)
 
-    def along(one: Callable[[Array], Any], t: np.ndarray) -> Any:
-        return own_exceptions(jax.jit(lambda t: jax.lax.map(one, t)))(t.astype(dtype))
+    def along(one: Callable[..., Any], t: np.ndarray, *more: Any) -> Any:
+        def all_of(t: Array, *more: Any) -> Any:
+            return jax.lax.map(lambda t: one(t, *more), t)
 
-    curve, values = [np.asarray(v) for v in along(smooth, t)], np.asarray(along(hard, fine))
+        args = t.astype(dtype), *more
+        return own_exceptions(compiled(all_of, *args))(*args)
+
+    curve = [np.asarray(v) for v in along(smooth, t, g.settings.sigma)]
+    values = np.asarray(along(hard, fine))
     middle = len(t) // 2
     tangent = float(curve[0][middle]), float(curve[2][middle]), float(curve[3][middle])
     _plots.plot_line(ax, t, (fine, values), (curve[0], curve[1]), tangent)

@@ -5,6 +5,7 @@ that sweeps have as well.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from ..estimator._surrogate import num_features
 from ..sampling._independent import Independent
 from ..sampling._nets import OrthogonalArray, Sobol
 from ..scale import _scales
+from ..tracing._compiled import compiled
 from ..tracing._host_call import own_exceptions
 from . import _variance_law
 from ._standard_errors import estimates_by_degree
@@ -322,35 +324,36 @@ class Subject:
         name = num_samples, count, repr(changes)
         if name not in self._programs:
             self._programs[name] = self._compiled_layer(keys, num_samples, changes), []
-        values, gradients = self._timed(self._programs[name][0], keys, num_samples)
+        program, sigma = self._programs[name][0], self.settings.sigma
+        values, gradients = self._timed(program, (keys, self.leaves, sigma), num_samples)
         return _variance_law.pooled(num_samples, gradients, None, 0, law), values
 
     def _compiled_layer(self, keys: Array, num_samples: int, changes: dict[str, Any]) -> Any:
         assert self._made is not None
         # A degree that is chosen for each number of samples serves derivatives of this one.
-        layer = self._made.again(num_samples=num_samples, **changes)
+        again = functools.partial(self._made.again, num_samples=num_samples, **changes)
 
-        def value(leaves: list[Array], key: Array) -> tuple[Array, Any]:
-            found = layer(key, self._merge(leaves), *self._args, **self._kwargs)
+        def value(leaves: list[Array], key: Array, sigma: Any) -> tuple[Array, Any]:
+            found = again(sigma=sigma)(key, self._merge(leaves), *self._args, **self._kwargs)
             found = self._combined(found)
             flat = _joined(found)
             return (flat[0] if flat.size == 1 else flat), found
 
         derive = jax.grad if self._num_outputs == 1 or self._signs is not None else jax.jacrev
 
-        def one(key: Array, leaves: list[Array]) -> Any:
-            gradient, found = derive(value, has_aux=True)(leaves, key)
+        def one(key: Array, leaves: list[Array], sigma: Any) -> Any:
+            gradient, found = derive(value, has_aux=True)(leaves, key, sigma)
             return found, _joined(gradient)
 
-        def all_of(keys: Array, leaves: list[Array]) -> Any:
-            return jax.lax.map(lambda key: one(key, leaves), keys)
+        def all_of(keys: Array, leaves: list[Array], sigma: Any) -> Any:
+            return jax.lax.map(lambda key: one(key, leaves, sigma), keys)
 
-        return jax.jit(all_of).lower(keys, self.leaves).compile()
+        return compiled(all_of, keys, self.leaves, self.settings.sigma)
 
-    def _timed(self, program: Any, keys: Array, num_samples: int) -> Any:
+    def _timed(self, program: Any, args: tuple[Array, Any, Any], num_samples: int) -> Any:
         """The results of a program, in double precision; evaluations and seconds are noted."""
-        start = time.perf_counter()
-        found = jax.block_until_ready(own_exceptions(program)(keys, self.leaves))
+        start, keys = time.perf_counter(), args[0]
+        found = jax.block_until_ready(own_exceptions(program)(*args))
         seconds = time.perf_counter() - start
         # Few samples of degree 0 take the value at x as well.
         self.num_evaluations += (num_samples + 1) * len(keys)
@@ -379,7 +382,8 @@ class Subject:
         if name not in self._programs:
             self._programs[name] = self._compiled(keys, num_samples, changes, keep, degrees)
         program, freedoms = self._programs[name]
-        return *self._timed(program, keys, num_samples), freedoms
+        args = keys, self.leaves, self._sampled_settings.sigma
+        return *self._timed(program, args, num_samples), freedoms
 
     def _compiled(
         self,
@@ -394,19 +398,20 @@ class Subject:
             return value, _joined(value) if keep else ()
 
         changes = {"num_samples": num_samples, "has_aux": True, **changes}
-        g = PerturbedFun(fun, dataclasses.replace(self._sampled_settings, **changes))
+        settings = dataclasses.replace(self._sampled_settings, **changes)
         freedoms: list[int] = []
 
-        def one(key: Array, leaves: list[Array]) -> Any:
+        def one(key: Array, leaves: list[Array], sigma: Any) -> Any:
+            g = PerturbedFun(fun, dataclasses.replace(settings, sigma=sigma))
             found = estimates_by_degree(g, degrees, key, self._sampled_at(leaves), (), {})
             freedoms[:] = [each.degrees_of_freedom for each in found]
             gradients = [(_joined(v.gradient), _joined(v.gradient_error)) for v in found]
             return found[0].value, found[0].value_error, gradients, found[0].aux
 
-        def all_of(keys: Array, leaves: list[Array]) -> Any:
-            return jax.lax.map(lambda key: one(key, leaves), keys)
+        def all_of(keys: Array, leaves: list[Array], sigma: Any) -> Any:
+            return jax.lax.map(lambda key: one(key, leaves, sigma), keys)
 
-        return jax.jit(all_of).lower(keys, self.leaves).compile(), freedoms
+        return compiled(all_of, keys, self.leaves, settings.sigma), freedoms
 
 
 def _origin(g: Any) -> tuple[Any, Settings, Made | None]:

@@ -16,6 +16,7 @@ from .._perturb import PerturbedFun, make_perturbed_fun
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
+from ..tracing._compiled import compiled
 from ..tracing._host_call import own_exceptions
 from . import _plots
 from ._standard_errors import estimate
@@ -267,12 +268,12 @@ def _measured(
             degrees_of_freedom=jnp.asarray(found.degrees_of_freedom, jnp.int32),
         )
 
-    @jax.jit
     def all_of(keys: Array, scales: Array, leaves: list[Array]) -> _Measured:
         return jax.lax.map(functools.partial(one, leaves=leaves), (keys, scales))
 
     keys = jax.random.split(key, len(scales))
-    found = own_exceptions(all_of)(keys, jnp.asarray(scales, _leaves.noise_dtype(leaves)), leaves)
+    args = keys, jnp.asarray(scales, _leaves.noise_dtype(leaves)), leaves
+    found = own_exceptions(compiled(all_of, *args))(*args)
     return _Measured(*map(wide, found))
 
 
