@@ -440,17 +440,17 @@ def equal_rows(values: np.ndarray, value_at_x: Any) -> np.ndarray:
     return same
 
 
-def nearly_equal(values: Any, at_x: np.ndarray) -> Any:
+def nearly_equal(values: Any, at_x: Any) -> Any:
     """Which values, of numpy or JAX, are the ones at x, but for rounding in the dtype of these."""
     numbers = at_x.astype(values.dtype)
     equal = values == numbers
     if not jnp.issubdtype(at_x.dtype, jnp.inexact):
         return equal
-    size = np.abs(numbers)
-    # Near an infinite value there is no other.
-    slack = 8 * float(jnp.finfo(at_x.dtype).eps) * np.where(np.isfinite(size), size, 0)
+    size = abs(numbers)
+    slack = (8 * float(jnp.finfo(at_x.dtype).eps) * size).astype(size.dtype)
     with np.errstate(invalid="ignore"):
-        return equal | (abs(values - numbers) <= slack.astype(size.dtype))
+        # Near an infinite value there is no other.
+        return equal | ((abs(values - numbers) <= slack) & (size < np.inf))
 
 
 def _joined(tree: Any) -> Array:

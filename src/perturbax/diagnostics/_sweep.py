@@ -1,7 +1,6 @@
 """sweep_sigma: a function smoothed at many scales, to choose one."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -245,7 +244,7 @@ def _measured(
 ) -> _Measured:
     """Estimates at all scales, by one program, of a function whose aux are its values."""
 
-    def one(arguments: tuple[Array, Array], leaves: list[Array]) -> _Measured:
+    def one(arguments: tuple[Array, Array], leaves: list[Array], at_x: Array) -> _Measured:
         key, sigma = arguments
         g = smoothed(sigma)
         found = estimate(g, key, merge(leaves))
@@ -268,11 +267,11 @@ def _measured(
             degrees_of_freedom=jnp.asarray(found.degrees_of_freedom, jnp.int32),
         )
 
-    def all_of(keys: Array, scales: Array, leaves: list[Array]) -> _Measured:
-        return jax.lax.map(functools.partial(one, leaves=leaves), (keys, scales))
+    def all_of(keys: Array, scales: Array, *others: Any) -> _Measured:
+        return jax.lax.map(lambda each: one(each, *others), (keys, scales))
 
     keys = jax.random.split(key, len(scales))
-    args = keys, jnp.asarray(scales, _leaves.noise_dtype(leaves)), leaves
+    args = keys, jnp.asarray(scales, _leaves.noise_dtype(leaves)), leaves, at_x
     found = own_exceptions(compiled(all_of, *args))(*args)
     return _Measured(*map(wide, found))
 
