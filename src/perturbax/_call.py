@@ -38,7 +38,7 @@ from .tracing._mesh_axes import (
 _MAX_SAMPLES = 2**31 - 1
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Settings:
     """How a function is perturbed: the arguments of `make_perturbed_fun` but fun, checked.
 

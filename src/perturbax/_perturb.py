@@ -167,17 +167,16 @@ def make_perturbed_fun(
       - Foerster et al., DiCE: The Infinitely Differentiable Monte Carlo Estimator, 2018,
         arXiv:1802.05098
     """
-    _checks.check_fun(fun)
     settings = Settings(
-        num_samples,
-        sigma,
-        noise,
-        use_baseline,
-        batch_size,
-        has_aux,
-        sampler,
-        degree,
-        missing,
-        mesh,
+        num_samples=num_samples,
+        sigma=sigma,
+        noise=noise,
+        use_baseline=use_baseline,
+        batch_size=batch_size,
+        has_aux=has_aux,
+        sampler=sampler,
+        degree=degree,
+        missing=missing,
+        mesh=mesh,
     )
     return PerturbedFun(fun, settings)

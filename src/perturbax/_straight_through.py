@@ -77,11 +77,11 @@ def make_straight_through_fun(
     """
     _checks.check_fun(fun)
     settings = Settings(
-        num_samples,
-        sigma,
-        noise,
-        use_baseline,
-        batch_size,
+        num_samples=num_samples,
+        sigma=sigma,
+        noise=noise,
+        use_baseline=use_baseline,
+        batch_size=batch_size,
         sampler=sampler,
         degree=degree,
         mesh=mesh,

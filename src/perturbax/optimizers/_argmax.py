@@ -98,11 +98,11 @@ def make_perturbed_argmax(
     """
     symmetrize = _checks.check_bool(symmetrize, "symmetrize")
     settings = Settings(
-        num_samples,
-        sigma,
-        noise,
-        use_baseline,
-        batch_size,
+        num_samples=num_samples,
+        sigma=sigma,
+        noise=noise,
+        use_baseline=use_baseline,
+        batch_size=batch_size,
         sampler=sampler,
         degree=degree,
         mesh=mesh,

@@ -168,9 +168,9 @@ def make_perturbed_distribution(
     """
     # All that is wanted of the perturbed function are its samples.
     settings = Settings(
-        num_samples,
-        sigma,
-        noise,
+        num_samples=num_samples,
+        sigma=sigma,
+        noise=noise,
         use_baseline=False,
         batch_size=batch_size,
         has_aux=True,

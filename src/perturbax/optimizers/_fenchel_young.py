@@ -94,11 +94,11 @@ def make_fenchel_young_loss(
       - Blondel, Martins and Niculae, Learning with Fenchel-Young Losses, 2019, arXiv:1901.02324
     """
     settings = Settings(
-        num_samples,
-        sigma,
-        noise,
-        use_baseline,
-        batch_size,
+        num_samples=num_samples,
+        sigma=sigma,
+        noise=noise,
+        use_baseline=use_baseline,
+        batch_size=batch_size,
         sampler=sampler,
         degree=degree,
         mesh=mesh,

@@ -109,7 +109,13 @@ def make_implicit_mle(
 
     # With a baseline, should sigma or a further argument be differentiated.
     settings = Settings(
-        num_samples, sigma, noise, batch_size=batch_size, sampler=sampler, degree=0, mesh=mesh
+        num_samples=num_samples,
+        sigma=sigma,
+        noise=noise,
+        batch_size=batch_size,
+        sampler=sampler,
+        degree=0,
+        mesh=mesh,
     )
 
     def implicit_mle(*args: Any, **kwargs: Any) -> PyTree:

@@ -104,11 +104,11 @@ def make_perturbed_max(
       Berthet et al., Learning with Differentiable Perturbed Optimizers, 2020, arXiv:2002.08676
     """
     settings = Settings(
-        num_samples,
-        sigma,
-        noise,
-        use_baseline,
-        batch_size,
+        num_samples=num_samples,
+        sigma=sigma,
+        noise=noise,
+        use_baseline=use_baseline,
+        batch_size=batch_size,
         sampler=sampler,
         degree=degree,
         mesh=mesh,
