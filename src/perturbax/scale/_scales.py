@@ -236,7 +236,6 @@ def spacings(scale: Any, leaf: Any) -> float:
 
 def _is_lost(scale: Any, leaf: Any) -> bool:
     """Whether x + sigma z rounds to x in a coordinate."""
-    leaf = np.asarray(leaf)
     with np.errstate(all="ignore"):
         # The largest number has the widest spacing. Where sigma is above that, as it nearly always
         # is, no array as large as x is made.
@@ -250,7 +249,11 @@ def _warn_if_lost(scales: list[Any], leaves: list[Array], names: list[str]) -> N
     """Warns where x + sigma z rounds to x, so that fun would hardly see a perturbation at all."""
     for scale, leaf, name in zip(one_each(scales, leaves), leaves, names, strict=True):
         found = _value_of(scale), _value_of(leaf)
-        if all(map(_is_known, found)) and _is_lost(*jax.device_get(found)):
+        if not all(map(_is_known, found)):
+            continue
+        known, numbers = jax.device_get(found)
+        # A Python number under derivatives is still one, and of no dtype.
+        if _is_lost(known, np.asarray(numbers, leaf.dtype)):
             warnings.warn(
                 f"sigma is below the spacing of {leaf.dtype} numbers at leaf {name!r}: fun sees "
                 "the same input at most samples, and the gradient is noise. Use a larger sigma, "
