@@ -58,6 +58,18 @@ def fails(kind, *parts):
     return pytest.RaisesExc(kind, check=check)
 
 
+class OfAnotherLibrary:
+    """An array as others have them, such as a Series of pandas or a tensor of torch."""
+
+    shape = (3,)
+
+    def __init__(self, dtype="torch.float32"):
+        self.dtype = dtype
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(X, dtype)
+
+
 # --- Mistakes that are found when the perturbed function is made
 
 CONSTRUCTION = {
@@ -98,6 +110,14 @@ CONSTRUCTION = {
         ["sigma must be a real number", "array of bool"],
     ),
     "sigma a string": ({"sigma": "0.1"}, TypeError, ["sigma must be a positive number", "str"]),
+    "sigma an array of another library": (
+        {"sigma": {"a": OfAnotherLibrary()}},
+        TypeError,
+        [
+            "sigma must be a positive number",
+            "OfAnotherLibrary: convert it, jnp.asarray(sigma['a'])",
+        ],
+    ),
     "sigma missing": ({"sigma": None}, TypeError, ["sigma must be a positive number", "None"]),
     "sigma an array of strings": (
         {"sigma": np.array(["a"])},
@@ -249,6 +269,12 @@ def swapped():
     return smooth()(X, KEY)
 
 
+def checks_its_argument(y):
+    """As scikit-learn does it."""
+    if not isinstance(y, float):
+        raise ValueError(f"The parameter must be a float. Got {y} instead.")
+
+
 CALLS = {
     "sigma too short": (
         call(sigma=np.array([0.1, 0.2])),
@@ -294,6 +320,16 @@ CALLS = {
         call(x=[X, {"w": X}], sigma=[0.1, None]),
         TypeError,
         ["sigma[1] must be a positive number", "x[1]", "got None"],
+    ),
+    "sigma a matrix for the rows of a matrix": (
+        call(x=jnp.ones((2, 2)), sigma=jnp.eye(2)),
+        ValueError,
+        ["got 0.0 at sigma[0, 1]. A matrix for a leaf of shape (2, 2) has shape (2, 2, 2, 2)."],
+    ),
+    "sigma zero in a square": (
+        call(x=jnp.ones((2, 2)), sigma=jnp.zeros((2, 2))),
+        ValueError,
+        ["got 0.0 at sigma[0, 0]. For the unperturbed function"],
     ),
     "sigma too small for the dtype": (
         call(sigma=1e-300),
@@ -373,6 +409,21 @@ CALLS = {
         ["leaf \"x['w'][1]\" is a str", "further argument, g(key, x, ...)"],
     ),
     **{
+        f"x of another library, {name}": (
+            call(x={"w": OfAnotherLibrary(dtype)}),
+            TypeError,
+            [
+                "leaf \"x['w']\" is a OfAnotherLibrary: convert it, jnp.asarray(x['w']); or, if it",
+                "not to be perturbed, pass it to fun as a further argument, g(key, x, ...)",
+            ],
+        )
+        for name, dtype in [
+            ("with a dtype of numpy", np.dtype(np.float32)),
+            ("with the name of a dtype", "torch.float32"),
+            ("with a dtype of its own", object()),
+        ]
+    },
+    **{
         f"x of dtype {kind}": (
             call(x={"w": [X, np.array([value], kind)]}),
             TypeError,
@@ -390,6 +441,11 @@ CALLS = {
         call(fun=lambda y: np.sin(y)),
         jax.errors.TracerArrayConversionError,
         ["fun is traced and vmapped", "numpy", "perturbax.host_function"],
+    ),
+    "fun hands its argument to a library that checks it": (
+        call(fun=checks_its_argument),
+        ValueError,
+        ["must be a float. Got JitTracer", "other than JAX", "perturbax.host_function"],
     ),
     "fun branches on its argument": (
         call(fun=lambda y: 1.0 if y[0] > 0 else 0.0),
@@ -420,6 +476,16 @@ CALLS = {
         call(fun=lambda y: {"a": y, "b": "hi"}),
         TypeError,
         ["fun's value must be a pytree of arrays", "value['b']", "str"],
+    ),
+    "fun returns the name of a dtype": (  # numpy warned of its alias
+        call(fun=lambda y: "a"),
+        TypeError,
+        ["fun's value must be a pytree of arrays", "'value'", "a str"],
+    ),
+    "aux is the name of a dtype": (
+        call(fun=lambda y: (jnp.sum(y), "a"), has_aux=True),
+        TypeError,
+        ["fun's aux must be a pytree of arrays", "'aux'", "a str"],
     ),
     "fun returns an array of strings": (
         call(fun=lambda y: {"a": y, "b": np.array("hi")}),
@@ -645,10 +711,35 @@ CALLS = {
         ["x is missing", "g(key, x, ...)", "['scale']"],
     ),
     "key is missing": (lambda: smooth()(x=X), TypeError, ["key is missing", "g(key, x, ...)"]),
+    "x without a key": (
+        lambda: smooth()(X),
+        TypeError,
+        ["the key is missing: call g(key, x), for example g(jax.random.key(0), x)"],
+    ),
+    "a number without a key": (
+        lambda: smooth()(0.5, scale=2.0),
+        TypeError,
+        ["the key is missing: call g(key, x)"],
+    ),
+    "x of another library without a key": (
+        lambda: smooth()(OfAnotherLibrary()),
+        TypeError,
+        ["the key is missing: call g(key, x)"],
+    ),
+    "a raw key without x": (
+        lambda: smooth()(np.zeros(2, np.uint32)),
+        TypeError,
+        ["x is missing", "g(key, x, ...)"],
+    ),
+    "scores and a solution without a key": (
+        lambda: px.make_fenchel_young_loss(one_hot_argmax, 4)(X, X),
+        TypeError,
+        ["the key is missing: call g(key, theta, y_true)"],
+    ),
     "a perturbed function in the place of fun": (
         lambda: px.sweep_sigma(smooth(), KEY, X),
         TypeError,
-        ["x is missing", "g(key, x, ...)", "without a key", "give the one that was perturbed"],
+        ["the key is missing", "without a key", "give the one that was perturbed"],
     ),
     "an argument that fun does not take": (
         lambda: smooth(fun=lambda y: y)(KEY, X, 1.0),
@@ -661,6 +752,11 @@ CALLS = {
         ["keyword argument", "noise.sample(key, (3,), float32)", "NoiseDistribution"],
     ),
 }
+
+
+def test_what_another_library_has_is_converted_as_the_error_says():
+    found = smooth()(KEY, jnp.asarray(OfAnotherLibrary()))
+    np.testing.assert_array_equal(found, smooth()(KEY, X))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -677,8 +773,29 @@ def test_the_error_of_fun_itself_is_passed_on():
     def fun(y):
         raise OwnError("mine")
 
-    with pytest.raises(OwnError, match="mine"):
+    with pytest.raises(OwnError, match="mine") as caught:
         smooth(fun)(KEY, X)
+    assert "host_function" not in message(caught.value)
+
+
+def test_an_error_of_fun_that_cannot_be_printed_is_passed_on():
+    class OwnError(Exception):
+        def __str__(self):
+            raise ValueError("not this one")
+
+    def fun(y):
+        raise OwnError
+
+    with pytest.raises(OwnError):
+        smooth(fun)(KEY, X)
+
+
+def test_a_host_function_is_no_remedy_for_a_value_kept_from_another_trace():
+    kept = []
+    jax.make_jaxpr(kept.append)(1.0)
+    with pytest.raises(jax.errors.UnexpectedTracerError) as caught:
+        smooth(lambda y: y + kept[0])(KEY, X)
+    assert "host_function" not in message(caught.value)
 
 
 # --- sigma

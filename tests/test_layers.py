@@ -15,9 +15,9 @@ PACKAGE = Path(perturbax.__file__).parent
 # a folder alone stands for all the files in it, which may also import one another.
 LAYERS = [
     "_types",
-    "_describe",
     "_leaves",
     "_checks",
+    "_describe",
     "tracing/_broadcasting",
     "sampling/_random_bits",
     "tracing/_derivative_rules",

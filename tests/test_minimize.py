@@ -691,11 +691,19 @@ def test_a_start_on_a_bound_that_is_rounded(dtype):
     assert np.all(np.asarray(run.x) >= np.asarray(0.7, dtype))
 
 
+class Frame:
+    """A table of another library, which has no dtype."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.zeros(2, dtype)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
         ({"x0": jnp.zeros(2, jnp.int32)}, TypeError, "fun rounds"),
         ({"x0": {"a": jnp.zeros(2), "b": 3}}, TypeError, "args="),
+        ({"x0": Frame()}, TypeError, r"is a Frame: convert it, jnp.asarray\(x\); or"),
         ({"x0": jnp.zeros((0, 3))}, ValueError, "no coordinates"),
         ({"x0": jnp.array([jnp.nan])}, ValueError, "finite"),
         ({"lower": 1.0}, ValueError, "x0 must lie between"),
@@ -723,6 +731,7 @@ def test_a_start_on_a_bound_that_is_rounded(dtype):
         ({"max_evaluations": 20}, ValueError, "max_evaluations must be at least"),
         ({"max_evaluations": 1e4}, TypeError, r"must be an int, got float .*int\(10000.0\)"),
         ({"fun": lambda x: x}, ValueError, r"one real number, got float32\[2\]: return what"),
+        ({"fun": lambda x: "f"}, TypeError, "one real number, got a str: return what"),
         ({"fun": lambda x: None}, TypeError, "one real number, got nothing: return what"),
         (
             {"fun": lambda x: 1j * x[0]},

@@ -230,7 +230,7 @@ def check_key(key: Any, x: PyTree, call: str | None = None) -> Array:
     place, hint = "the first argument", "did you call g(x, key)? it is g(key, x)"
     if call is not None:
         place, hint = "key", f"did you swap arguments? it is {call}"
-    hint = f"; {hint}" if _is_key(x) else ""
+    hint = f"; {hint}" if is_key(x) else ""
     if isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.shape:
             raise TypeError(
@@ -252,8 +252,9 @@ def check_key(key: Any, x: PyTree, call: str | None = None) -> Array:
     raise TypeError(f"{place} must be a PRNG key such as jax.random.key(0), got {what}{hint}")
 
 
-def _is_key(value: Any) -> bool:
-    return hasattr(value, "dtype") and (
+def is_key(value: Any) -> bool:
+    """Whether it is a PRNG key, typed or raw, or an array of typed ones."""
+    return isinstance(value, Array | np.ndarray) and (
         jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
         or (value.dtype == np.uint32 and np.shape(value) == (2,))
     )

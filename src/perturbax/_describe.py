@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any, ParamSpec, Self
 
+from ._checks import is_key
 from ._types import Fun
 
 _Arguments = ParamSpec("_Arguments")
@@ -86,12 +87,19 @@ def leading(
     Raises:
       TypeError: if one of them is missing.
     """
-    for name in names[len(args) :]:
+    given = len(args)
+    for name in names[given:]:
         if name not in kwargs:
+            if given and names[0] not in kwargs and not is_key(args[0]):
+                rest = ", ".join(names[1:])
+                raise TypeError(
+                    f"the key is missing: call g(key, {rest}), for example g(jax.random.key(0), "
+                    f"{rest}); where a function without a key is asked for, give the one that was "
+                    "perturbed"
+                )
             raise TypeError(
                 f"{name} is missing: this function is called as g({', '.join(names)}, ...), got "
-                f"{len(args)} of them by position and the names {sorted(kwargs)}; where a function "
-                "without a key is asked for, give the one that was perturbed"
+                f"{given} of them by position and the names {sorted(kwargs)}"
             )
         args = (*args, kwargs.pop(name))
     return args

@@ -29,9 +29,13 @@ def perturbed_leaves(
         if isinstance(leaf, float):
             leaf = np.asarray(leaf, jax.dtypes.canonicalize_dtype(float))
         if not isinstance(leaf, int | np.ndarray | np.generic | Array | complex):
+            name = leaf_name(path)
+            remedy = "pass it to fun as a further argument, g(key, x, ...)"
+            if conversion := conversion_of(leaf, name):
+                remedy = f"{conversion}; or, if it is not to be perturbed, {remedy}"
             raise TypeError(
-                f"x must be a pytree of arrays, but leaf {leaf_name(path)!r} is a "
-                f"{type(leaf).__name__}: pass it to fun as a further argument, g(key, x, ...)"
+                f"x must be a pytree of arrays, but leaf {name!r} is a {type(leaf).__name__}: "
+                f"{remedy}"
             )
         dtype = dtype_of(leaf)
         if dtype is None:
@@ -79,6 +83,8 @@ def num_elements(leaves: list[Array]) -> int:
 
 def dtype_of(value: object) -> np.dtype | None:
     """As JAX has it; None for those that it does not support, such as that of strings."""
+    if isinstance(value, str | bytes | type):  # not the dtype that it names
+        return None
     given = getattr(value, "dtype", None)
     if isinstance(given, np.dtype) and not given.isnative:
         return None  # JAX does not raise at once in all of its releases
@@ -92,6 +98,11 @@ def kind_of(value: object) -> str:
     """What an error calls it."""
     dtype = getattr(value, "dtype", None)
     return f"a {type(value).__name__}" if dtype is None else f"an array of {dtype}"
+
+
+def conversion_of(value: object, name: str) -> str:
+    """How to make an array of what another library has for one; nothing for what is none."""
+    return f"convert it, jnp.asarray({name})" if hasattr(type(value), "__array__") else ""
 
 
 def on_device(value: Any) -> Any:

@@ -119,8 +119,9 @@ def make_problem(
     _checks.check_fun(fun)
     _check_call(fun, takes_key, args)
     fixed = [leaf for leaf in jax.tree.leaves(x0) if not _is_floating(leaf)]
-    if fixed and not any(isinstance(leaf, str) for leaf in fixed):
-        kinds = ", ".join(sorted({str(_leaves.dtype_of(leaf)) for leaf in fixed}))
+    dtypes = [_leaves.dtype_of(leaf) for leaf in fixed]
+    if fixed and None not in dtypes:
+        kinds = ", ".join(sorted(set(map(str, dtypes))))
         raise TypeError(
             f"minimize moves all of x0, but it has leaves of {kinds}: hand those to fun by "
             "args=(...), or, where they are to be found too, make them floating numbers that fun "

@@ -13,7 +13,7 @@ from jax import Array
 from jax.core import Tracer
 
 from .._checks import array_hint
-from .._leaves import dtype_of, kind_of, leaf_name, noise_dtype, on_device
+from .._leaves import conversion_of, dtype_of, kind_of, leaf_name, noise_dtype, on_device
 from .._types import PyTree
 from . import _matrices
 
@@ -36,8 +36,10 @@ def _check_scale(path: Any, scale: Any) -> Any:
     if isinstance(scale, bool | np.bool_):
         raise TypeError("sigma must be a real number, got bool")
     if not isinstance(scale, int | float | complex | np.ndarray | np.generic | Array):
+        conversion = conversion_of(scale, f"sigma{jax.tree_util.keystr(path)}")
         raise TypeError(
             f"sigma must be a positive number, array or pytree of them, got {type(scale).__name__}"
+            + (f": {conversion}" if conversion else "")
         )
     dtype = dtype_of(scale)
     if dtype is None:
@@ -63,12 +65,22 @@ def _check_scale(path: Any, scale: Any) -> Any:
     return scale if isinstance(scale, Array) and jnp.issubdtype(dtype, jnp.floating) else known
 
 
-def _check_positive(known: np.ndarray, name: str) -> None:
-    if not (known > 0).all():
-        raise ValueError(
-            f"sigma must be > 0 (it is a scale), got {_first(known, known <= 0, name)}. "
-            "For the unperturbed function call fun(x) directly."
-        )
+def _check_positive(known: np.ndarray, name: str, shape: tuple[int, ...] = ()) -> None:
+    """Raises unless all of a scale, of a leaf of that shape if that is known, is positive."""
+    if (known > 0).all():
+        return
+    remedy = "For the unperturbed function call fun(x) directly."
+    if shape and _looks_like_a_matrix(known):
+        remedy = f"A matrix for a leaf of shape {shape} has shape {shape * 2}."
+    raise ValueError(
+        f"sigma must be > 0 (it is a scale), got {_first(known, known <= 0, name)}. {remedy}"
+    )
+
+
+def _looks_like_a_matrix(known: np.ndarray) -> bool:
+    """Whether it is square, and positive on its diagonal."""
+    square = known.ndim == 2 and known.shape[0] == known.shape[1] > 1
+    return square and bool((np.diagonal(known) > 0).all())
 
 
 def _first(values: np.ndarray, wrong: np.ndarray, name: str) -> str:
@@ -114,7 +126,7 @@ def scale_leaves(sigma: PyTree, x: PyTree, leaves: list[Array], names: list[str]
                     "this leaf alone; it must not enlarge the leaf"
                 )
             if _is_known(scale):
-                _check_positive(np.asarray(jax.device_get(scale)), "sigma")
+                _check_positive(np.asarray(jax.device_get(scale)), "sigma", leaf.shape)
         scales = [_with_rank(s, leaf.ndim) for s, leaf in zip(scales, leaves, strict=True)]
     for i, scale in enumerate(scales):
         if not (leaves and _matrices.is_matrix(scale, leaves[i])):

@@ -91,14 +91,26 @@ def trace_fun(fun: Fun, leaves: list[Array], has_aux: bool) -> Traced:
 
     try:
         traced, operands = trace(flat, *leaves)
-    except _NEEDS_VALUES as error:
-        error.add_note(
-            "fun is traced and vmapped over the samples, so it cannot use numpy, float(), `if` or "
-            "an index of bools on its argument. Make a host function of such code, "
-            "perturbax.host_function(fun): it is called with numpy arrays, one point at a time."
-        )
+    except Exception as error:
+        if isinstance(error, _NEEDS_VALUES) or _names_a_tracer(error):
+            error.add_note(
+                "fun is traced and vmapped over the samples, so it cannot use numpy, float(), `if` "
+                "or an index of bools on its argument, nor libraries other than JAX. Make a host "
+                "function of such code, perturbax.host_function(fun): it is called with numpy "
+                "arrays, one point at a time."
+            )
         raise
     return Traced(traced, tuple(map(on_device, operands)), *structures)
+
+
+def _names_a_tracer(error: Exception) -> bool:
+    """Whether code that is not for JAX complains, in words of its own, of what it was given."""
+    if isinstance(error, jax.errors.UnexpectedTracerError):  # kept from another trace
+        return False
+    try:
+        return "Tracer" in str(error)
+    except Exception:  # of a class that cannot be printed
+        return False
 
 
 def _in_words(out: Any) -> str:
