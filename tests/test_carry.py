@@ -568,6 +568,12 @@ def test_without_promotion(option, value):
             ValueError,
             r"state is one for other noise than Normal\(\): call init",
         ),
+        (
+            lambda: jax.grad(px.carry(smoothed()), argnums=1)(jax.random.key(0), X),
+            TypeError,
+            r"use carried.value_and_grad\(state, key, x\), it takes the place of",
+        ),
+        (lambda: px.carry(smoothed())(X), TypeError, "cannot be called"),
         (lambda: step_of_doubles(), ValueError, "points of float32, but noise for x is float64"),
         (lambda: step_of(smoothed(), key=X, x=jax.random.key(0)), TypeError, "did you swap"),
     ],

@@ -11,7 +11,7 @@ as q predicts f. Samples of the past enter through q alone, never through weight
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,18 @@ class Carried:
 
     perturbed_fun: PerturbedFun
     memory: int | None
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> NoReturn:
+        """Tells what is to be called instead.
+
+        Raises:
+          TypeError: always.
+        """
+        raise TypeError(
+            "what carry returned cannot be called or differentiated: use "
+            "carried.value_and_grad(state, key, x), it takes the place of jax.value_and_grad(g), "
+            "with carried.init(x) as the first state"
+        )
 
     def init(self, x: Any) -> CarriedState:
         """The state of somebody who has seen nothing yet, for points like x."""
@@ -218,10 +230,11 @@ def carry(perturbed_fun: PerturbedFun, *, memory: int | None = None) -> Carried:
       - `value_and_grad(state, key, x, *args, **kwargs)` returns `((value, gradient), state)`.
 
     Raises:
-      TypeError: if perturbed_fun is not what make_perturbed_fun returned, or, when it is called,
+      TypeError: if perturbed_fun is not what make_perturbed_fun returned; by `value_and_grad`, if
         its value is not one array of real numbers.
-      ValueError: if that is not a scalar; if its noise lacks a mean or variance, if its scale is a
-        matrix, or memory is below 1.
+      ValueError: if its noise lacks a mean or variance, or memory is below 1; by `init` and
+        `value_and_grad`, if its scale is a matrix; by `value_and_grad`, if its value is not a
+        scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp
