@@ -589,6 +589,29 @@ def test_failures_in_place():
                 assert counts(h) == 2
 
 
+@pytest.mark.parametrize(
+    ("on_failure", "like"),
+    [
+        (1, "like=0.0), if it returns one number"),
+        (2j, "like=0j), if it returns one number"),
+        (np.ones(2), "like=np.full((2,), 0.0)), if it returns an array"),
+        ({"a": 1.0}, "like=...)"),
+        ("missing", "like=...)"),
+    ],
+    ids=str,
+)
+def test_a_failure_at_the_first_point_tells_which_like_to_give(on_failure, like):
+    with pytest.raises(ValueError, match="failed at the first point") as caught:
+        px.host_function(above, on_failure=on_failure)(X + 1)
+    assert str(caught.value).split("host_function(..., ")[1].startswith(like)
+
+
+@pytest.mark.parametrize(("on_failure", "like"), [(1, 0.0), (np.ones(2), np.full((2,), 0.0))])
+def test_the_like_that_is_told_serves(on_failure, like):
+    found = px.host_function(above, on_failure=on_failure, like=like)(X + 1)
+    np.testing.assert_array_equal(found, on_failure)
+
+
 def test_a_batch_with_a_failure_is_halved_until_the_point_is_found():
     def batch(x):
         if np.any(x == 3):

@@ -19,6 +19,7 @@ from ._results import (
     canonical,
     cast,
     instead_of,
+    like_for,
     like_of,
     narrowed,
     recalled,
@@ -136,7 +137,8 @@ class CallBack:
                 raise evaluator.no_result()
             raise ValueError(
                 f"{evaluator.name} failed at the first point, from which perturbax would have "
-                "learnt what it returns. Say so: host_function(..., like=...)"
+                "learnt what it returns. Say so: host_function(..., "
+                + like_for(evaluator.on_failure)
             ) from schedule.failures[0]
         if schedule.failures:
             instead = instead_of(self._like, evaluator.on_failure)

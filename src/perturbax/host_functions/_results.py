@@ -131,6 +131,16 @@ def instead_of(like: Like, on_failure: Any) -> list[np.ndarray]:
     return values
 
 
+def like_for(on_failure: Any) -> str:
+    """The argument `like` to advise, as far as what stands for a failure tells what returns."""
+    if isinstance(on_failure, str) or not jax.tree_util.all_leaves([on_failure]):
+        return "like=...)"
+    zero = "0j" if np.iscomplexobj(on_failure) else "0.0"
+    if shape := np.shape(on_failure):
+        return f"like=np.full({shape}, {zero})), if it returns an array like on_failure"
+    return f"like={zero}), if it returns one number, as on_failure is"
+
+
 def _of_numbers(dtype: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in _KINDS)
 
