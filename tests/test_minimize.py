@@ -657,9 +657,52 @@ def test_a_run_shows_that_it_has_begun_before_its_first_step_is_over(has_tqdm, m
     telling.tell(30, 1.5, 0.25)
     then = capsys.readouterr().err
     telling.close()
-    assert "starting" in begun
+    assert "compiling" in begun
+    assert "0 of 100" in begun or "0/100" in begun
     assert "30 of 100" in then or "30/100" in then
     assert "value 1.5, sigma 0.25" in then
+
+
+@pytest.mark.parametrize("first", [0.5, 10.0], ids=["before the bar", "after it"])
+def test_the_time_in_which_a_run_was_compiled_is_not_in_its_rate(first, monkeypatch, capsys):
+    """Ten seconds of compiling were told as 1.4 evaluations a second and half an hour left."""
+    clock = Clock()
+    monkeypatch.setattr("tqdm.std.time", clock)
+    telling = _progress.Telling(True, 1000, clock)
+    clock.now = min(first, 1.0)
+    if first > 1.0:
+        telling._appear_at_last()
+    clock.now = first
+    telling.tell(20, np.inf, 1.0)
+    shown = capsys.readouterr().err
+    assert "value -, sigma 1" in shown if first > 1.0 else not shown
+    clock.now += 2.0
+    telling.tell(220, -np.inf, 1.0)
+    shown = capsys.readouterr().err
+    telling.close()
+    assert "220/1000" in shown
+    assert "00:02<00:07, 100.00 evaluations/s, value -inf, sigma 1" in shown
+
+
+def test_without_a_bar_a_value_that_is_not_there_yet_is_a_dash(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    clock = Clock()
+    telling = _progress.Telling(True, 100, clock)
+    for clock.now, evaluations in ((0.5, 10), (11.0, 20)):
+        telling.tell(evaluations, np.inf, 0.25)
+    assert capsys.readouterr().err.splitlines() == [
+        "minimize: 10 of 100 evaluations",
+        "minimize: 20 of 100 evaluations, value -, sigma 0.25",
+    ]
+
+
+class Clock:
+    """Tells the time that it is set to."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
 
 
 def test_a_program_without_standard_error_is_told_nothing(monkeypatch):
