@@ -967,10 +967,12 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_at_once(tmp_path, monkey
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
     simulator = px.host_function(lambda x: np.float32(np.sum(x**2)), like=np.float32(0))
-    with pytest.raises(ValueError, match=r"checkpoint '.*run' cannot be written .*another path"):
-        quiet(simulator, jnp.zeros(2), jax.random.key(0), checkpoint=tmp_path / "run")
+    message = r"checkpoint '.*run' cannot be written .*another path"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(ValueError, match=message):
+            quiet(simulator, jnp.zeros(2), jax.random.key(0), checkpoint=tmp_path / "run")
     assert simulator.counts.evaluations == 0
 
 
