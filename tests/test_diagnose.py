@@ -56,6 +56,10 @@ def halves(x):
     return jnp.sum(jnp.where(x > jnp.asarray(0, x.dtype), 1.0, 0.0))
 
 
+def punishes(x):
+    return jnp.where(x[0] > 0.5, 1e6, jnp.sum(jnp.floor(4 * x) ** 2))
+
+
 TABLE = {
     # Healthy: nothing may be found.
     "steps": Row(steps, X),
@@ -86,6 +90,20 @@ TABLE = {
         halves, (X + 8).astype(jnp.bfloat16), ("sigma is lost in rounding.*bfloat16.*float32",)
     ),
     "digits of the value": Row(far, X, ("the values differ in their last digits",), sigma=0.1),
+    # Rare events.
+    "a rare penalty": Row(
+        punishes,
+        X - np.float32([0.1, 0, 0]),
+        (r"\d samples? makes? 100 % of the variance of all 200 values.*penalty",),
+        num_samples=200,
+    ),
+    "a penalty that is not rare": Row(punishes, X + np.float32([0.4, 0, 0]), num_samples=200),
+    "a rare 0": Row(
+        lambda x: jnp.where(x[0] > 0.6, 0.0, 1.0),
+        np.float32([-0.1]),
+        ("sigma is too small: 9. % of the samples",),
+        num_samples=200,
+    ),
     # No signal.
     "no slope": Row(
         lambda x: jnp.where(jnp.sin(1e4 * x[0]) > 0, 1.0, 0.0), X, ("cannot be told from zero",)
@@ -163,6 +181,54 @@ def test_an_alternative_that_surely_has_less_variance_is_named(slope):
     unsure = (px.Alternative("Antithetic()", 0, 0.5, 0.2, 1.01),)
     found = dataclasses.replace(found, alternatives=unsure)
     assert not _diagnose._better(Subject(g, KEY, jnp.zeros(3), (), {}), found)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_runs_that_miss_a_rare_penalty_advise_nothing(seed):
+    """A sampler was advised that had 5e-10 times the variance, and no problem was found.
+
+    Of these pilots one misses the penalty itself.
+    """
+    g = px.make_perturbed_fun(punishes, 200, 0.3, px.Normal())
+    found = px.diagnose(g, jax.random.key(seed), X - np.float32([0.1, 0, 0]))
+    [problem] = found.problems
+    assert "depend on chance" in problem
+    assert "missed a rare event" in problem or "of the variance of all 200 values" in problem
+    assert not found.alternatives
+    assert found.suggested_num_samples is None
+    assert not any("sampler=" in note or "num_samples=" in note for note in found.notes)
+
+
+def test_what_is_no_rare_event():
+    """Values of plain functions: no few samples make their variance."""
+    noise = np.random.RandomState(0).normal(size=(20, 200, 3))
+    plain = {
+        "steps": lambda z: np.sum(z > [0, 1, -1], axis=1),
+        "relu": lambda z: np.sum(np.maximum(z - 1, 0), axis=1),
+        "quadratic": lambda z: 1e6 + np.sum(z**2, axis=1),
+        "fourth powers": lambda z: np.sum(z**4, axis=1),
+        "exponential": lambda z: np.exp(z[:, 0]),
+        "0 or 1": lambda z: z[:, 0] > 1.6,
+        "constant": lambda z: 0 * z[:, 0],
+        "vector": lambda z: np.argsort(z, axis=1),
+    }
+    for name, fun in plain.items():
+        values = [np.asarray(fun(z), float).reshape(200, -1) for z in noise]
+        assert not any(map(_diagnose._rare, values)), name
+    rare = np.float64(np.arange(200) < 2)[:, None]
+    assert _diagnose._rare(rare)
+    # Few samples do not tell; of very many the rare ones are enough.
+    assert not _diagnose._rare(rare[:99])
+    assert not _diagnose._rare(np.tile(rare, (30, 1)))
+
+
+def test_a_signal_that_all_evaluations_could_not_show_is_not_seen():
+    """Runs that were equal by chance told a gradient of 1 % of the error as seen."""
+    law = _variance_law.Law(("Independent", 0), *_variance_law.FIXED)
+    subject = Subject(px.make_perturbed_fun(steps, 100, sampler=px.Independent()), KEY, X, (), {})
+    runs = [_variance_law.Runs(100, 1, np.ones(2), np.full(2, 50.0), 99, law)]
+    assert _diagnose._noise_length(subject, runs) == pytest.approx(10, rel=0.02)
+    assert _diagnose._least_seen(subject, runs) == pytest.approx(2 * 100 / 5, rel=0.03)
 
 
 def test_it_keeps_to_its_evaluations():

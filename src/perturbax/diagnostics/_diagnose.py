@@ -38,6 +38,11 @@ _SETTLED = 2.86
 _NINETY = 1.645
 # Standard errors that the error of the suggested number stays below what is asked for.
 _CAUTION = 1.0
+# A rare event: at most this share of the samples, but no fewer and no more than these numbers, make
+# at least that share of the variance of the values. Fewer samples than the last number do not tell.
+_RARE, _RARE_COUNTS, _RARE_VARIANCE, _RARE_SAMPLES = 0.02, (2, 20), 0.95, 100
+# A variance of the values in a further run, over that in the pilot, that chance does not explain.
+_MISSED = 100
 # What a user finds in perturbax.
 _SAMPLERS = [s.__name__ for s in (Independent, Antithetic, Orthogonal, Sobol, OrthogonalArray)]
 # By how much the number of samples of whole nets may be short, rather than half as large again.
@@ -279,17 +284,25 @@ def _examine(subject: Subject, wanted: float) -> Diagnosis:
     infinite = np.isinf(pilot.values).any(axis=1) & ~nan
     finite = bool(np.isfinite(pilot.runs.gradient).all() and np.isfinite(pilot.runs.variance))
     runs, alternatives = [pilot.runs], []
-    if finite and pilot.runs.variance > 0:
+    rare = _rare(pilot.values)
+    # Where few samples make the variance, runs that miss them seem to be the most precise.
+    if finite and pilot.runs.variance > 0 and not rare:
         others = _other_samplers(subject)
         share = _nearest_power(subject.num_samples // max(len(others), 1) - 1)
         if share < _FEWEST:
             others = []
         runs += _further_runs(subject, pilot.runs, budget - len(others) * (share + 1), wanted)
         alternatives = list(_alternatives(subject, pilot, runs, others, share))
+        rare = _missed(subject, pilot.values)
+        alternatives = [] if rare else alternatives
     squares, squares_error = _variance_law.signal_of(runs)
     length = math.sqrt(max(squares, 0.0)) if finite else math.nan
+    noise = _noise_length(subject, runs)
     significant = finite and squares > _SIGNIFICANT * squares_error
-    number, ends = _suggestion(subject, runs, wanted, significant)
+    significant = significant and (length >= noise or squares > _least_seen(subject, runs))
+    number, ends = None, (math.nan, math.nan)
+    if not rare:
+        number, ends = _suggestion(subject, runs, wanted, significant)
     choice = subject.choose(subject.num_samples)
     found = Diagnosis(
         name=subject.name,
@@ -301,7 +314,7 @@ def _examine(subject: Subject, wanted: float) -> Diagnosis:
         gradient_of=subject.gradient_of,
         gradient_length=length,
         gradient_length_error=_error_of_root(squares, squares_error) if finite else math.nan,
-        signal_to_noise=_signal_to_noise(subject, runs, length),
+        signal_to_noise=_signal_to_noise(length, noise),
         relative_error=wanted,
         suggested_num_samples=number,
         suggested_range=ends,
@@ -324,7 +337,7 @@ def _examine(subject: Subject, wanted: float) -> Diagnosis:
             if length > 0 and one.variance > 0
         ),
     )
-    problems = tuple(_problems(subject, found, finite, significant))
+    problems = tuple(_problems(subject, found, finite, significant, rare))
     found = dataclasses.replace(found, problems=problems)
     return dataclasses.replace(found, notes=tuple(_notes(subject, found)))
 
@@ -413,12 +426,61 @@ def _suggestion(
     return suggested, (number / width, max(number * width, suggested))
 
 
-def _signal_to_noise(subject: Subject, runs: list[Runs], length: float) -> float:
-    if not length > 0 or not runs[0].variance:
-        return length if length != length else 0.0 if not length else math.inf
-    number = np.array([subject.num_samples])
+def _noise_length(subject: Subject, runs: list[Runs], times: int = 1) -> float:
+    """The root mean square error of the gradient, with so many times the samples that g has."""
+    if not runs[0].variance:
+        return 0.0
+    number = np.array([times * subject.num_samples])
     log, _ = _variance_law.predict(runs, subject.law(subject.num_samples), number)
-    return length / math.exp(float(log[0]) / 2)
+    return math.exp(float(log[0]) / 2)
+
+
+def _signal_to_noise(length: float, noise: float) -> float:
+    if not length > 0 or not noise:
+        return length if length != length else 0.0 if not length else math.inf
+    return length / noise
+
+
+def _least_seen(subject: Subject, runs: list[Runs]) -> float:
+    """A squared length that all evaluations together hardly tell from zero.
+
+    Less than that seems to be seen if a few runs happen to be equal.
+    """
+    noise = _noise_length(subject, runs, 1 + _FURTHER)
+    return _SIGNIFICANT * noise**2 * math.sqrt(2 / max(runs[0].gradient.size, 1))
+
+
+def _rare(values: np.ndarray) -> str:
+    """In words, that very few samples make nearly all of the variance; empty if they do not.
+
+    What counts are departures from the median: what all values share adds no variance.
+    """
+    rows = values[np.isfinite(values).all(axis=1)]
+    departures = np.abs(rows - np.median(rows, axis=0)) if len(rows) >= _RARE_SAMPLES else rows[:0]
+    largest = departures.max(initial=0)
+    if not 0 < largest < math.inf:
+        return ""
+    squares = np.sort(np.sum((departures / largest) ** 2, axis=1))[::-1]
+    shares = np.cumsum(squares) / np.sum(squares)
+    count = int(np.argmax(shares >= _RARE_VARIANCE)) + 1
+    if count > np.clip(_RARE * len(rows), *_RARE_COUNTS):
+        return ""
+    make = "sample makes" if count == 1 else "samples make"
+    return (
+        f"{count} {make} {percent(shares[count - 1])} of the variance of all {len(values):,} values"
+    )
+
+
+def _missed(subject: Subject, values: np.ndarray) -> str:
+    """In words, that further runs met rare values and the pilot did not; empty if not so."""
+    rows = values[np.isfinite(values).all(axis=1)]
+    variance = float(np.sum(np.var(rows, axis=0))) if len(rows) else math.inf
+    if not variance or subject.most_variance < _MISSED * variance:
+        return ""
+    return (
+        f"in a further run the values had {subject.most_variance / variance:.2g} times the "
+        f"variance that they have in the first {len(values):,}, which missed a rare event"
+    )
 
 
 def _other_samplers(subject: Subject) -> list[Any]:
@@ -469,7 +531,13 @@ def _error_of_root(squares: float, error: float) -> float:
 # --- What needs action, with the action
 
 
-def _problems(subject: Subject, found: Diagnosis, finite: bool, significant: bool) -> Iterator[str]:
+def _problems(
+    subject: Subject,
+    found: Diagnosis,
+    finite: bool,
+    significant: bool,
+    rare: str,
+) -> Iterator[str]:
     lost = False
     for name, dtype, ratio in subject.spacings():
         if ratio < FEW_SPACINGS:
@@ -513,6 +581,12 @@ def _problems(subject: Subject, found: Diagnosis, finite: bool, significant: boo
             f"sigma is too small: {percent(found.share_equal)} of the samples have the value that "
             f"fun has at x, so {whence}. Take a larger sigma; "
             "px.sweep_sigma shows from where on the function is seen to change."
+        )
+    elif rare:
+        yield (
+            f"{rare}, so that the estimate and its error depend on chance. If fun has a penalty "
+            "for a rare failure, make it smaller, or return a logarithm or a bounded value; if the "
+            "rare event is what matters, take a larger sigma or many more samples."
         )
     elif not significant:
         better = _better(subject, found)

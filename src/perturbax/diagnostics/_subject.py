@@ -81,6 +81,7 @@ class Subject:
       dim: number of coordinates.
       num_evaluations: how many there were so far, at most.
       seconds: that an evaluation took in the largest program so far.
+      most_variance: of the values of a sample, that a run so far has told; zero for layers.
     """
 
     def __init__(self, g: Any, key: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]):
@@ -108,6 +109,7 @@ class Subject:
         self.name = getattr(fun, "__name__", type(fun).__name__)
         self.num_evaluations = 0
         self.seconds = float("nan")
+        self.most_variance = 0.0
         self._num_outputs = 1
         self._largest = 0
         self._signs: np.ndarray | None = None
@@ -301,9 +303,12 @@ class Subject:
         changes = {"sampler": choice.sampler, "degree": choice.degree}
         if self._made is not None:
             return self._runs_of_layer(num_samples, count, changes)[0]
-        _, _, [(gradients, errors)], _, [freedom] = self._estimates(
+        _, value_errors, [(gradients, errors)], _, [freedom] = self._estimates(
             num_samples, count, changes, False
         )
+        squares = [v.reshape(count, -1) ** 2 for v in jax.tree.leaves(value_errors)]
+        variances = num_samples * np.concatenate(squares, axis=1).sum(axis=1)
+        self.most_variance = max(self.most_variance, float(np.nanmax(variances, initial=0)))
         return _variance_law.pooled(num_samples, gradients, errors**2, freedom, law)
 
     def _cut(self, num_samples: int) -> tuple[int, int]:
