@@ -447,6 +447,94 @@ def test_layers(make, args, at_x, length):
     assert not found.problems
 
 
+def grid(scores):
+    return px.solvers.grid_shortest_path(scores.reshape(3, 3), neighbors=4).reshape(-1)
+
+
+def tree(scores):
+    edges = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (3, 4), (2, 4), (0, 4)]
+    return px.solvers.minimum_spanning_tree(scores, np.array(edges))
+
+
+SOLVERS = {
+    # A solver, and whether it maximises.
+    "one of many": (px.solvers.one_hot_argmax, True),
+    "the largest": (lambda s: px.solvers.top_k_mask(s, 3), True),
+    "ranks": (px.solvers.ranks, True),
+    "falling ranks": (lambda s: px.solvers.ranks(s, descending=True), False),
+    "a knapsack": (lambda s: px.solvers.knapsack(s, np.arange(1, 10), 20), True),
+    "a matching": (lambda s: px.solvers.assignment(s.reshape(3, 3)).reshape(-1), True),
+    "a path": (grid, False),
+    "a tree": (tree, False),
+}
+NINE = np.float32([2.5, 3.1, 2.2, 2.7, 3.3, 2.9, 2.4, 3.0, 2.6])
+
+
+@pytest.mark.parametrize(
+    ("name", "maximize"),
+    [
+        *((name, maximizes) for name, (_, maximizes) in SOLVERS.items()),
+        ("a path", True),
+        ("the largest", False),
+        *(
+            pytest.param(name, not maximizes, marks=pytest.mark.full)
+            for name, (_, maximizes) in SOLVERS.items()
+            if name not in ("a path", "the largest")
+        ),
+    ],
+)
+def test_the_sign_of_a_solver(name, maximize):
+    """A loss of shortest paths without maximize=False was fine."""
+    solver, maximizes = SOLVERS[name]
+    options = {"maximize": maximize, "sampler": px.Independent(), "degree": 0}
+    found = px.diagnose(px.make_perturbed_argmax(solver, 20, 0.3, **options), KEY, NINE)
+    told = [text for text in (*found.problems, *found.notes) if "solver" in text]
+    if maximizes == maximize:
+        assert not told
+    else:
+        assert told == list(found.problems)
+        does, remedy = ("minimise", "pass max") if maximize else ("maximise", "leave out max")
+        assert re.search(f"seems to {does} .*in 100 % of the pairs.*{remedy}imize=False", told[0])
+
+
+@pytest.mark.parametrize("make", [px.make_perturbed_max, px.make_fenchel_young_loss])
+def test_the_sign_of_a_solver_in_a_loss(make):
+    args = (grid(NINE),) if make is px.make_fenchel_young_loss else ()
+    for options, wrong in (
+        ({}, True),
+        ({"multiplicative": True, "noise": px.Normal()}, True),
+        ({"multiplicative": True, "noise": px.Normal(), "maximize": False}, False),
+        # What is optimised is not known to be linear.
+        ({"objective": lambda theta, y: -theta @ y}, False),
+    ):
+        g = make(grid, 20, 0.3, sampler=px.Independent(), degree=0, **options)
+        problems = px.diagnose(g, KEY, NINE, *args).problems
+        assert any("seems to minimise" in problem for problem in problems) == wrong
+
+
+def test_a_mean_solution_with_symmetric_noise_has_no_sign():
+    g = px.make_perturbed_argmax(grid, 20, 0.3, px.Normal(), sampler=px.Independent(), degree=0)
+    found = px.diagnose(g, KEY, NINE)
+    assert not any("solver" in problem for problem in found.problems)
+    assert "it makes no difference" in found.notes[0]
+
+
+def test_a_solver_that_is_not_exact():
+    """It looks at the first five scores alone in three cases of four, say."""
+
+    def careless(scores):
+        seen = jnp.where((jnp.arange(9) < 5) | (scores[8] > 3), scores, -jnp.inf)
+        return jax.nn.one_hot(jnp.argmax(seen), 9)
+
+    for symmetrize in (True, False):
+        g = px.make_perturbed_argmax(
+            careless, 64, 0.3, symmetrize=symmetrize, sampler=px.Independent(), degree=0
+        )
+        found = px.diagnose(g, KEY, NINE)
+        assert any("not exact" in note for note in found.notes) == symmetrize
+        assert not any("solver" in problem for problem in found.problems)
+
+
 def test_evaluations_of_a_layer():
     calls = []
 

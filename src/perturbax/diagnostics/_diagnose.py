@@ -43,6 +43,9 @@ _CAUTION = 1.0
 _RARE, _RARE_COUNTS, _RARE_VARIANCE, _RARE_SAMPLES = 0.02, (2, 20), 0.95, 100
 # A variance of the values in a further run, over that in the pilot, that chance does not explain.
 _MISSED = 100
+# Share of the pairs of a layer's solutions from which on its solver has the wrong sign; and share
+# of the samples from which on it is not exact.
+_WRONG_SIGN, _INEXACT = 0.75, 0.05
 # What a user finds in perturbax.
 _SAMPLERS = [s.__name__ for s in (Independent, Antithetic, Orthogonal, Sobol, OrthogonalArray)]
 # By how much the number of samples of whole nets may be short, rather than half as large again.
@@ -337,9 +340,10 @@ def _examine(subject: Subject, wanted: float) -> Diagnosis:
             if length > 0 and one.variance > 0
         ),
     )
-    problems = tuple(_problems(subject, found, finite, significant, rare))
-    found = dataclasses.replace(found, problems=problems)
-    return dataclasses.replace(found, notes=tuple(_notes(subject, found)))
+    problems, notes = _of_solver(subject, *pilot.better)
+    problems += _problems(subject, found, finite, significant, rare)
+    found = dataclasses.replace(found, problems=tuple(problems))
+    return dataclasses.replace(found, notes=(*notes, *_notes(subject, found)))
 
 
 # --- Measuring
@@ -597,6 +601,39 @@ def _problems(
             f"samples{how_many} or a larger sigma; px.sweep_sigma compares them."
             f"{f' First pass {better}: that has less variance.' if better else ''}"
         )
+
+
+def _of_solver(
+    subject: Subject, better_pairs: float, better_samples: float
+) -> tuple[list[str], list[str]]:
+    """Problems and notes about the solver of a layer."""
+    if not better_samples:
+        return [], []
+    arguments, mean_alone = subject.arguments, subject.maker == "make_perturbed_argmax"
+    if better_pairs > _WRONG_SIGN:
+        does, remedy = "maximise", "leave out maximize=False"
+        if arguments["maximize"]:
+            does, remedy = "minimise", "pass maximize=False"
+        told = (
+            f"the solver seems to {does} <theta, y>: in {percent(better_pairs)} of the pairs of "
+            f"samples the solution of the other one is better. If it does, {remedy}"
+        )
+        symmetric = getattr(subject.settings.noise, "mean", None) == 0
+        if mean_alone and (symmetric or arguments["multiplicative"]):
+            return [], [f"{told}; to a mean solution with this noise it makes no difference."]
+        return [f"{told}; until then the noise, or the derivatives, have the wrong sign."], []
+    if better_samples > _INEXACT and arguments["symmetrize"]:
+        what = "the Jacobian is" if mean_alone else "second derivatives are"
+        costs = not (arguments["maximize"] or arguments["multiplicative"])
+        why = (
+            " If it is for costs that noise makes negative, multiplicative=True keeps their signs."
+        )
+        return [], [
+            f"the solver is not exact: for {percent(better_samples)} of the samples the solution "
+            f"of another one is better. Pass symmetrize=False, because {what} not symmetric then."
+            f"{why if costs else ''}"
+        ]
+    return [], []
 
 
 def _notes(subject: Subject, found: Diagnosis) -> Iterator[str]:

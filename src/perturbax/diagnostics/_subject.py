@@ -44,6 +44,9 @@ PLATEAU = 0.95
 FEW_SPACINGS = 8
 # What has other derivatives than by the score or Danskin's theorem.
 _OTHERS = ("make_implicit_mle", "make_perturbed_distribution")
+# Solutions that a solver's own are held against, at most, and by which share of the sum of the
+# sizes of its terms an objective must be better, to tell more than a solver's tolerance.
+_COMPARED, _SURELY_BETTER = 256, 1e-3
 # Up to this many numbers, the whole Jacobian is looked at; beyond, that of a random combination.
 WHOLE = 2**16
 
@@ -58,6 +61,7 @@ class Pilot(NamedTuple):
       equal: which of them are the value at x, but for rounding.
       runs: the gradient.
       degrees: the gradient by surrogates of other degrees, from the same evaluations.
+      better: of a layer whose objective is linear, what `share_better` tells of its solutions.
     """
 
     value: Any
@@ -66,6 +70,7 @@ class Pilot(NamedTuple):
     equal: np.ndarray
     runs: Runs
     degrees: dict[int, Runs]
+    better: tuple[float, float] = (0.0, 0.0)
 
 
 class Subject:
@@ -117,6 +122,7 @@ class Subject:
         self._programs: dict[Any, tuple[Any, list[int]]] = {}
         # What the samples of the pilot are values of, and where.
         sampled, self._sampled_at, self._sampled_settings = fun, self._merge, settings
+        self._seen: Callable[[Any], Any] | None = None
         if self._made is not None:
             if self.maker == "make_fenchel_young_loss":
                 kwargs = dict(kwargs)
@@ -124,7 +130,13 @@ class Subject:
                 self._y_true, *rest = leading(names, (key, x, *args), kwargs)[2:]
                 args = tuple(rest)
             self._rest = args, kwargs
-            sampled, self._sampled_at, sigma = self._solver()
+            solve, seen, self._sampled_at, sigma = self._solver()
+            if self._made.arguments.get("objective") is None:
+                self._seen = seen
+
+            def sampled(point: Any, *args: Any, **kwargs: Any) -> Any:
+                return solve(seen(point), *args, **kwargs)
+
             self._sampled_settings = dataclasses.replace(settings, sigma=sigma)
 
         def value_at(x: Any) -> Any:
@@ -133,8 +145,8 @@ class Subject:
 
         self._value_at = value_at
 
-    def _solver(self) -> tuple[Any, Callable[[list[Array]], Any], Any]:
-        """Of a layer: its solver as a function of what noise is added to, where, and the scale."""
+    def _solver(self) -> tuple[Any, Callable[[Any], Any], Callable[[list[Array]], Any], Any]:
+        """Of a layer, its solver, what that sees of a point, where noise is added, its scale."""
         assert self._made is not None
         solve, sigma = self._made.arguments["argmax_fun"], self.settings.sigma
         if self._made.arguments["multiplicative"]:
@@ -142,21 +154,19 @@ class Subject:
             scales = _scales.scale_leaves(sigma, self._x, self.leaves, self.names)
             scales = _scales.one_each(scales, self.leaves)
 
-            def solve_at(z: Any, *args: Any, **kwargs: Any) -> Any:
+            def factors(z: Any) -> Any:
                 theta = [
                     (v * jnp.exp(s * one - s**2 / 2)).astype(v.dtype)
                     for v, s, one in zip(self.leaves, scales, jax.tree.leaves(z), strict=True)
                 ]
-                return solve(self._merge(theta), *args, **kwargs)
+                return self._merge(theta)
 
-            return solve_at, lambda leaves: self._merge([jnp.zeros_like(v) for v in leaves]), 1.0
+            zeros = lambda leaves: self._merge([jnp.zeros_like(v) for v in leaves])  # noqa: E731
+            return solve, factors, zeros, 1.0
         if self._made.arguments["maximize"]:
-            return solve, self._merge, sigma
-
-        def solve_costs(u: Any, *args: Any, **kwargs: Any) -> Any:
-            return solve(jax.tree.map(jnp.negative, u), *args, **kwargs)
-
-        return solve_costs, lambda leaves: self._merge([-v for v in leaves]), sigma
+            return solve, lambda u: u, self._merge, sigma
+        negated = functools.partial(jax.tree.map, jnp.negative)
+        return solve, negated, lambda leaves: self._merge([-v for v in leaves]), sigma
 
     def _combined(self, value: Any) -> Any:
         """The value, or its numbers with random signs in one sum."""
@@ -168,6 +178,11 @@ class Subject:
     def num_samples(self) -> int:
         """Of the function as it is."""
         return self.settings.num_samples
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the maker of a layer, by name; empty for other functions."""
+        return {} if self._made is None else self._made.arguments
 
     @property
     def gradient_of(self) -> str:
@@ -265,7 +280,7 @@ class Subject:
         value, error, gradients, values, freedoms = self._estimates(
             self.num_samples, 1, {}, True, degrees
         )
-        values = values[0].reshape(self.num_samples, -1)
+        values, *seen = (one[0].reshape(self.num_samples, -1) for one in values)
         equal = equal_rows(values, self._at_x)
         if self._made is not None:
             # That was of the solver. The layer's own gradient has no spread inside of a run.
@@ -273,7 +288,8 @@ class Subject:
             value = jax.tree.map(lambda v: np.mean(v, axis=0), found)
             count = runs.num_runs
             error = jax.tree.map(lambda v: np.std(v, axis=0, ddof=1) / count**0.5, found)
-            return Pilot(value, error, values, equal, runs, {})
+            better = self._share_better(values, *seen) if seen else (0.0, 0.0)
+            return Pilot(value, error, values, equal, runs, {}, better)
         # Of a default with nets it takes more, smaller ones than g does: as several runs of g with
         # fewer samples would.
         count = (freedoms[0] + 1) // self.choose(self.num_samples).num_groups or 1
@@ -286,6 +302,28 @@ class Subject:
         return Pilot(
             value, error, values, equal, runs[0], dict(zip(degrees, runs[1:], strict=True))
         )
+
+    def _share_better(self, solutions: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
+        """Of pairs of solutions, and of samples, those for which another solution is better.
+
+        An exact solver has none: <s_i, y_i> is at least <s_i, y_j>, but for rounding. Pairs that
+        differ too little to tell are left out.
+        """
+        assert self._made is not None
+        told = np.isfinite(solutions).all(axis=1) & ~np.isnan(scores).any(axis=1)
+        y, s = (rows[told][:_COMPARED] for rows in (solutions, scores))
+        s = np.where(np.isfinite(s), s, 0)  # what is masked, no solution has
+        objectives = s @ y.T  # of scores i and solution j
+        losses = objectives - np.diagonal(objectives)[:, None]
+        if not self._made.arguments["maximize"]:
+            losses = -losses
+        size = np.abs(s) @ np.abs(y).T
+        size = size + np.diagonal(size)[:, None]
+        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in self.leaves)
+        least = max(_SURELY_BETTER, 16 * eps) * size
+        better, worse = losses > least, losses < -least
+        pairs = max(int(np.sum(better | worse)), 1)
+        return float(np.sum(better) / pairs), float(np.mean(better.any(axis=1))) if len(s) else 0.0
 
     def _other_degrees(self) -> Iterator[int]:
         """Those that the samples tell, and for which no others would be drawn."""
@@ -400,7 +438,11 @@ class Subject:
     ) -> tuple[Any, list[int]]:
         def fun(x: Any) -> Any:
             value = self._value_at(x)
-            return value, _joined(value) if keep else ()
+            if not keep:
+                return value, ()
+            # A value that is combined is no solution.
+            seen = [] if self._seen is None or self._signs is not None else [self._seen(x)]
+            return value, tuple(map(_joined, (value, *seen)))
 
         changes = {"num_samples": num_samples, "has_aux": True, **changes}
         settings = dataclasses.replace(self._sampled_settings, **changes)
