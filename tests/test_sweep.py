@@ -1,5 +1,6 @@
 """px.sweep_sigma and the pictures: numbers against closed forms, what is suggested, and drawn."""
 
+import re
 import sys
 
 import jax
@@ -222,12 +223,48 @@ def test_infinite_samples_beside_missing_ones_are_told_as_such():
     assert "% of the samples left are infinite" in found.reason
 
 
-def test_further_arguments_are_closed_over():
-    with pytest.raises(TypeError, match="missing 1 required") as caught:
-        px.sweep_sigma(lambda x, y: steps(x) * y, KEY, X, num_samples=8)
-    assert (
-        "close over them: sweep_sigma(lambda x: fun(x, ...), key, x)" in caught.value.__notes__[0]
-    )
+def test_further_arguments():
+    def fun(x, weights, level):
+        return weights @ jnp.maximum(x, level)
+
+    args, options = (np.float32([1, 2, 3]), 0.1), {"num_samples": 64, **OPTIONS}
+    found = px.sweep_sigma(fun, KEY, X, [0.2, 0.5], args=args, **options)
+    closed = px.sweep_sigma(lambda x: fun(x, *args), KEY, X, [0.2, 0.5], **options)
+    np.testing.assert_array_equal(found.values, closed.values)
+    np.testing.assert_array_equal(found.lengths, closed.lengths)
+    assert found.hard_value == closed.hard_value
+    with pytest.raises(TypeError, match="missing 2 required") as caught:
+        px.sweep_sigma(fun, KEY, X)
+    assert "pass them: sweep_sigma(fun, key, x, args=(...,))" in caught.value.__notes__[0]
+    with pytest.raises(TypeError, match=r"args must be a tuple, such as \(data,\), got float"):
+        px.sweep_sigma(fun, KEY, X, args=0.1)
+
+
+@pytest.mark.parametrize(
+    ("g", "what"),
+    [
+        (px.make_perturbed_fun(steps), "pass g.fun, got perturbed_steps"),
+        (px.make_perturbed_max(px.solvers.one_hot_argmax), "pass what it was made of, got pertur"),
+    ],
+)
+def test_a_function_that_is_smoothed_already(g, what):
+    """It failed for want of a key, in words about further arguments."""
+    with pytest.raises(TypeError, match=f"sweep_sigma takes the function itself, .*: {what}"):
+        px.sweep_sigma(g, KEY, X)
+
+
+def test_a_plateau_wider_than_all_scales():
+    """That no sigma is worth using was all that was said."""
+    fun = lambda x: jnp.sum(jnp.where(x > 1e3, 1.0, 0.0))  # noqa: E731
+    options = {"num_samples": 16, "noise": px.Normal(), **OPTIONS}
+    found = px.sweep_sigma(fun, KEY, X, **options)
+    assert found.suggested_range is None
+    told = r"tried: pass sigmas=np.geomspace\((.*), (.*), (\d+)\), for example"
+    sigmas = np.geomspace(*map(float, re.search(told, found.reason).groups()[:2]), 9)
+    assert sigmas[0] == pytest.approx(found.sigmas[-1])
+    assert sigmas[-1] > 1e3
+    # Who chose the scales knows that there are others.
+    assert "np.geomspace" not in px.sweep_sigma(fun, KEY, X, [0.1, 0.2], **options).reason
 
 
 def test_a_finite_value_does_not_equal_an_infinite_one():

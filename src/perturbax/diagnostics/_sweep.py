@@ -11,7 +11,8 @@ import numpy as np
 from jax import Array
 
 from .. import _checks, _leaves
-from .._perturb import PerturbedFun, make_perturbed_fun
+from .._describe import Made
+from .._perturb import PerturbedFun, kind_of_fun, make_perturbed_fun
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
@@ -121,11 +122,12 @@ class SigmaSweep:
 
 
 def sweep_sigma(
-    fun: Callable[[Any], Any],
+    fun: Callable[..., Any],
     key: Array,
     x: Any,
     sigmas: Any = None,
     *,
+    args: tuple[Any, ...] = (),
     num_samples: int = 1000,
     noise: NoiseDistribution = Gumbel(),
     batch_size: int | None = None,
@@ -145,11 +147,12 @@ def sweep_sigma(
     lengths and cosines are estimated without the share of the noise.
 
     Args:
-      fun: a function of x to one number. (For further arguments, close over them.)
+      fun: a function of x, and args, to one number.
       key: one PRNG key; it is consumed.
       x: where to look.
       sigmas: the scales; None takes round ones from .001 to 3 times the root mean square of x (or
         of 1, where x is zero), as far as they are not lost in the rounding of x.
+      args: further arguments of fun.
       num_samples: of evaluations at each sigma.
       noise: as in `make_perturbed_fun`.
       batch_size: as in `make_perturbed_fun`.
@@ -175,20 +178,28 @@ def sweep_sigma(
       >>> bool(0.05 < low < 0.5), bool(high > 1)
       (True, True)
     """
+    if isinstance(fun, PerturbedFun | Made):
+        mine = "g.fun" if isinstance(fun, PerturbedFun) else "what it was made of"
+        raise TypeError(
+            f"sweep_sigma takes the function itself, as it smooths it at each sigma: pass {mine}, "
+            f"got {kind_of_fun(fun)}"
+        )
     _checks.check_fun(fun)
     _checks.check_missing(missing)
+    if not isinstance(args, tuple):
+        raise TypeError(f"args must be a tuple, such as (data,), got {type(args).__name__}")
     key = _checks.check_key(key, x, "sweep_sigma(fun, key, x)")
     leaves, _, merge = _leaves.perturbed_leaves(x)
-    if _checks.is_traced((key, leaves, sigmas)):
+    if _checks.is_traced((key, leaves, sigmas, args)):
         raise TypeError("sweep_sigma needs known numbers, got traced ones; call it outside jit")
     if not _leaves.num_elements(leaves):
         raise ValueError("x has no coordinates: there is nothing to smooth")
     scales = _check_sigmas(sigmas, leaves)
-    at_x = _value_at(fun, x)
+    at_x = _value_at(fun, x, args)
 
     def smoothed(sigma: Array) -> PerturbedFun:
         return make_perturbed_fun(
-            lambda x: (_number(fun(x)),) * 2,
+            lambda x: (_number(fun(x, *args)),) * 2,
             num_samples,
             sigma,
             noise,
@@ -201,21 +212,31 @@ def sweep_sigma(
 
     found = _measured(smoothed, at_x, key, scales, leaves, merge)
     spacings = scales / _largest_spacing(leaves)
-    return _assessed(found, scales, spacings, at_x, num_samples, missing == "drop")
+    swept = _assessed(found, scales, spacings, at_x, num_samples, missing == "drop")
+    if sigmas is None and swept.share_equal[-1] == 1:
+        reason = f"{swept.reason} {_wider_than(scales[-1])}"
+        swept = dataclasses.replace(swept, reason=reason)
+    return swept
+
+
+def _wider_than(sigma: float) -> str:
+    """What to try on a plateau that none of the scales chosen leaves."""
+    low, high = (f"{factor * sigma:.0e}".replace("e+0", "e") for factor in (1, 1e4))
+    return f"Larger ones were not tried: pass sigmas=np.geomspace({low}, {high}, 9), for example."
 
 
 def _number(value: Any) -> Array:
     return _checks.one_number(value, "fun", "sweep the loss that it is used in", any_rank=True)
 
 
-def _value_at(fun: Callable[[Any], Any], x: Any) -> np.ndarray:
+def _value_at(fun: Callable[..., Any], x: Any, args: tuple[Any, ...]) -> np.ndarray:
     """The value at x, of shape ()."""
     try:
-        value = fun(x)
+        value = fun(x, *args)
     except TypeError as error:
         error.add_note(
-            "Raised by fun(x): if fun has further arguments, close over them: "
-            "sweep_sigma(lambda x: fun(x, ...), key, x)"
+            "Raised by fun(x, *args): if fun has further arguments, pass them: "
+            "sweep_sigma(fun, key, x, args=(...,))"
         )
         raise
     return np.asarray(_number(value))
