@@ -587,10 +587,13 @@ def _problems(
             "px.sweep_sigma shows from where on the function is seen to change."
         )
     elif rare:
+        heavy = not math.isfinite(getattr(subject.settings.noise, "variance", 0.0))
+        tails = " Noise that has no variance may be the cause: px.Normal() has one."
         yield (
             f"{rare}, so that the estimate and its error depend on chance. If fun has a penalty "
             "for a rare failure, make it smaller, or return a logarithm or a bounded value; if the "
             "rare event is what matters, take a larger sigma or many more samples."
+            f"{tails if heavy else ''}"
         )
     elif not significant:
         better = _better(subject, found)
