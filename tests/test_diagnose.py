@@ -1,6 +1,7 @@
 """px.diagnose: it finds what is wrong, finds nothing where nothing is, and keeps to its budget."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -207,6 +208,16 @@ def test_runs_that_miss_a_rare_penalty_advise_nothing(seed):
     assert not found.alternatives
     assert found.suggested_num_samples is None
     assert not any("sampler=" in note or "num_samples=" in note for note in found.notes)
+
+
+def test_a_sampler_that_missed_a_penalty_is_not_compared(monkeypatch):
+    """With Independent() the variance was to be 5e-10 times what it is: none of its samples met it."""
+    monkeypatch.setattr(_diagnose, "_rare", lambda values: "")
+    g = px.make_perturbed_fun(punishes, 200, 0.3, px.Normal())
+    for less, missed in ((10, False), (math.inf, True)):
+        monkeypatch.setattr(_diagnose, "_LESS", less)
+        found = px.diagnose(g, jax.random.key(0), X - np.float32([0.1, 0, 0]))
+        assert any(one.ratio < 1e-6 for one in found.alternatives) == missed
 
 
 def test_what_is_no_rare_event():

@@ -17,7 +17,7 @@ from ..sampling._independent import Antithetic, Independent
 from ..sampling._nets import OrthogonalArray, Sobol
 from ..sampling._orthogonal import Orthogonal
 from . import _plots, _variance_law
-from ._subject import FEW_SPACINGS, PLATEAU, Pilot, Subject
+from ._subject import FEW_SPACINGS, PLATEAU, Pilot, Subject, variance_of
 from ._variance_law import Runs
 from ._words import count_of, numbers_of, one_digit, percent, seconds_of, wrapped
 
@@ -46,6 +46,8 @@ _MISSED = 100
 # Share of the pairs of a layer's solutions from which on its solver has the wrong sign; and share
 # of the samples from which on it is not exact.
 _WRONG_SIGN, _INEXACT = 0.75, 0.05
+# A variance of the values with another sampler, below that of the pilot, that is no merit of it.
+_LESS = 10
 # What a user finds in perturbax.
 _SAMPLERS = [s.__name__ for s in (Independent, Antithetic, Orthogonal, Sobol, OrthogonalArray)]
 # By how much the number of samples of whole nets may be short, rather than half as large again.
@@ -477,8 +479,7 @@ def _rare(values: np.ndarray) -> str:
 
 def _missed(subject: Subject, values: np.ndarray) -> str:
     """In words, that further runs met rare values and the pilot did not; empty if not so."""
-    rows = values[np.isfinite(values).all(axis=1)]
-    variance = float(np.sum(np.var(rows, axis=0))) if len(rows) else math.inf
+    variance = variance_of(values)
     if not variance or subject.most_variance < _MISSED * variance:
         return ""
     return (
@@ -515,7 +516,8 @@ def _alternatives(
     log, uncertain = _variance_law.predict(runs, subject.law(subject.num_samples), number)
     for sampler in samplers:
         found = subject.runs_of(share, sampler=sampler, degree=choice.degree)
-        if found.variance:
+        # Samples that vary far less have missed what makes the pilot's variance.
+        if found.variance and subject.kept_variance * _LESS > variance_of(pilot.values):
             other_log, other = _variance_law.predict([found], found.law, number)
             ends = _interval(float(other_log[0] - log[0]), float(uncertain[0] + other[0]))
             yield Alternative(repr(sampler), choice.degree, *ends)

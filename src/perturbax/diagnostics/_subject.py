@@ -6,6 +6,7 @@ that sweeps have as well.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -86,6 +87,7 @@ class Subject:
       dim: number of coordinates.
       num_evaluations: how many there were so far, at most.
       seconds: that an evaluation took in the largest program so far.
+      kept_variance: of the values of the last runs that kept them; infinite before.
       most_variance: of the values of a sample, that a run so far has told; zero for layers.
     """
 
@@ -114,6 +116,7 @@ class Subject:
         self.name = getattr(fun, "__name__", type(fun).__name__)
         self.num_evaluations = 0
         self.seconds = float("nan")
+        self.kept_variance = math.inf
         self.most_variance = 0.0
         self._num_outputs = 1
         self._largest = 0
@@ -334,16 +337,18 @@ class Subject:
                 if other.sampler == choice.sampler or isinstance(choice.sampler, Independent):
                     yield degree
 
-    def runs(self, num_samples: int, count: int, **changes: Any) -> Runs:
+    def runs(self, num_samples: int, count: int, keep: bool = False, **changes: Any) -> Runs:
         """Some estimates, each with the sampler and degree that g would have with as many."""
         law = self.law(num_samples, **changes)
         choice = self.choose(num_samples, **changes)
         changes = {"sampler": choice.sampler, "degree": choice.degree}
         if self._made is not None:
             return self._runs_of_layer(num_samples, count, changes)[0]
-        _, value_errors, [(gradients, errors)], _, [freedom] = self._estimates(
-            num_samples, count, changes, False
+        _, value_errors, [(gradients, errors)], values, [freedom] = self._estimates(
+            num_samples, count, changes, keep
         )
+        if keep:
+            self.kept_variance = variance_of(values[0].reshape(count * num_samples, -1))
         squares = [v.reshape(count, -1) ** 2 for v in jax.tree.leaves(value_errors)]
         variances = num_samples * np.concatenate(squares, axis=1).sum(axis=1)
         self.most_variance = max(self.most_variance, float(np.nanmax(variances, initial=0)))
@@ -354,8 +359,8 @@ class Subject:
         return (num_samples, 1) if self._made is None else (num_samples // _CUT - 1, _CUT)
 
     def runs_of(self, num_samples: int, **changes: Any) -> Runs:
-        """`runs` that take this number of samples together."""
-        return self.runs(*self._cut(num_samples), **changes)
+        """`runs` that take this number of samples together, and keep values."""
+        return self.runs(*self._cut(num_samples), keep=True, **changes)
 
     def _runs_of_layer(
         self, num_samples: int, count: int, changes: dict[str, Any]
@@ -485,6 +490,12 @@ def equal_rows(values: np.ndarray, value_at_x: Any) -> np.ndarray:
         start += leaf.size
         same &= nearly_equal(rows, np.ravel(leaf)).all(axis=1)
     return same
+
+
+def variance_of(values: np.ndarray) -> float:
+    """Of rows of values, that of a row; infinite if there is no finite one."""
+    rows = values[np.isfinite(values).all(axis=1)]
+    return float(np.sum(np.var(rows, axis=0))) if len(rows) else math.inf
 
 
 def nearly_equal(values: Any, at_x: Any) -> Any:
