@@ -211,7 +211,7 @@ def test_runs_that_miss_a_rare_penalty_advise_nothing(seed):
 
 
 def test_a_sampler_that_missed_a_penalty_is_not_compared(monkeypatch):
-    """With Independent() the variance was to be 5e-10 times what it is: none of its samples met it."""
+    """With Independent() the variance was to be 5e-10 times what it is."""
     monkeypatch.setattr(_diagnose, "_rare", lambda values: "")
     g = px.make_perturbed_fun(punishes, 200, 0.3, px.Normal())
     for less, missed in ((10, False), (math.inf, True)):
@@ -513,7 +513,7 @@ def test_the_sign_of_a_solver(name, maximize):
     if maximizes == maximize:
         assert not told
     else:
-        assert told == list(found.problems)
+        assert told == list(found.problems[:1])
         does, remedy = ("minimise", "pass max") if maximize else ("maximise", "leave out max")
         assert re.search(f"seems to {does} .*in 100 % of the pairs.*{remedy}imize=False", told[0])
 
