@@ -737,7 +737,7 @@ CALLS = {
         ["the key is missing: call g(key, theta, y_true)"],
     ),
     "a perturbed function in the place of fun": (
-        lambda: px.sweep_sigma(smooth(), KEY, X),
+        lambda: smooth(fun=smooth())(KEY, X),
         TypeError,
         ["the key is missing", "without a key", "give the one that was perturbed"],
     ),
@@ -788,6 +788,15 @@ def test_an_error_of_fun_that_cannot_be_printed_is_passed_on():
 
     with pytest.raises(OwnError):
         smooth(fun)(KEY, X)
+
+
+def test_a_host_function_is_no_remedy_for_errors_about_other_things():
+    def fun(y):
+        raise ValueError("RayTracer: no surface was hit")
+
+    with pytest.raises(ValueError, match="no surface") as caught:
+        smooth(fun)(KEY, X)
+    assert "host_function" not in message(caught.value)
 
 
 def test_a_host_function_is_no_remedy_for_a_value_kept_from_another_trace():

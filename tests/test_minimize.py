@@ -67,6 +67,18 @@ def test_finds_the_minimum_of_a_staircase(optimizer, found):
     assert run.value_error == 0
 
 
+def test_a_value_may_be_an_object_that_jax_takes_for_an_array():
+    class Value:
+        def __init__(self, array):
+            self.array = array
+
+        def __jax_array__(self):
+            return self.array
+
+    run = quiet(lambda x: Value(staircase(x)), jnp.zeros(1), jax.random.key(0), **QUICK)
+    assert run.value == staircase(run.x)
+
+
 def test_a_smooth_valley_is_followed_to_its_end():
     run = quiet(rosenbrock, jnp.zeros(4), jax.random.key(0), max_evaluations=3000)
     assert run.value < 1e-9
@@ -459,6 +471,17 @@ def test_failures_of_a_noisy_function_are_left_out_in_the_end_too():
     assert jnp.sum(beyond.x) <= 1
     now_and_then = quiet(failing, jnp.zeros(2), jax.random.key(0), **options)
     assert abs(float(now_and_then.value)) < 6 * float(now_and_then.value_error) + 0.1
+
+    def seldom(key, x):
+        return jnp.where(jax.random.uniform(key) < 0.9, jnp.nan, jnp.sum(x**2))
+
+    def run(key):
+        return px.minimize(seldom, jnp.zeros(2), key, **{**options, "max_evaluations": 120})
+
+    runs = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 32))
+    # Of two evaluations in the end often one is left, of which nothing tells the error.
+    assert np.isnan(runs.value_error[np.isfinite(runs.value)]).any()
+    assert not (runs.value_error == 0).any()
 
 
 # The second learns no curvatures of its own, as functions of many coordinates do.

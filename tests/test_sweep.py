@@ -293,7 +293,7 @@ def test_a_sweep_of_truth_values():
 # --- Pictures
 
 
-def test_what_was_made_anew_is_not_compiled_anew():
+def test_what_was_made_anew_is_not_compiled_anew(everything):
     """A second diagnosis, sweep or picture took as long as the first."""
 
     def run(shift):
@@ -316,6 +316,19 @@ def test_what_was_made_anew_is_not_compiled_anew():
     first, second = run(0.0), []
     assert compilations(lambda: second.append(run(1e-4)) or second) == 0
     assert (first != second[0]).all()
+    if everything:
+        jax.clear_caches()
+        np.testing.assert_array_equal(run(1e-4), second[0])
+
+
+def test_without_jit_and_where_nan_is_an_error():
+    """Programs compiled ahead of time refuse the former, and raise what nobody can catch."""
+    options = {"sigmas": [0.3, 1.0], "num_samples": 8}
+    with jax.disable_jit():
+        told = px.sweep_sigma(steps, KEY, X, **options)
+    np.testing.assert_allclose(told.values, px.sweep_sigma(steps, KEY, X, **options).values)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        px.sweep_sigma(lambda x: jnp.where(x[0] > 0.3, jnp.nan, 0.0), KEY, X, **options)
 
 
 @pytest.fixture

@@ -125,6 +125,8 @@ def one_number(value: PyTree, name: str, remedy: str, any_rank: bool = False) ->
       ValueError: for an array of another shape.
     """
     leaves = jax.tree.leaves(value)
+    if len(leaves) == 1 and callable(getattr(leaves[0], "__jax_array__", None)):
+        leaves = [leaves[0].__jax_array__()]  # JAX takes such objects for arrays
     kinds = [dtype_of(leaf) for leaf in leaves]
     came = [
         f"{kind}{list(np.shape(leaf))}" if kind is not None else kind_of(leaf)

@@ -124,8 +124,9 @@ def minimize(
         outside are reflected.
       upper: the other bound.
       takes_key: whether fun takes a key, as `fun(key, x, *args)`. It has a new one in each step,
-        the same for all samples of the step, so that their differences are those of x. A noisy
-        function without a key, one outside JAX, is recognised by two evaluations at x0.
+        the same for all samples of the step, so that their differences are those of x. A
+        function whose value depends on it is noisy; one that takes none, such as one outside JAX,
+        is if two evaluations at x0 differ.
       sampler: as for `make_perturbed_fun`. The surrogate's default is `Orthogonal()`; several
         steps share a block of directions.
       degree: as for `make_perturbed_fun`, with an optimizer only.

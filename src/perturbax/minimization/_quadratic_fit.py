@@ -10,8 +10,8 @@ from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
 
 # Logarithms, base 10, of what is chosen for each fit, relative to the prior variance of the linear
-# part: the ridge, and the prior variances of the quadratic part and, of a function that takes a
-# key, of what the values of a step have in common; their bounds, and where they begin. Single
+# part: the ridge, and the prior variances of the quadratic part and, of a function that depends on
+# a key, of what the values of a step have in common; their bounds, and where they begin. Single
 # precision cannot factorise with smaller ridges; under larger ones, steps would be too short to
 # find out that the function is not noise alone.
 _RIDGES = (-12, 0)
@@ -64,7 +64,7 @@ def fit(
 
     The prior of its coefficients is normal, with a curvature that is one number times the identity,
     plus a symmetric matrix whose entries are as likely positive as negative. Where the function
-    takes a key, another one in each step, the values of a step have a further number in common.
+    depends on a key, another one in each step, values of a step have a further number in common.
     Ridge and prior variances move to the neighbour that predicts left-out values best, which is
     what counts where the function is no quadratic; those of the polynomial do so in turn. In many
     coordinates there are too few samples to predict one from the others, and it is the neighbour

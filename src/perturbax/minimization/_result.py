@@ -51,7 +51,8 @@ class MinimizeResult:
       x: the best point, with the structure of x0.
       value: of the function itself at x, by fresh evaluations: one, or the mean of several of a
         noisy function.
-      value_error: standard error of that mean; 0 where the function is not noisy.
+      value_error: standard error of that mean; 0 where the function is not noisy, NaN where
+        all but one of its evaluations failed.
       num_evaluations: how many evaluations were made, all told.
       history: a `MinimizeHistory`, of all steps. Under `jit` and `vmap`, where the number of
         steps must not depend on values, rows behind `num_steps` are NaN.

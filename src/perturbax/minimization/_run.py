@@ -234,15 +234,19 @@ def finish(objective: Objective, repeats: int, operands: Operands, run: Run, las
         again = jax.random.clone(first)
         both = jnp.stack([values(run.best, first), values(end, again)])
         known = jnp.isfinite(both)
-        # What failed is no better than any other value, so that failing does not make a point good.
+        # What failed counts as worse than all values, by as much as these range over: failing does
+        # not make a point good.
         worst = jnp.max(jnp.where(known, both, -jnp.inf))
-        means = jnp.mean(jnp.where(known, both, worst), axis=1)
+        worse = 2 * worst - jnp.min(jnp.where(known, both, jnp.inf))
+        means = jnp.mean(jnp.where(known, both, worse), axis=1)
         safer = known[1].sum() > known[0].sum()
         better = (means[1] < means[0]) | ((means[1] == means[0]) & safer)
         chosen = where(better, end, run.best)
         fresh = values(chosen, second)
         known = jnp.isfinite(fresh)
-        error = jnp.std(fresh, where=known) / jnp.sqrt(jnp.maximum(1, known.sum() - 1))
+        # One value alone tells no error.
+        others = jnp.where(known.sum() > 1, known.sum() - 1, jnp.nan)
+        error = jnp.std(fresh, where=known) / jnp.sqrt(others)
         made = run.evaluations + 3 * repeats
         return chosen, jnp.mean(fresh, where=known), error.astype(objective.dtype), made
 

@@ -69,13 +69,13 @@ class Seen(NamedTuple):
     Attributes:
       points: where, (kept, D).
       described: values and their normal scores, (2, kept).
-      falling: the same in the order of the values, for translation.
+      ordered: both sorted, by which one is translated to the other.
       same_step: which samples are of one step, (kept, kept), 1 or 0.
     """
 
     points: Array
     described: Array
-    falling: Array
+    ordered: Array
     same_step: np.ndarray
 
 
@@ -201,7 +201,8 @@ class SurrogateSearch:
                 sigma * factor, unlimited, metric, objective.flat(operands.widest)
             )
 
-        value = _translated(found.value, *seen.falling[::-1])
+        by_value, by_rank = seen.ordered
+        value = _translated(found.value, by_rank, by_value)
         value = jnp.where(chosen.which == 1, value, found.value)
         lowest = jnp.argmin(jnp.where(jnp.isfinite(new_values), new_values, jnp.inf))
         told = Step(
@@ -317,7 +318,7 @@ class SurrogateSearch:
         In a loop, for two calls would be compiled twice.
         """
         dtype = self.setup.objective.dtype
-        before = jnp.stack([state.value, _translated(state.value, *seen.falling)])
+        before = jnp.stack([state.value, _translated(state.value, *seen.ordered)])
         before = jnp.where(jnp.isfinite(state.value), before, jnp.inf)
 
         def fitted(centre: Array, scale: Array) -> Fit:

@@ -1,6 +1,7 @@
 """Users' functions: traced, checked, and explained where tracing fails, as other code of theirs."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ def _names_a_tracer(error: Exception) -> bool:
     if isinstance(error, jax.errors.UnexpectedTracerError):  # kept from another trace
         return False
     try:
-        return "Tracer" in str(error)
+        return re.search(r"Tracer[<(]|Traced<", str(error)) is not None
     except Exception:  # of a class that cannot be printed
         return False
 
