@@ -145,6 +145,12 @@ def one_number(value: PyTree, name: str, remedy: str, any_rank: bool = False) ->
     return jnp.reshape(leaf, ()) if np.shape(leaf) else jnp.asarray(leaf)
 
 
+def check_args(args: object) -> None:
+    """Raises TypeError unless `args`, further arguments of a function, is a tuple."""
+    if not isinstance(args, tuple):
+        raise TypeError(f"args must be a tuple, such as (data,), got {type(args).__name__}")
+
+
 def check_noise(noise: object) -> None:
     """Raises TypeError unless `noise` is an object with the methods sample and log_prob."""
     if isinstance(noise, type):

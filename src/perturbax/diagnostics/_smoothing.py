@@ -13,7 +13,7 @@ from jax import Array
 from .. import _checks, _leaves
 from .._perturb import PerturbedFun, check_perturbed_fun
 from ..scale import _scales
-from ..tracing._compiled import compiled
+from ..tracing._compiled import compiled_map
 from ..tracing._host_call import own_exceptions
 from . import _plots
 from ._standard_errors import estimate
@@ -137,11 +137,8 @@ def plot_smoothing(
     g.prepare(jax.random.clone(key), x, args, kwargs)
 
     def along(one: Callable[..., Any], t: np.ndarray, *more: Any) -> Any:
-        def all_of(t: Array, *more: Any) -> Any:
-            return jax.lax.map(lambda t: one(t, *more), t)
-
         args = t.astype(dtype), *more
-        return own_exceptions(compiled(all_of, *args))(*args)
+        return own_exceptions(compiled_map(one, *args))(*args)
 
     curve = [np.asarray(v) for v in along(smooth, t, g.settings.sigma)]
     values = np.asarray(along(hard, fine))

@@ -25,7 +25,7 @@ from ..estimator._surrogate import num_features
 from ..sampling._independent import Independent
 from ..sampling._nets import OrthogonalArray, Sobol
 from ..scale import _scales
-from ..tracing._compiled import compiled
+from ..tracing._compiled import compiled_map
 from ..tracing._host_call import own_exceptions
 from . import _variance_law
 from ._standard_errors import estimates_by_degree
@@ -393,10 +393,7 @@ class Subject:
             gradient, found = derive(value, has_aux=True)(leaves, key, sigma)
             return found, _joined(gradient)
 
-        def all_of(keys: Array, leaves: list[Array], sigma: Any) -> Any:
-            return jax.lax.map(lambda key: one(key, leaves, sigma), keys)
-
-        return compiled(all_of, keys, self.leaves, self.settings.sigma)
+        return compiled_map(one, keys, self.leaves, self.settings.sigma)
 
     def _timed(self, program: Any, args: tuple[Array, Any, Any], num_samples: int) -> Any:
         """The results of a program, in double precision; evaluations and seconds are noted."""
@@ -460,10 +457,7 @@ class Subject:
             gradients = [(_joined(v.gradient), _joined(v.gradient_error)) for v in found]
             return found[0].value, found[0].value_error, gradients, found[0].aux
 
-        def all_of(keys: Array, leaves: list[Array], sigma: Any) -> Any:
-            return jax.lax.map(lambda key: one(key, leaves, sigma), keys)
-
-        return compiled(all_of, keys, self.leaves, settings.sigma), freedoms
+        return compiled_map(one, keys, self.leaves, settings.sigma), freedoms
 
 
 def _origin(g: Any) -> tuple[Any, Settings, Made | None]:

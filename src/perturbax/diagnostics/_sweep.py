@@ -16,7 +16,7 @@ from .._perturb import PerturbedFun, kind_of_fun, make_perturbed_fun
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
-from ..tracing._compiled import compiled
+from ..tracing._compiled import compiled_map
 from ..tracing._host_call import own_exceptions
 from . import _plots
 from ._standard_errors import estimate
@@ -186,8 +186,7 @@ def sweep_sigma(
         )
     _checks.check_fun(fun)
     _checks.check_missing(missing)
-    if not isinstance(args, tuple):
-        raise TypeError(f"args must be a tuple, such as (data,), got {type(args).__name__}")
+    _checks.check_args(args)
     key = _checks.check_key(key, x, "sweep_sigma(fun, key, x)")
     leaves, _, merge = _leaves.perturbed_leaves(x)
     if _checks.is_traced((key, leaves, sigmas, args)):
@@ -288,12 +287,9 @@ def _measured(
             degrees_of_freedom=jnp.asarray(found.degrees_of_freedom, jnp.int32),
         )
 
-    def all_of(keys: Array, scales: Array, *others: Any) -> _Measured:
-        return jax.lax.map(lambda each: one(each, *others), (keys, scales))
-
     keys = jax.random.split(key, len(scales))
-    args = keys, jnp.asarray(scales, _leaves.noise_dtype(leaves)), leaves, at_x
-    found = own_exceptions(compiled(all_of, *args))(*args)
+    args = (keys, jnp.asarray(scales, _leaves.noise_dtype(leaves))), leaves, at_x
+    found = own_exceptions(compiled_map(one, *args))(*args)
     return _Measured(*map(wide, found))
 
 

@@ -171,8 +171,7 @@ def minimize(
     max_evaluations = _checks.check_count(max_evaluations, "max_evaluations", _MAX_EVALUATIONS)
     takes_key = _checks.check_bool(takes_key, "takes_key")
     progress = _checks.check_bool(progress, "progress")
-    if not isinstance(args, tuple):
-        raise TypeError(f"args must be a tuple, such as (data,), got {type(args).__name__}")
+    _checks.check_args(args)
     if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
             "optimizer must be one of optax, such as optax.adam(0.05), with init and update, got "

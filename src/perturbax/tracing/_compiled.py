@@ -9,15 +9,22 @@ import jax
 from ._signature import TracedFunction, trace
 
 
-def compiled(fun: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """`fun` for arguments like these, pytrees of arrays, compiled now.
+def compiled_map(fun: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """fun(row, *others) for each row of the first argument in turn, compiled now.
+
+    Returns a function of arguments like these, pytrees of arrays.
 
     JAX knows functions by identity, so that one made anew is compiled anew. Here a function of the
     same operations as one before has the same program, of which what it closes over, as far as
     these are arrays, is an argument. It is traced every time.
     """
     leaves, tree = jax.tree.flatten(args)
-    traced, operands = trace(lambda *values: fun(*jax.tree.unflatten(tree, values)), *leaves)
+
+    def all_of(*values: Any) -> Any:
+        rows, *others = jax.tree.unflatten(tree, values)
+        return jax.lax.map(lambda row: fun(row, *others), rows)
+
+    traced, operands = trace(all_of, *leaves)
     if not jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
         _called.lower(traced, operands, *args).compile()  # which calls find
     return functools.partial(_called, traced, operands)
