@@ -14,6 +14,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import perturbax as px
 from perturbax.minimization import _checkpoint, _minimize
@@ -40,6 +41,12 @@ def run(checkpoint=None):
         fun,
         jnp.zeros(4),
         jax.random.key(0),
+        # Of the steps that compile soonest; test_minimize.py has checkpoints of the others.
+        optimizer=optax.adam(0.05),
+        sigma=0.5,
+        sampler=px.Independent(),
+        degree=0,
+        num_samples=6,
         max_evaluations=700,
         checkpoint=checkpoint,
         progress=False,
