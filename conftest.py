@@ -19,10 +19,11 @@ the whole suite's time. Not so with ``FULL_OPTIMIZATION=1``.
 Linear algebra outside JAX has one thread, for there are as many workers as cores: two threads of
 each took turns, and a regression of scikit-learn 4 s in place of 0.1.
 
-Python looks for garbage more rarely: it has little to find among all that tracing makes. After a
-file of tests, compiled programs are forgotten if a worker holds more than `MOST_MEMORY`: they would
-grow to five gigabytes in each. What is freed must be given back by hand: glibc keeps it, so that
-they would be forgotten again after each file that follows.
+Python looks for garbage where a test asks it to, and then not at what was there before its file of
+tests: looking whenever it likes took a twelfth of the suite's time and found next to nothing. After
+a file, compiled programs are forgotten, and all garbage with them, if a worker holds more than
+`MOST_MEMORY`: they would grow to five gigabytes in each. What is freed must be given back by hand:
+glibc keeps it, so that they would be forgotten again after each file that follows.
 
 A test of a product of cases that is marked ``covering`` runs, by default, at so many of them that
 each pair of values occurs, and one that is marked ``full`` does not run; ``--all`` runs all. The
@@ -80,7 +81,7 @@ def prepare() -> None:
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     environment.setdefault("OPENBLAS_NUM_THREADS", "1")
-    gc.set_threshold(20_000, 10, 20)
+    gc.disable()
 
 
 def core_of(worker: str, workers: int, cores: set[int]) -> set[int]:
@@ -110,25 +111,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run whole products of cases")
 
 
+def resident() -> int:
+    """The memory of this process in bytes; 0 where the system does not tell."""
+    statistics = Path("/proc/self/statm")
+    if not statistics.exists():
+        return 0
+    return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Forgets compiled programs after a file of tests, if they take too much memory."""
-    statistics = Path("/proc/self/statm")  # not on every system
-    if nextitem is None or nextitem.path == item.path or not statistics.exists():
+    """After a file of tests, forgets compiled programs, if they take too much memory."""
+    if nextitem is None or nextitem.path == item.path:
         return
-    resident = int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if resident > MOST_MEMORY:
+    if resident() > MOST_MEMORY:
         import jax
 
         jax.clear_caches()
+        gc.unfreeze()
         gc.collect()
         give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
         if give_back is not None:
             give_back(0)
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish() -> None:
-    """Looks for garbage once: pytest and Python would look several times, a second or two each."""
+    """Looks for garbage once: pytest and Python would look several times."""
     gc.collect()
     gc.freeze()
 
