@@ -715,7 +715,8 @@ def test_many_samples_equal_the_formulas(noise_name, use_baseline, num_samples, 
 # --- Wrong estimators must fail --------------------------------------------------------------
 
 
-@both_noises
+# Of both laws, single samples of the reference equal the formulas above.
+@pytest.mark.parametrize("noise_name", ["Normal", pytest.param("Gumbel", marks=pytest.mark.full)])
 def test_the_reference_is_unbiased(noise_name):
     """The right version of what is broken below, at the same settings."""
     names = (*FIRST_ORDER, "hessian")
@@ -745,7 +746,11 @@ def test_the_reference_is_unbiased(noise_name):
 )
 @both_noises
 def test_wrong_estimators_fail(noise_name, mutation, spoilt):
-    """On the problem of `test_every_derivative` with a sixth of its keys, which is harder."""
+    """On the problem of `test_every_derivative` with a sixth of its keys, which is harder.
+
+    What costs more than a few percent is seen with a sixth of these.
+    """
+    subtle = mutation in ("five_percent_off", "bfloat16_noise")
     make = functools.partial(make_reference_fun, mutation=mutation)
     run_problem(
         assert_biased,
@@ -755,7 +760,7 @@ def test_wrong_estimators_fail(noise_name, mutation, spoilt):
         True,
         FIRST_ORDER,
         quantities=spoilt,
-        num_keys=NUM_KEYS[8] // 6,
+        num_keys=NUM_KEYS[8] // (6 if subtle else 36),
     )
 
 
