@@ -68,12 +68,25 @@ def test_patch_serves_again_after_unpatch(module):
     assert module.make_perturbed_fun is px.make_perturbed_fun
 
 
-def test_reload_of_the_module_may_be_patched_and_unpatched():
-    """The second patch took the module for patched still, and did nothing."""
-    program = """
+def test_name_imported_before_the_patch_stays_as_it_was(module):
+    from optax.perturbations import Gumbel
+
+    px.patch_optax()
+    assert Gumbel is not px.Gumbel
+    assert module.Gumbel is px.Gumbel
+
+
+# scipy.stats once doubled the time that it took.
+IMPORT = """
+import sys
+import perturbax
+assert not {"optax", "scipy.stats"} & {*sys.modules}
+"""
+
+# The second patch took the module for patched still, and did nothing.
+RELOAD = """
 import importlib
 import optax.perturbations as module
-import perturbax
 for patched in (False, True):
     perturbax.patch_optax()
     importlib.reload(module)
@@ -86,22 +99,8 @@ for patched in (False, True):
     perturbax.unpatch_optax()
     assert module.make_perturbed_fun is own
 """
-    result = run("-c", program)
-    assert result.returncode == 0, result.stderr
 
-
-def test_name_imported_before_the_patch_stays_as_it_was(module):
-    from optax.perturbations import Gumbel
-
-    px.patch_optax()
-    assert Gumbel is not px.Gumbel
-    assert module.Gumbel is px.Gumbel
-
-
-def test_every_import_form_is_served():
-    program = """
-import sys
-
+EVERY_FORM = """
 for first in ("import optax", "import optax.perturbations", ""):
     # As in a new process, but for JAX, whose import takes longest.
     for name in list(sys.modules):
@@ -123,14 +122,11 @@ for first in ("import optax", "import optax.perturbations", ""):
     assert Gumbel is perturbax.Gumbel, first
     assert Normal is perturbax.Normal, first
 """
-    result = run("-c", program)
-    assert result.returncode == 0, result.stderr
 
 
-def test_import_of_the_package_leaves_others_alone():
-    """scipy.stats once doubled the time that it took."""
-    program = "import sys, perturbax; assert not {'optax', 'scipy.stats'} & {*sys.modules}"
-    result = run("-c", program)
+def test_imports_reloads_and_every_form_of_import():
+    """The package leaves others alone; the module may be reloaded, and imported in any form."""
+    result = run("-c", IMPORT + RELOAD + EVERY_FORM)
     assert result.returncode == 0, result.stderr
 
 
@@ -223,18 +219,18 @@ def test_a_module_keeps_its_place_to_the_end(tmp_path, program):
 @pytest.mark.parametrize(
     ("program", "returncode"),
     [
-        ("import sys\nsys.exit(3)\n", 3),
+        (AT_EXIT + "import sys\nsys.exit(3)\n", 3),
         pytest.param("import sys\nsys.exit('said by the script')\n", 1, marks=pytest.mark.full),
         ("def fail():\n    raise ValueError('said by the script')\n\n\nfail()\n", 1),
         pytest.param("import json\njson.loads('{')\n", 1, marks=pytest.mark.full),
         ("print('begun'\n", 1),
         ("def wait():\n    raise KeyboardInterrupt\n\n\nwait()\n", -signal.SIGINT),
         ("import sys\nsys.excepthook = lambda *error: print(error[1])\n1 / 0\n", 1),
-        (AT_EXIT, 0),
+        pytest.param(AT_EXIT, 0, marks=pytest.mark.full),
         pytest.param("print('ends well')\n", 0, marks=pytest.mark.full),
     ],
     ids=[
-        "status",
+        "status at exit",
         "message",
         "exception",
         "exception in a library",

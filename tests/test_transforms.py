@@ -502,7 +502,7 @@ def test_no_implicit_transfers():
     "sigma", [0.5, np.eye(3, dtype=np.float32) + 0.1], ids=["number", "matrix"]
 )
 def test_disable_jit(sigma):
-    function = value_and_grad(num_samples=3, sigma=sigma)
+    function = value_and_grad(num_samples=3, sigma=sigma, **INDEPENDENT)
     expected = function(KEY, X)
     with jax.disable_jit():
         assert_trees_close(function(KEY, X), expected, rtol=1e-4, atol=1e-5)
