@@ -302,7 +302,7 @@ def test_mutant_that_learns_before_it_predicts_is_caught():
         return estimator(carried)(key, after)
 
     forgetful = carried.init(X)
-    assert_biased(early, exact_of_bumpy(X), args=(forgetful,), seed=8, num_keys=1024)
+    assert_biased(early, exact_of_bumpy(X), args=(forgetful,), seed=8, num_keys=512)
 
 
 def test_mutant_that_weighs_the_past_by_importance_is_caught():

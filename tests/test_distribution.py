@@ -182,7 +182,7 @@ def test_the_baseline_is_of_other_groups_alone(mutation, sampler, monkeypatch):
         promise = {"gradient": 0.03, "dsigma": 0.05}
         assert_unbiased(estimates, exact, num_keys=65536, promise=promise, **settings)
     else:
-        assert_biased(estimates, exact, num_keys=8192, quantities=("gradient",), **settings)
+        assert_biased(estimates, exact, num_keys=4096, quantities=("gradient",), **settings)
 
 
 def test_gradient_is_that_of_the_baseline_of_other_samples():

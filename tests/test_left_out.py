@@ -167,7 +167,7 @@ def test_a_fit_that_saw_its_own_sample_is_noticed(noise_name, monkeypatch):
         return found._replace(rest=f - constants)
 
     monkeypatch.setattr(_left_out, "fit", fit_on_all)
-    run_protocol(assert_biased, noise_name, ("gradient",), num_keys=2**14)
+    run_protocol(assert_biased, noise_name, ("gradient",), num_keys=2**11)
 
 
 def test_standard_errors_tell_the_spread_between_keys():

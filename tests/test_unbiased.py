@@ -789,7 +789,7 @@ def test_lost_arguments_fail(mutation, spoilt):
         differentiate_mixture(make, px.Normal(), 8),
         exact_mixture(cf.normal),
         quantities=spoilt,
-        **{**MIXTURE_SETTINGS, "num_keys": 2**14},
+        **{**MIXTURE_SETTINGS, "num_keys": 2**11},
     )
 
 
