@@ -268,8 +268,7 @@ def residual(plan: Plan, noise: Any, z: Array, part: Part) -> Array:
     """f_i - q_i of a chunk, (C, M); zero where a sample is missing."""
     rest = part.rest
     if part.beta is not None:
-        phi = _surrogate.features(in_groups(plan, z), plan.degree or 0, noise.mean)
-        q = matmul(phi.astype(rest.dtype), part.beta)
+        q = _surrogate.predict(part.beta, in_groups(plan, z), plan.degree or 0, noise.mean)
         rest = rest - q.reshape(q.shape[0] * q.shape[1], q.shape[2])[: rest.shape[0]]
     return kept(rest, part.present)
 

@@ -53,14 +53,29 @@ def enough(dim: int, degree: int, groups: int, group_size: int) -> int:
 
 
 def features(z: Array, degree: int, mean: float) -> Array:
-    """phi at each row of z (..., D): shape (..., P)."""
-    centred = z - mean
-    columns = [jnp.ones_like(z[..., :1]), centred]
+    """phi at each row of z (..., n, D), a row for each feature: shape (..., P, n).
+
+    So that long rows are multiplied and put together, however few the coordinates: XLA vectorises
+    no rows of three or ten numbers.
+    """
+    centred = (z - mean).mT
+    rows = [jnp.ones_like(centred[..., :1, :]), centred]
     if degree == 2 and z.shape[-1] > _MAX_FULL:
-        columns.append(centred**2)
+        rows.append(centred**2)
     elif degree == 2:  # in the order of `_pairs`; by slices, for a gather takes long
-        columns += [centred[..., j : j + 1] * centred[..., j:] for j in range(z.shape[-1])]
-    return jnp.concatenate(columns, axis=-1)
+        rows += [centred[..., j : j + 1, :] * centred[..., j:, :] for j in range(z.shape[-1])]
+    return jnp.concatenate(rows, axis=-2)
+
+
+def predict(beta: Array, z: Array, degree: int, mean: float) -> Array:
+    """q at each row of z (groups, n, D), of coefficients (groups, P, M): shape (groups, n, M)."""
+    if degree == 2:
+        return matmul(beta.mT, features(z, degree, mean).astype(beta.dtype)).mT
+    z = (z - mean).astype(beta.dtype)
+    slopes = beta[:, 1:]
+    if beta.shape[2] == 1:
+        return beta[:, :1] + jnp.sum(slopes * z.mT, axis=1)[..., None]
+    return beta[:, :1] + matmul(z, slopes)
 
 
 def expected_features(a: Array, r: Any, degree: int, noise: Any) -> Array:
@@ -111,14 +126,15 @@ def normal_equations(phi: Array, f: Array, weight: Array) -> Equations:
     """The equations of each group.
 
     Args:
-      phi: (groups, n, P).
+      phi: (groups, P, n).
       f: (groups, n, M).
       weight: (groups, n).
     """
-    weight = weight[..., None]
-    weighted = (phi * weight).mT
-    columns = [weight.astype(phi.dtype), f, (jnp.abs(f) ** 2).astype(f.dtype)]
-    return Equations(matmul(weighted, phi), matmul(weighted, jnp.concatenate(columns, axis=2)))
+    weight, f = weight[:, None], f.mT
+    weighted = phi * weight
+    rows = [weight.astype(phi.dtype), f, (jnp.abs(f) ** 2).astype(f.dtype)]
+    moments = matmul(weighted, jnp.concatenate(rows, axis=1).mT)
+    return Equations(matmul(weighted, phi.mT), moments)
 
 
 def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array:
