@@ -156,16 +156,16 @@ def test_a_group_with_too_few_left_for_a_fit_predicts_a_constant():
     """Each of two groups is fitted on the other: it is that one's number that counts."""
     draw, slope = np.random.default_rng(3), np.array([1.0, -2.0, 0.5])
     z = draw.normal(size=(2, 20, 3))
-    phi = np.concatenate([np.ones((2, 20, 1)), z], axis=2).astype(np.float32)
+    phi = np.concatenate([np.ones((2, 1, 20)), z.swapaxes(1, 2)], axis=1).astype(np.float32)
     f = (3.0 + z @ slope).astype(np.float32)[..., None]
     present = np.stack([np.arange(20) < 17, np.arange(20) < 3]).astype(np.float32)
-    left = phi * present[..., None], f * present[..., None], present
+    left = phi * present[:, None], f * present[..., None], present
 
     @jax.jit
     def fitted(phi, f, weight):
         # Those of the other group are 3 of the first, 17 of the second.
         equations = _surrogate.normal_equations(phi, f, weight)
-        return _surrogate.fit(equations, (20, jnp.array([3, 17])), 3)
+        return _surrogate.fit(equations, 20, jnp.array([3, 17]), 3)
 
     first, second = fitted(*left)
     np.testing.assert_allclose(first[:, 0], [f[1, :3].mean(), 0, 0, 0], atol=1e-5)

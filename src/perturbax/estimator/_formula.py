@@ -53,7 +53,6 @@ from ..execution._plan import (
 from ..scale._matrices import Blocks
 from ..tracing._broadcasting import where
 from ..tracing._derivative_rules import live_jvp, with_jvp
-from ..tracing._linear_algebra import matmul
 from . import _left_out, _surrogate
 
 # Values that tell the unit of all. XLA compiles a larger maximum in three parts.
@@ -252,15 +251,14 @@ def fitted(
         return _surrogate.normal_equations(phi, values, weight)
 
     equations = stacked(plan, equations_of, (f / unit[None], present))
-    least = int((seen.sum() - seen).min())
-    if present is None and seen[-1] < seen[0]:
-        least = least, jnp.asarray(seen.sum() - seen, jnp.int32)
-    elif present is not None:
+    least, counts = int((seen.sum() - seen).min()), None
+    if present is not None:
         seen = jnp.sum(in_groups(plan, present.astype(jnp.int32))[:, :enough], axis=1)
-        least = least, jnp.sum(seen) - seen
-        others = jnp.repeat(jnp.sum(seen) - seen, plan.group_size)[: plan.num_samples]
-        f = restored(f, others)
-    beta = _surrogate.fit(equations, least, plan.dim) * unit[None, None]
+        counts = jnp.sum(seen) - seen
+        f = restored(f, jnp.repeat(counts, plan.group_size)[: plan.num_samples])
+    elif seen[-1] < seen[0]:
+        counts = jnp.asarray(seen.sum() - seen, jnp.int32)
+    beta = _surrogate.fit(equations, least, counts, plan.dim) * unit[None, None]
     return Surrogates(Part(f, beta, sizes, present), number, value, mean(beta))
 
 

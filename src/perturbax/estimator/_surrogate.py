@@ -71,11 +71,10 @@ def predict(beta: Array, z: Array, degree: int, mean: float) -> Array:
     """q at each row of z (groups, n, D), of coefficients (groups, P, M): shape (groups, n, M)."""
     if degree == 2:
         return matmul(beta.mT, features(z, degree, mean).astype(beta.dtype)).mT
-    z = (z - mean).astype(beta.dtype)
-    slopes = beta[:, 1:]
-    if beta.shape[2] == 1:
-        return beta[:, :1] + jnp.sum(slopes * z.mT, axis=1)[..., None]
-    return beta[:, :1] + matmul(z, slopes)
+    centred, slopes = (z - mean).astype(beta.dtype), beta[:, 1:]
+    if beta.shape[2] == 1:  # a sum, which needs no array of centred noise
+        return beta[:, :1] + jnp.sum(centred * slopes.mT, axis=2, keepdims=True)
+    return beta[:, :1] + matmul(centred, slopes)
 
 
 def expected_features(a: Array, r: Any, degree: int, noise: Any) -> Array:
@@ -137,16 +136,15 @@ def normal_equations(phi: Array, f: Array, weight: Array) -> Equations:
     return Equations(matmul(weighted, phi.mT), moments)
 
 
-def fit(equations: Equations, least: int | tuple[int, Array], dim: int) -> Array:
+def fit(equations: Equations, least: int, counts: Array | None, dim: int) -> Array:
     """beta, shape (groups, P, M), from the other groups' equations; equivariant under f + constant.
 
     Args:
       equations: of each group, at least two.
-      least: number of samples that each fit has at least, if none is missing; where fits have
-        different numbers, a pair of it and of those that each fit has, (groups,).
+      least: number of samples that each fit has at least, if none is missing.
+      counts: how many each fit has, (groups,), where not all have the same number; else None.
       dim: number of coordinates.
     """
-    least, counts = least if isinstance(least, tuple) else (least, None)
     # Of two groups each is fitted on the other.
     pair = equations.gram.shape[0] == 2
     gram, moments = equations if pair else jax.tree.map(_others, equations)
