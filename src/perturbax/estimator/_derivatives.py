@@ -239,17 +239,11 @@ def _jacobian_of_baselines(
         total, rows = jnp.sum(f, axis=0), jnp.full((), chunk.rows, f.dtype)
         if plan.degree is None:
             return Centred(centre, rows, total, [(matmul(f.T, v), ()) for v in slopes])
-        share = share_of_one(plan.num_samples - sizes + counted, f.dtype)[:, None]
-        if plan.group_size == 1:  # B_g is dl_i
-            columns = jnp.concatenate([f * (1 + share), share], axis=1)
-            products = [matmul(columns.T, v) for v in slopes]
-        else:
-            own = jnp.concatenate([jnp.sum(in_groups(plan, f), axis=1) * share, share], axis=1)
-            columns = jnp.concatenate([f, jnp.zeros_like(f[:, :1])], axis=1)
-            products = [
-                matmul(columns.T, v) + matmul(own.T, jnp.sum(in_groups(plan, v), axis=1))
-                for v in slopes
-            ]
+        share = share_of_one(plan.num_samples - sizes + counted, f.dtype)
+        own = jnp.concatenate([jnp.sum(in_groups(plan, f), axis=1).T * share, share[None]])
+        weights = jnp.concatenate([f.T, jnp.zeros_like(f[:, :1].T)])
+        weights += jnp.repeat(own, plan.group_size, axis=1)[:, : chunk.rows]
+        products = [matmul(weights, v) for v in slopes]
         return Centred(centre, rows, total, [(v[:-1], v[-1:]) for v in products])
 
     def merge(left: Centred, right: Centred) -> Centred:

@@ -27,7 +27,7 @@ _LEAST_SPARE = 0.01
 # one part in so many to the variance that it leaves.
 _ENOUGH = 32
 # Multiplications that take no noticeable time.
-_LITTLE = 2**20
+_LITTLE = 2**18
 # Above this many coordinates a surrogate of degree 2 keeps the squares alone.
 _MAX_FULL = 20
 # A surrogate with more coefficients than so many times those of a linear function is doubted in two
@@ -71,10 +71,8 @@ def predict(beta: Array, z: Array, degree: int, mean: float) -> Array:
     """q at each row of z (groups, n, D), of coefficients (groups, P, M): shape (groups, n, M)."""
     if degree == 2:
         return matmul(beta.mT, features(z, degree, mean).astype(beta.dtype)).mT
-    centred, slopes = (z - mean).astype(beta.dtype), beta[:, 1:]
-    if beta.shape[2] == 1:  # a sum, which needs no array of centred noise
-        return beta[:, :1] + jnp.sum(centred * slopes.mT, axis=2, keepdims=True)
-    return beta[:, :1] + matmul(centred, slopes)
+    centred = (z - mean).astype(beta.dtype)
+    return beta[:, :1] + matmul(beta[:, 1:].mT, centred.mT).mT
 
 
 def expected_features(a: Array, r: Any, degree: int, noise: Any) -> Array:
