@@ -239,10 +239,14 @@ def _jacobian_of_baselines(
         total, rows = jnp.sum(f, axis=0), jnp.full((), chunk.rows, f.dtype)
         if plan.degree is None:
             return Centred(centre, rows, total, [(matmul(f.T, v), ()) for v in slopes])
-        share = share_of_one(plan.num_samples - sizes + counted, f.dtype)
-        own = jnp.concatenate([jnp.sum(in_groups(plan, f), axis=1).T * share, share[None]])
-        weights = jnp.concatenate([f.T, jnp.zeros_like(f[:, :1].T)])
-        weights += jnp.repeat(own, plan.group_size, axis=1)[:, : chunk.rows]
+        share = share_of_one(plan.num_samples - sizes + counted, f.dtype)[:, None]
+        own = jnp.concatenate([jnp.sum(in_groups(plan, f), axis=1) * share, share], axis=1)
+        own = jnp.repeat(own, plan.group_size, axis=0)[: chunk.rows]
+        columns = [f + own[:, :-1], own[:, -1:]]
+        if f.shape[1] == 1:  # in long rows, which XLA vectorises
+            weights = jnp.concatenate([v.T for v in columns])
+        else:
+            weights = jnp.concatenate(columns, axis=1).T
         products = [matmul(weights, v) for v in slopes]
         return Centred(centre, rows, total, [(v[:-1], v[-1:]) for v in products])
 
