@@ -200,9 +200,9 @@ class Centred(NamedTuple):
       centre: what is subtracted, (M,).
       rows: how many samples.
       total: the sum of what is left, (M,).
-      products: for each of a and r that is asked for, the sum of what is left times
-        dl_i + B_g / n_g, (M, D), and sum_g B_g / n_g, (1, D), N times which is the sum of
-        dl_i + B_g / n_g.
+      products: for each of a and r that is asked for, the sum of what is left, and of its group's
+        share F_g / n_g, times dl_i, (M, D); and that of dl_i / n_g, (1, D), N times which is what
+        the former grows by where each value does by 1.
     """
 
     centre: Array
@@ -219,9 +219,9 @@ def _jacobian_of_baselines(
     With 1 / n_g the weight of a value in the baseline of group g, and with c = f0, or the first
     value if f0 is not used (of each chunk, until they are merged),
 
-        sum_i (f_i - b_i) dl_i = sum_i (f_i - c) (dl_i + B_g / n_g) - S sum_g B_g / n_g,
+        sum_i (f_i - b_i) dl_i = sum_i (f_i - c + F_g / n_g) dl_i - S sum_i dl_i / n_g,
 
-    where B_g is the sum of dl_i over the group g of sample i, and S that of all f_i - c.
+    where F_g is the sum of f_i - c over the group g of sample i, and S that over all.
     """
     noise = noise_in(plan, operands)
     value_at_x, counted = None, 0
@@ -240,9 +240,9 @@ def _jacobian_of_baselines(
         if plan.degree is None:
             return Centred(centre, rows, total, [(matmul(f.T, v), ()) for v in slopes])
         share = share_of_one(plan.num_samples - sizes + counted, f.dtype)[:, None]
-        own = jnp.concatenate([jnp.sum(in_groups(plan, f), axis=1) * share, share], axis=1)
-        own = jnp.repeat(own, plan.group_size, axis=0)[: chunk.rows]
-        columns = [f + own[:, :-1], own[:, -1:]]
+        own = jnp.sum(in_groups(plan, f), axis=1) * share
+        own, share = (jnp.repeat(v, plan.group_size, axis=0)[: chunk.rows] for v in (own, share))
+        columns = [f + own, share]
         if f.shape[1] == 1:  # in long rows, which XLA vectorises
             weights = jnp.concatenate([v.T for v in columns])
         else:

@@ -33,8 +33,8 @@ _MAX_FULL = 20
 # A surrogate with more coefficients than so many times those of a linear function is doubted in two
 # parts. Of fewer, a second fit gains less than it takes to compile.
 _MANY = 4
-# Most coefficients of one output for which a product is not worth calling a library.
-_FEW = 32
+# Most rows of a product with the coefficients of one output that is not worth calling a library.
+_FEW = 64
 
 
 def num_features(dim: int, degree: int) -> int:
@@ -71,8 +71,7 @@ def predict(beta: Array, z: Array, degree: int, mean: float) -> Array:
     """q at each row of z (groups, n, D), of coefficients (groups, P, M): shape (groups, n, M)."""
     if degree == 2:
         return matmul(beta.mT, features(z, degree, mean).astype(beta.dtype)).mT
-    centred = (z - mean).astype(beta.dtype)
-    return beta[:, :1] + matmul(beta[:, 1:].mT, centred.mT).mT
+    return beta[:, :1] + _apply((z - mean).astype(beta.dtype), beta[:, 1:])
 
 
 def expected_features(a: Array, r: Any, degree: int, noise: Any) -> Array:
@@ -265,7 +264,7 @@ def _lost(gain: Array, explained: Array, tried: int, size: int, sums: Sums) -> A
 
 
 def _apply(matrix: Array, beta: Array) -> Array:
-    """matrix @ beta, (groups, P, M); small, in a form that takes less than to call a library."""
+    """matrix (groups, n, P) @ beta (groups, P, M): of few rows by a sum, else in long rows."""
     if beta.shape[2] == 1 and matrix.shape[1] <= _FEW:
         return jnp.sum(matrix * beta.mT, axis=2, keepdims=True)
-    return matmul(matrix, beta)
+    return matmul(beta.mT, matrix.mT).mT
