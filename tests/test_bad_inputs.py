@@ -710,6 +710,11 @@ CALLS = {
         TypeError,
         ["x is missing", "g(key, x, ...)", "['scale']"],
     ),
+    "x is missing and the key has a name": (
+        lambda: smooth()(key=KEY, scale=2.0),
+        TypeError,
+        ["x is missing", "the names ['key', 'scale']"],
+    ),
     "key is missing": (lambda: smooth()(x=X), TypeError, ["key is missing", "g(key, x, ...)"]),
     "x without a key": (
         lambda: smooth()(X),

@@ -1152,3 +1152,21 @@ def test_noise_is_not_stuck_at_a_width_at_which_bounds_hide_the_function():
 
     # Of other keys one run in a hundred ends in another dip.
     assert np.max(value(jax.random.split(jax.random.key(6), 8))) < 0.1
+
+
+class Shifted:
+    """Noise that cannot be hashed, as one with an array cannot."""
+
+    __hash__ = None
+    sample = px.Normal().sample
+    log_prob = px.Normal().log_prob
+
+
+def test_what_programs_are_known_by_must_be_hashable():
+    """JAX's own error was of a class that users never see."""
+    for options, message in (
+        ({"noise": Shifted()}, "noise must be hashable for minimize.* make Shifted a frozen"),
+        ({"sampler": px.Sobol}, "sampler must be an instance, got the class Sobol"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            quiet(staircase, jnp.zeros(2), jax.random.key(0), **options)

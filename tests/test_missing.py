@@ -1,5 +1,6 @@
 """missing="drop": samples whose value has a NaN are left out, as if they had not been drawn."""
 
+import operator
 import warnings
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import perturbax as px
-from helpers import assert_biased, assert_unbiased
+from helpers import assert_biased, assert_trees_close, assert_unbiased
 from perturbax.estimator import _surrogate
 
 KEY = jax.random.key(5, impl="threefry2x32")
@@ -240,6 +241,21 @@ def test_intervals_count_the_groups_that_are_left():
     assert (found.missing, found.empty_groups, found.degrees_of_freedom) == (4, 4, 5)
     low, high = jax.jit(lambda found: found.interval(0.9))(found).value
     np.testing.assert_allclose((high - low) / 2 / found.value_error, 6.3138, rtol=1e-4)
+
+
+def test_intervals_of_a_batch_are_those_of_each():
+    """With as many estimates as coordinates, their widths went to the coordinates."""
+    options = {"sampler": px.Independent(), "degree": 0}
+    g = smooth(lambda y, edge: jnp.where(y[0] > edge, jnp.nan, jnp.sum(y)), 8, **options)
+    keys, edges = jax.random.split(KEY, 3), jnp.array([2.0, 0.5, -0.2])
+    found = jax.vmap(lambda key, edge: px.estimate(g, key, X, edge))(keys, edges)
+    assert len(set(found.empty_groups.tolist())) == 3
+    together = found.interval().gradient
+    one_by_one = [
+        jax.tree.map(operator.itemgetter(i), found).interval().gradient for i in range(len(keys))
+    ]
+    expected = jax.tree.map(lambda *ends: jnp.stack(ends), *one_by_one)
+    assert_trees_close(together, expected, rtol=1e-5)
 
 
 def test_a_nan_is_propagated_by_default():

@@ -572,6 +572,15 @@ def test_knapsack_with_traced_weights_beyond_the_integers(
     assert jax.jit(solver)(np.ones(3), weights).tolist() == expected
 
 
+def test_knapsack_packs_what_is_left_beside_infinite_values():
+    """A sum with one is infinite whatever else it is of, and the first item won."""
+    solver = functools.partial(solvers.knapsack, weights=[1, 1, 1, 2], capacity=3)
+    values = np.float32([[1, np.inf, 5, 2], [1, np.inf, 5, np.inf], [np.inf, 1, np.inf, np.inf]])
+    expected = [[1, 1, 1, 0], [0, 1, 0, 1], [1, 1, 1, 0]]
+    np.testing.assert_array_equal(solve_all(solver, values), expected)
+    assert solvers.knapsack(np.float32([1, np.inf, 5]), [1, 1, 1], 2).tolist() == [0, 1, 1]
+
+
 def test_knapsack_with_infinite_values_and_a_negative_traced_weight():
     values = np.float32([np.inf, 1.0, -np.inf, np.inf])
     assert solvers.knapsack(values, [2, 1, 0, 2], 3).tolist() == [1, 1, 0, 0]

@@ -87,7 +87,7 @@ def leading(
     Raises:
       TypeError: if one of them is missing.
     """
-    given = len(args)
+    given, named = len(args), sorted(kwargs)
     for name in names[given:]:
         if name not in kwargs:
             if given and names[0] not in kwargs and not is_key(args[0]):
@@ -99,7 +99,7 @@ def leading(
                 )
             raise TypeError(
                 f"{name} is missing: this function is called as g({', '.join(names)}, ...), got "
-                f"{given} of them by position and the names {sorted(kwargs)}"
+                f"{given} of them by position and the names {named}"
             )
         args = (*args, kwargs.pop(name))
     return args

@@ -52,8 +52,9 @@ def plot_smoothing(
       direction: d, with the structure and shapes of x; leaves that are not perturbed are not moved.
       *args: further arguments of the function.
       reach: the largest \|t\|; None for what moves a coordinate by four times its sigma.
-      num_points: how many points of the smoothed function, each of which takes `num_samples` of
-        evaluations; there are eight times as many of the function itself.
+      num_points: how many points of the smoothed function, one more if that is even, so that x is
+        one of them; each takes `num_samples` evaluations. There are eight times as many of the
+        function itself.
       ax: axes of matplotlib to draw into; None makes some.
       **kwargs: further keyword arguments of the function.
 

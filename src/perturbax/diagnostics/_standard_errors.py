@@ -147,17 +147,21 @@ class Estimate:
             )
         import scipy.stats  # takes long to import
 
-        degrees = np.arange(self.degrees_of_freedom + 1)
-        if self.empty_groups is None:
-            degrees = degrees[-1]
         # NaN without a degree of freedom.
-        width: Any = scipy.stats.t.ppf((1 + level) / 2, np.where(degrees > 0, degrees, np.nan))
+        degrees = [np.nan, *range(1, self.degrees_of_freedom + 1)]
+        left: Any = self.degrees_of_freedom
         if self.empty_groups is not None:
-            left = jnp.maximum(self.degrees_of_freedom - self.empty_groups, 0)
-            width = jnp.asarray(width)[left]
+            left = jnp.maximum(left - self.empty_groups, 0)
+        # One number, or one for each estimate of a batch.
+        width = jnp.asarray(scipy.stats.t.ppf((1 + level) / 2, degrees))[left]
+
+        def half_of(error: Array) -> Array:
+            return error * width.astype(error.dtype).reshape(
+                *width.shape, *[1] * (error.ndim - width.ndim)
+            )
 
         def ends(middle: Any, error: Any) -> tuple[Any, Any]:
-            half = jax.tree.map(lambda e: jnp.asarray(width, e.dtype) * e, error)
+            half = jax.tree.map(half_of, error)
             return jax.tree.map(jnp.subtract, middle, half), jax.tree.map(jnp.add, middle, half)
 
         return Intervals(

@@ -67,7 +67,9 @@ def make_implicit_mle(
         Infinite scores stay what they are. May be traced.
       two_sided: take the central difference, of alpha theta + lam dL/dy and alpha theta - lam dL/dy
         over 2 lam: twice the solutions, and a bias of higher order in lam.
-      maximize: False for a solver that minimises costs theta; the solver sees theta - sigma Z.
+      maximize: False for a solver that minimises costs theta; the solver sees theta - sigma Z, and
+        the target steps the other way: alpha theta + lam dL/dy, whose solutions less those of theta
+        are the gradient, times lam.
       batch_size: as in `make_perturbed_fun`.
       sampler: as in `make_perturbed_fun`.
       mesh: as in `make_perturbed_fun`.
@@ -261,8 +263,8 @@ class SumOfGamma:
 
     def __post_init__(self) -> None:
         """Checks the parameters."""
-        _checks.check_count(self.k, "k")
-        _checks.check_count(self.num_terms, "num_terms")
+        for name in ("k", "num_terms"):
+            object.__setattr__(self, name, _checks.check_count(getattr(self, name), name))
 
     @property
     def mean(self) -> float:

@@ -22,9 +22,9 @@ def knapsack(
 
     Maximises, exactly up to the rounding of sums (for integers: only from 2**24 on, in single
     precision), by dynamic programming over the capacities left. Items of negative value
-    stay out; -inf keeps an item out. Among solutions of equal value the one that takes the
-    first item wins, then the one that takes the second, and so on (so an item of value 0 is
-    taken where it fits).
+    stay out; -inf keeps an item out, and inf outweighs all finite values together. Among
+    solutions of equal value the one that takes the first item wins, then the one that takes
+    the second, and so on (so an item of value 0 is taken where it fits).
 
     Time and memory are `n` times the product of `scale * capacity + 1` over the
     constraints, memory in bytes: fine for one constraint of some thousands, or two of some
@@ -157,6 +157,9 @@ def _pack(values: Array, weights: Array, limits: tuple[int, ...]) -> Array:
     `table[left]` is the best value of the items so far within the capacities `left`.
     """
     gains = accumulator(values)
+    # Lest sums be infinite, and so equal, whatever else they are of.
+    positive = jnp.sum(gains, where=jnp.isfinite(gains) & (gains > 0))
+    gains = jnp.where(gains == jnp.inf, 2 * positive + 1, gains)
     sizes = tuple(limit + 1 for limit in limits)
     # An item heavier than the capacity reaches only into the padding below the table.
     reach = jnp.minimum(weights.astype(int), jnp.array(sizes)[:, None]).T
