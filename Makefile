@@ -15,7 +15,7 @@ WORKERS := -n logical --maxprocesses 4 --dist worksteal
 
 help:
 	@echo "make demo     see it work: 15 to 30 seconds once installed, a figure"
-	@echo "make test     run the tests, 6 to 16 minutes; choose with TESTS='tests/test_patch.py -k runner'"
+	@echo "make test     run the tests, 5 to 13 minutes; choose with TESTS='tests/test_patch.py -k runner'"
 	@echo "make test-all run them on whole products of cases, compiled as for users; most of an hour"
 	@echo "make check    lint, formatting, types"
 	@echo "make format   put formatting and imports right"
