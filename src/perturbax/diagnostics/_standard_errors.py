@@ -147,13 +147,14 @@ class Estimate:
             )
         import scipy.stats  # takes long to import
 
-        # NaN without a degree of freedom.
-        degrees = [np.nan, *range(1, self.degrees_of_freedom + 1)]
-        left: Any = self.degrees_of_freedom
+        degrees: Any = self.degrees_of_freedom
         if self.empty_groups is not None:
-            left = jnp.maximum(left - self.empty_groups, 0)
-        # One number, or one for each estimate of a batch.
-        width = jnp.asarray(scipy.stats.t.ppf((1 + level) / 2, degrees))[left]
+            degrees = np.arange(degrees + 1)
+        # NaN without a degree of freedom.
+        degrees = np.where(degrees > 0, degrees, np.nan)
+        width = jnp.asarray(scipy.stats.t.ppf((1 + level) / 2, degrees))
+        if self.empty_groups is not None:  # one number for each estimate of a batch
+            width = width[jnp.maximum(self.degrees_of_freedom - self.empty_groups, 0)]
 
         def half_of(error: Array) -> Array:
             return error * width.astype(error.dtype).reshape(
