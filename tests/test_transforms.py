@@ -536,6 +536,10 @@ def test_reuse_of_a_key_is_detected():
         jax.jit(lambda key: jax.grad(g, argnums=1)(key, X))(jax.random.key(1))
         with pytest.raises(jax.errors.KeyReuseError):
             jax.jit(lambda key: g(key, X) + g(key, X))(jax.random.key(2))
+        gradient, key = jax.grad(g, argnums=1), jax.random.key(3)
+        gradient(key, X)  # it left the key unused: a draw that nobody reads is left out
+        with pytest.raises(jax.errors.KeyReuseError):
+            gradient(key, X)
 
 
 def test_noise_differs_between_keys_samples_leaves_and_coordinates():

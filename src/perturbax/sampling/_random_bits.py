@@ -75,11 +75,12 @@ def root(key: Array) -> Array:
     if jax.random.key_impl(key) != "threefry2x32":
         return jax.random.bits(key, (2,), jnp.uint32)
     if jax.config.jax_debug_key_reuse:  # pyright: ignore[reportAttributeAccessIssue]
-        # The check for reuse of keys sees nothing but draws.
-        copy = jax.random.clone(key)
-        jax.random.bits(key, ())
-        key = copy
-    words = jax.random.key_data(key)
+        # The check for reuse of keys sees nothing but draws, and none under derivatives that is of
+        # no use.
+        words = jax.random.key_data(jax.random.clone(key))
+        words |= jax.random.bits(key, (), jnp.uint32) & np.uint32(0)
+    else:
+        words = jax.random.key_data(key)
     # Of another key, lest noise be made of the words that JAX's own generators have for this one.
     return lax.bitwise_xor(words, _OURS)
 
