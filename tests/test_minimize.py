@@ -1,5 +1,6 @@
 """px.minimize: what it finds, tells and refuses, and that interruptions cost nothing."""
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -1162,11 +1163,19 @@ class Shifted:
     log_prob = px.Normal().log_prob
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn(px.Independent):
+    """A sampler of a class that can be hashed, but for what it holds."""
+
+    numbers: object = None
+
+
 def test_what_programs_are_known_by_must_be_hashable():
     """JAX's own error was of a class that users never see."""
     for options, message in (
         ({"noise": Shifted()}, "noise must be hashable for minimize.* make Shifted a frozen"),
         ({"sampler": px.Sobol}, "sampler must be an instance, got the class Sobol"),
+        ({"sampler": Drawn(numbers=jnp.ones(2))}, "sampler must be hashable.* make Drawn a frozen"),
     ):
         with pytest.raises(TypeError, match=message):
             quiet(staircase, jnp.zeros(2), jax.random.key(0), **options)

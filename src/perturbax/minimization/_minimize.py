@@ -168,6 +168,7 @@ def minimize(
     """
     key = _checks.check_key(key, x0, "minimize(fun, x0, key)")
     _checks.check_noise(noise)
+    _checks.check_hashable(noise, "noise", " for minimize, which knows its compiled programs by it")
     _checks.check_sampler(sampler)
     max_evaluations = _checks.check_count(max_evaluations, "max_evaluations", _MAX_EVALUATIONS)
     takes_key = _checks.check_bool(takes_key, "takes_key")
@@ -183,7 +184,6 @@ def minimize(
     if degree is not None and optimizer is None:
         raise ValueError("degree is for gradients: give an optimizer, or leave degree out")
     law = as_noise(noise)
-    _check_hashable(law, type(noise).__name__)
     if optimizer is not None and getattr(law, "derivatives", 1) < 1:
         raise ValueError(
             f"noise={noise!r} is good for no derivative, but optimizer needs gradients: take "
@@ -398,17 +398,6 @@ def _check_fits(sigma: Any, problem: Problem, optimizer: Optimizer | None) -> No
                 f"sigma is a matrix for leaf {name!r} of x0, which only steps of an optimizer can "
                 "have: give optimizer, or a scale for each coordinate; directions are learnt"
             )
-
-
-def _check_hashable(law: NoiseDistribution, name: str) -> None:
-    """Raises TypeError unless a compiled program can be known by the law of its noise."""
-    try:
-        hash(law)
-    except TypeError:
-        raise TypeError(
-            f"noise must be hashable for minimize, which knows its compiled programs by it; make "
-            f"{name} a frozen dataclass of Python numbers"
-        ) from None
 
 
 def _tolerance(tol: Any) -> float:
