@@ -27,7 +27,7 @@ _LEAST_SPARE = 0.01
 # one part in so many to the variance that it leaves.
 _ENOUGH = 32
 # Multiplications that take no noticeable time.
-_LITTLE = 2**18
+_LITTLE = 2**20
 # Above this many coordinates a surrogate of degree 2 keeps the squares alone.
 _MAX_FULL = 20
 # A surrogate with more coefficients than so many times those of a linear function is doubted in two
