@@ -1155,12 +1155,19 @@ def test_noise_is_not_stuck_at_a_width_at_which_bounds_hide_the_function():
     assert np.max(value(jax.random.split(jax.random.key(6), 8))) < 0.1
 
 
-class Shifted:
-    """Noise that cannot be hashed, as one with an array cannot."""
+class Scaled:
+    """Normal noise of another width, which cannot be hashed, as one with an array cannot."""
 
     __hash__ = None
-    sample = px.Normal().sample
-    log_prob = px.Normal().log_prob
+
+    def __init__(self, width):
+        self.width = jnp.asarray(width)
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return self.width * jax.random.normal(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return px.Normal().log_prob(inputs / self.width) - jnp.log(self.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1173,9 +1180,27 @@ class Drawn(px.Independent):
 def test_what_programs_are_known_by_must_be_hashable():
     """JAX's own error was of a class that users never see."""
     for options, message in (
-        ({"noise": Shifted()}, "noise must be hashable for minimize.* make Shifted a frozen"),
         ({"sampler": px.Sobol}, "sampler must be an instance, got the class Sobol"),
         ({"sampler": Drawn(numbers=jnp.ones(2))}, "sampler must be hashable.* make Drawn a frozen"),
     ):
         with pytest.raises(TypeError, match=message):
             quiet(staircase, jnp.zeros(2), jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize("optimizer", [None, optax.sgd(0.01)])
+def test_a_users_noise_is_followed_where_it_changes(optimizer, tmp_path):
+    """It was known by its hash, so that one by identity kept the numbers of its first run."""
+    law, kept = Scaled(1.0), tmp_path / "kept"
+
+    def found(noise, **options):
+        options |= {"optimizer": optimizer, "sigma": 0.3, "num_samples": 16}
+        options |= {"max_evaluations": 200}
+        return quiet(staircase, jnp.zeros(3), jax.random.key(0), noise=noise, **options)
+
+    first = found(law, checkpoint=kept)
+    law.width = jnp.asarray(3.0)
+    after, fresh = found(law), found(Scaled(3.0))
+    np.testing.assert_array_equal(after.history.smoothed_value, fresh.history.smoothed_value)
+    assert not np.array_equal(after.history.smoothed_value, first.history.smoothed_value)
+    with pytest.raises(ValueError, match=r"another problem: .*noise"):
+        found(law, checkpoint=kept)

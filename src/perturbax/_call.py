@@ -16,10 +16,10 @@ from . import _checks, _leaves
 from ._types import PyTree
 from .estimator import _default_rule, _estimator
 from .execution._plan import Operands, Plan
-from .noise._foreign import AdaptedNoise, as_noise
+from .noise._foreign import as_noise
 from .noise._protocol import NoiseDistribution
 from .noise._smooth import Gumbel
-from .noise._traced import trace_noise
+from .noise._traced import without_numbers
 from .sampling._protocol import Sampler
 from .scale import _scales
 from .tracing import _user_code
@@ -172,14 +172,18 @@ def prepare(
     num_outputs = traced.value_tree.num_leaves
     dtype = _leaves.noise_dtype(leaves)
     dim = _leaves.num_elements(leaves)
-    noise, noise_operands = settings.noise, None
     num_numbers = sum(v.size for v in traced.function.out_avals[:num_outputs])
     choice = _default_rule.choose(
-        settings.num_samples, dim, noise, settings.sampler, settings.degree, num_nets, num_numbers
+        settings.num_samples,
+        dim,
+        settings.noise,
+        settings.sampler,
+        settings.degree,
+        num_nets,
+        num_numbers,
     )
-    if isinstance(noise, AdaptedNoise):
-        with traced_for(mesh):
-            noise, noise_operands = trace_noise(noise, key, dim, dtype)
+    with traced_for(mesh):
+        noise, noise_operands = without_numbers(settings.noise, key, dim, dtype)
     # A surrogate serves derivatives alone, and its fit needs the first one of the density.
     fits = settings.use_baseline and getattr(noise, "derivatives", math.inf) >= 1
     plan = Plan(

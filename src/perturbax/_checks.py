@@ -189,17 +189,12 @@ def check_sampler(sampler: object) -> None:
             f"sampler must be None or define group_size and sample_group (see Sampler); "
             f"{type(sampler).__name__} lacks {' and '.join(missing)}"
         )
-    check_hashable(sampler, "sampler", ", for it is static under jit")
-
-
-def check_hashable(value: object, name: str, reason: str) -> None:
-    """Raises TypeError unless `value` has a hash; the error tells the reason why it is needed."""
     try:
-        hash(value)
+        hash(sampler)
     except TypeError:
         raise TypeError(
-            f"{name} must be hashable{reason}; make {type(value).__name__} a frozen dataclass of "
-            "Python numbers"
+            f"sampler must be hashable, for it is static under jit; make {type(sampler).__name__} "
+            "a frozen dataclass of Python numbers"
         ) from None
 
 

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from ..noise._protocol import NoiseDistribution
-from ..noise._traced import TracedNoise
+from ..noise._traced import TracedNoise, with_numbers
 from ..sampling._protocol import Sampler
 from ..scale._matrices import departures, scaled
 from ..tracing._derivative_rules import departure
@@ -184,9 +184,7 @@ class Operands(NamedTuple):
 
 def noise_in(plan: Plan, operands: Operands) -> NoiseDistribution | TracedNoise:
     """The noise, with what it closes over."""
-    if isinstance(plan.noise, TracedNoise) and operands.noise is not None:
-        return plan.noise.bind(operands.noise)
-    return plan.noise
+    return with_numbers(plan.noise, operands.noise)
 
 
 # A number for all coordinates, one each, (D,), or one array a leaf, if one of them is a matrix.

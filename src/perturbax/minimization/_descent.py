@@ -49,7 +49,7 @@ class Descent(NamedTuple):
 
 def descent(setup: Setup, optimizer: TracedOptimizer) -> Method:
     """The method: estimate the gradient, hand it to the optimiser, look at the signal."""
-    objective, sigma, noise = setup.objective, setup.sigma, setup.noise
+    objective, sigma = setup.objective, setup.sigma
     num_samples = setup.num_samples << setup.doublings
     grows = setup.grows and setup.doublings < _MOST_DOUBLINGS
     adapts = sigma == ADAPTED
@@ -91,7 +91,7 @@ def descent(setup: Setup, optimizer: TracedOptimizer) -> Method:
             value,
             num_samples,
             scale,
-            noise,
+            setup.law(operands),
             batch_size=setup.batch_size,
             sampler=setup.sampler,
             degree=setup.degree,

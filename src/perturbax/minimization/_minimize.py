@@ -17,6 +17,7 @@ from ..noise._foreign import as_noise
 from ..noise._inverse import is_invertible
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Normal
+from ..noise._traced import without_numbers
 from ..sampling._independent import Independent
 from ..sampling._orthogonal import Orthogonal
 from ..sampling._protocol import Sampler
@@ -168,7 +169,6 @@ def minimize(
     """
     key = _checks.check_key(key, x0, "minimize(fun, x0, key)")
     _checks.check_noise(noise)
-    _checks.check_hashable(noise, "noise", " for minimize, which knows its compiled programs by it")
     _checks.check_sampler(sampler)
     max_evaluations = _checks.check_count(max_evaluations, "max_evaluations", _MAX_EVALUATIONS)
     takes_key = _checks.check_bool(takes_key, "takes_key")
@@ -200,6 +200,7 @@ def minimize(
         traced, rates = None, ()
         if optimizer is not None:
             traced, rates = trace_optimizer(optimizer, problem.start)
+    static_law, law_numbers = without_numbers(law, key, objective.dim, objective.dtype)
     setup = Setup(
         objective=objective,
         optimizer=traced,
@@ -207,7 +208,7 @@ def minimize(
         num_samples=_num_samples(num_samples, objective, optimizer),
         grows=num_samples is None,
         doublings=0,
-        noise=law,
+        noise=static_law,
         sampler=sampler,
         degree=degree,
         batch_size=batch_size,
@@ -219,6 +220,7 @@ def minimize(
         sigma=numbers,
         tol=jnp.asarray(-1.0 if tol is None else _tolerance(tol)),
         optimizer=rates,
+        noise=law_numbers,
     )
     key, operands = without_explicit_axes((key, operands))
     method = method_of(setup)

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from ..noise._protocol import NoiseDistribution
+from ..noise._traced import TracedNoise, with_numbers
 from ..sampling._protocol import Sampler
 from ..tracing._host_call import Host
 from ..tracing._signature import TracedFunction, trace
 from ._problem import Objective
+from ._states import Operands
 
 # What stands for a sigma that is not a schedule.
 ADAPTED, GIVEN = "adapted", "given"
@@ -81,7 +83,7 @@ class Setup(NamedTuple):
       num_samples: for each step, at first.
       grows: whether num_samples may grow.
       doublings: how often it has.
-      noise: its law.
+      noise: its law, without its numbers where it is a user's.
       sampler: as for `make_perturbed_fun`.
       degree: as for `make_perturbed_fun`.
       batch_size: as for `make_perturbed_fun`.
@@ -93,10 +95,14 @@ class Setup(NamedTuple):
     num_samples: int
     grows: bool
     doublings: int
-    noise: NoiseDistribution
+    noise: NoiseDistribution | TracedNoise
     sampler: Sampler | None
     degree: int | None
     batch_size: int | None
+
+    def law(self, operands: Operands) -> NoiseDistribution | TracedNoise:
+        """The noise, with its numbers."""
+        return with_numbers(self.noise, operands.noise)
 
     @property
     def hosts(self) -> tuple[Host, ...]:

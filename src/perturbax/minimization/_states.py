@@ -17,6 +17,7 @@ class Operands(NamedTuple):
       sigma: as it was given, if as numbers; of a schedule, those in it.
       tol: the tolerance, below 0 for none.
       optimizer: the numbers in it.
+      noise: those in a user's noise.
     """
 
     function: Any
@@ -25,6 +26,7 @@ class Operands(NamedTuple):
     sigma: Any
     tol: Array
     optimizer: Any
+    noise: Any
 
 
 class Start(NamedTuple):

@@ -265,7 +265,7 @@ class SurrogateSearch:
             value,
             setup.num_samples,
             1.0,
-            setup.noise,
+            setup.law(operands),
             batch_size=setup.batch_size,
             sampler=setup.sampler,
             degree=0,

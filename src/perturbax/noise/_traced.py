@@ -17,7 +17,8 @@ from .._leaves import on_device
 from ..tracing._mesh_axes import varying, varying_axes
 from ..tracing._signature import TracedFunction, trace
 from ..tracing._user_code import explained_draw, explained_method, only_leaf
-from ._protocol import Shape
+from ._foreign import AdaptedNoise
+from ._protocol import NoiseDistribution, Shape
 
 # What a noise may know of its inverse distribution function: functions of numbers, one by one.
 _INVERSES = ("icdf", "from_bits")
@@ -46,7 +47,7 @@ class TracedNoise:
     variance: float | None
     operands: Operands | None = dataclasses.field(default=None, compare=False, repr=False)
 
-    def bind(self, operands: Operands) -> "TracedNoise":
+    def bind(self, operands: Operands | None) -> "TracedNoise":
         """The noise, given what its methods closed over; only then can it be used."""
         return dataclasses.replace(self, operands=operands)
 
@@ -148,3 +149,25 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
     derivatives = getattr(noise, "derivatives", math.inf)
     traced = TracedNoise(tuple(methods.items()), derivatives, mean, variance)
     return traced, {name: tuple(map(on_device, v)) for name, v in operands.items()}
+
+
+def without_numbers(
+    noise: NoiseDistribution | AdaptedNoise | TracedNoise, key: Array, dim: int, dtype: np.dtype
+) -> tuple[NoiseDistribution | TracedNoise, Operands | None]:
+    """What a program can be known by, and the numbers that it is given in each call.
+
+    A user's noise is traced, one that was traced before comes apart; the library's own laws are
+    numbers of Python, and stay whole.
+    """
+    if isinstance(noise, TracedNoise):
+        return noise.bind(None), noise.operands
+    if isinstance(noise, AdaptedNoise):
+        return trace_noise(noise, key, dim, dtype)
+    return noise, None
+
+
+def with_numbers(
+    noise: NoiseDistribution | TracedNoise, operands: Operands | None
+) -> NoiseDistribution | TracedNoise:
+    """The noise that `without_numbers` took apart."""
+    return noise.bind(operands) if isinstance(noise, TracedNoise) else noise
