@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import perturbax as px
-from perturbax.diagnostics import _diagnose, _variance_law
+from perturbax.diagnostics import _diagnose, _findings, _variance_law
 from perturbax.diagnostics._subject import Subject, equal_rows
 
 KEY = jax.random.key(5)
@@ -189,7 +189,7 @@ def test_an_alternative_that_surely_has_less_variance_is_named(slope):
     assert any(note.startswith(advice) for note in found.notes) == found.ok
     unsure = (px.Alternative("Antithetic()", 0, 0.5, 0.2, 1.01),)
     found = dataclasses.replace(found, alternatives=unsure)
-    assert not _diagnose._better(Subject(g, KEY, jnp.zeros(3), (), {}), found)
+    assert not _findings._better(Subject(g, KEY, jnp.zeros(3), (), {}), found)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -85,6 +85,8 @@ LAYERS = [
     "diagnostics/_plots",
     "diagnostics/_sweep",
     "diagnostics/_smoothing",
+    "diagnostics/_diagnosis",
+    "diagnostics/_findings",
     "diagnostics/_diagnose",
     "carried/_features",
     "carried/_regression",

@@ -13,11 +13,8 @@ from .carried._carry import (
     carry as carry,
 )
 from .diagnostics._check_noise import NoiseReport as NoiseReport, check_noise as check_noise
-from .diagnostics._diagnose import (
-    Alternative as Alternative,
-    Diagnosis as Diagnosis,
-    diagnose as diagnose,
-)
+from .diagnostics._diagnose import diagnose as diagnose
+from .diagnostics._diagnosis import Alternative as Alternative, Diagnosis as Diagnosis
 from .diagnostics._smoothing import plot_smoothing as plot_smoothing
 from .diagnostics._standard_errors import (
     Estimate as Estimate,

@@ -4,22 +4,20 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from .. import _checks
 from .._types import Fun
 from ..sampling._independent import Antithetic, Independent
-from ..sampling._nets import OrthogonalArray, Sobol
-from ..sampling._orthogonal import Orthogonal
-from . import _plots, _variance_law
-from ._subject import FEW_SPACINGS, PLATEAU, Pilot, Subject, variance_of
+from . import _variance_law
+from ._diagnosis import Alternative, Diagnosis
+from ._findings import notes_of, of_solver, problems_of
+from ._subject import Pilot, Subject, variance_of
 from ._variance_law import Runs
-from ._words import count_of, numbers_of, one_digit, percent, seconds_of, wrapped
+from ._words import percent
 
 # Evaluations after the pilot, at most, in units of the pilot's.
 _FURTHER = 4
@@ -29,11 +27,6 @@ _MOST_RUNS = 64
 _FEWEST = 24
 # Standard errors that the squared length of a gradient must be from zero.
 _SIGNIFICANT = 2.0
-# Spacings of the numbers of x that sigma is at least, where their dtype is wide.
-_MANY_SPACINGS = 1000
-# Ratio of the ends of the suggested range from which on the suggestion is a rough one: 1.69 each
-# way, which is 1.3 in the relative error.
-_SETTLED = 2.86
 # Standard deviations of 90 % of a Gaussian.
 _NINETY = 1.645
 # Standard errors that the error of the suggested number stays below what is asked for.
@@ -43,176 +36,10 @@ _CAUTION = 1.0
 _RARE, _RARE_COUNTS, _RARE_VARIANCE, _RARE_SAMPLES = 0.02, (2, 20), 0.95, 100
 # A variance of the values in a further run, over that in the pilot, that chance does not explain.
 _MISSED = 100
-# Share of the pairs of a layer's solutions from which on its solver has the wrong sign; and share
-# of the samples from which on it is not exact.
-_WRONG_SIGN, _INEXACT = 0.75, 0.05
 # A variance of the values with another sampler, below that of the pilot, that is no merit of it.
 _LESS = 10
-# What a user finds in perturbax.
-_SAMPLERS = [s.__name__ for s in (Independent, Antithetic, Orthogonal, Sobol, OrthogonalArray)]
 # By how much the number of samples of whole nets may be short, rather than half as large again.
 _SHORT = 1.1
-
-
-class Alternative(NamedTuple):
-    """Another sampler or degree, and its variance over that of those in use.
-
-    Attributes:
-      sampler: as its representation says.
-      degree: of the surrogate.
-      ratio: of the variances of the gradient at the same number of samples.
-      low: lower end of a 90 % interval of the ratio.
-      high: its upper end.
-    """
-
-    sampler: str
-    degree: int
-    ratio: float
-    low: float
-    high: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Diagnosis:
-    """What `diagnose` found; prints as a table in words.
-
-    Attributes:
-      name: of the function that is smoothed.
-      num_coordinates: how many numbers of x are perturbed.
-      num_samples: of the perturbed function.
-      value_at_x: fun(x).
-      value: the smoothed value, of the same structure.
-      value_error: its standard errors.
-      gradient_of: what the gradient is of, in words: the value, or a combination of its numbers.
-      gradient_length: the length of the gradient, without what noise adds to it.
-      gradient_length_error: its standard error.
-      signal_to_noise: that length over the root mean square error of the gradient.
-      relative_error: as asked for.
-      suggested_num_samples: what gives a root mean square error of that share of the length; None
-        where too little is known.
-      suggested_range: ends of a 90 % interval of the number that truly does.
-      share_equal: of samples, at which fun returns what it returns at x, but for rounding.
-      share_nan: of samples, with a NaN.
-      share_infinite: of samples, with an infinite number and no NaN.
-      sigma_in_spacings: the least sigma of a coordinate, in spacings of the numbers near x.
-      sampler: in use, as its representation says.
-      degree: in use; None without a baseline.
-      reason: why these.
-      alternatives: other samplers and degrees, measured on this function.
-      seconds_per_evaluation: of the function and of all that is done for a sample.
-      num_evaluations: made for this diagnosis.
-      problems: what needs action, with the action; empty if all is well.
-      notes: what to know, though nothing is wrong.
-      values: of the pilot's samples, one row each.
-      measured: relative errors as measured: a number of samples, the error, and the degrees of
-        freedom of its square.
-    """
-
-    name: str
-    num_coordinates: int
-    num_samples: int
-    value_at_x: Any
-    value: Any
-    value_error: Any
-    gradient_of: str
-    gradient_length: float
-    gradient_length_error: float
-    signal_to_noise: float
-    relative_error: float
-    suggested_num_samples: int | None
-    suggested_range: tuple[float, float]
-    share_equal: float
-    share_nan: float
-    share_infinite: float
-    sigma_in_spacings: float
-    sampler: str
-    degree: int | None
-    reason: str
-    alternatives: tuple[Alternative, ...]
-    seconds_per_evaluation: float
-    num_evaluations: int
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
-    values: np.ndarray
-    measured: tuple[tuple[int, float, float], ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether no problem was found."""
-        return not self.problems
-
-    @property
-    def settled(self) -> bool:
-        """Whether the suggested number of samples is known to a factor of about 1.7."""
-        low, high = self.suggested_range
-        return self.suggested_num_samples is not None and high < _SETTLED * low
-
-    def __bool__(self) -> bool:
-        return self.ok
-
-    def __str__(self) -> str:
-        rows = list(self._rows())
-        width = max(len(head) for head, _ in rows)
-        lines = [f"{self.name}, {self.num_coordinates:,} coordinates:"]
-        lines += [wrapped(f"  {head:{width}}  ", text) for head, text in rows]
-        problems = [wrapped("Problem: ", problem) for problem in self.problems]
-        lines += problems or ["No problem was found."]
-        lines += [wrapped("Note: ", note) for note in self.notes]
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def _rows(self) -> Iterator[tuple[str, str]]:
-        yield "value at x", numbers_of(self.value_at_x)
-        yield "smoothed value", numbers_of(self.value, self.value_error)
-        length = f"{self.gradient_length:.3g} ± {one_digit(self.gradient_length_error)}"
-        yield "length of the gradient", f"{length}, of {self.gradient_of}"
-        ratio, samples = self.signal_to_noise, f"{self.num_samples:,} samples"
-        if ratio > 0:
-            ratio = f"{ratio:.2g}, so a relative error of {percent(1 / ratio)}"
-            yield "signal to noise", f"{ratio}, with {samples}"
-        low, high = self.suggested_range
-        if self.suggested_num_samples is not None:
-            asked = f"{self.suggested_num_samples:,} ({count_of(low)} to {count_of(high)})"
-            yield f"samples for {percent(self.relative_error)}", asked
-        elif low > 1:
-            yield f"samples for {percent(self.relative_error)}", f"more than {count_of(low)}"
-        yield "samples as at x", f"{percent(self.share_equal)} have the value that fun has at x"
-        failed = f"{percent(self.share_nan)} NaN, {percent(self.share_infinite)} infinite"
-        yield "samples that fail", failed
-        many = self.sigma_in_spacings > 1e9  # near 0, where numbers lie close
-        spacings = "more than 1e9" if many else f"at least {self.sigma_in_spacings:.2g}"
-        yield "sigma", f"{spacings} spacings of the numbers near x"
-        yield "in use", f"{_way(self.sampler, self.degree)}. {self.reason}"
-        for i, one in enumerate(self.alternatives):
-            times = f"{one.ratio:.2g} ({one.low:.2g} to {one.high:.2g}) times"
-            head = "" if i else "its variance would be"
-            yield head, f"{times} with {_way(one.sampler, one.degree)}"
-        yield "an evaluation takes", seconds_of(self.seconds_per_evaluation)
-
-    def plot(self, *, ax: Any = None) -> Any:
-        """Draws the relative error of the gradient against the number of samples.
-
-        Args:
-          ax: axes of matplotlib to draw into; None makes some.
-
-        Returns:
-          The axes.
-
-        Raises:
-          ImportError: without matplotlib.
-        """
-        now = 1 / self.signal_to_noise if self.signal_to_noise > 0 else math.nan
-        ax = _plots.plot_errors(
-            ax,
-            self.measured,
-            self.relative_error,
-            self.suggested_num_samples,
-            self.suggested_range,
-            (self.num_samples, now),
-        )
-        ax.set_title(self.name)
-        return ax
 
 
 def diagnose(
@@ -342,10 +169,10 @@ def _examine(subject: Subject, wanted: float) -> Diagnosis:
             if length > 0 and one.variance > 0
         ),
     )
-    problems, notes = _of_solver(subject, *pilot.better)
-    problems += _problems(subject, found, finite, significant, rare)
+    problems, notes = of_solver(subject, *pilot.better)
+    problems += problems_of(subject, found, finite, significant, rare)
     found = dataclasses.replace(found, problems=tuple(problems))
-    return dataclasses.replace(found, notes=(*notes, *_notes(subject, found)))
+    return dataclasses.replace(found, notes=(*notes, *notes_of(subject, found)))
 
 
 # --- Measuring
@@ -532,186 +359,3 @@ def _interval(log: float, variance: float) -> tuple[float, float, float]:
 def _error_of_root(squares: float, error: float) -> float:
     """The standard error of a root, from that of its square."""
     return error / (2 * math.sqrt(squares)) if squares > error else math.sqrt(error) / 2
-
-
-# --- What needs action, with the action
-
-
-def _problems(
-    subject: Subject,
-    found: Diagnosis,
-    finite: bool,
-    significant: bool,
-    rare: str,
-) -> Iterator[str]:
-    lost = False
-    for name, dtype, ratio in subject.spacings():
-        if ratio < FEW_SPACINGS:
-            lost = True
-            yield (
-                f"sigma is lost in rounding: at leaf {name!r}, of {dtype}, it is only {ratio:.2g} "
-                "times the distance of neighbouring numbers, so that fun sees few different "
-                f"inputs. {_wider(dtype)}"
-            )
-    dropped = subject.settings.missing == "drop"
-    if found.share_nan and not dropped:
-        yield (
-            f"{percent(found.share_nan)} of the samples are NaN, and so is every estimate. Let "
-            "fun return a finite penalty where it fails, for example jnp.where(jnp.isnan(value), "
-            "penalty, value); or leave such samples out, by missing='drop'."
-        )
-    if found.share_infinite:
-        yield (
-            f"{percent(found.share_infinite)} of the samples are infinite, so that means and "
-            "derivatives are not finite. If fun overflows, compute in float64 or return a "
-            "logarithm; if infinity stands for failure, return a finite penalty instead."
-        )
-    failed = found.share_infinite or (found.share_nan and not dropped)
-    if not (failed or finite):
-        yield (
-            "all samples are finite, but the estimate is not: their sum, or their spread, leaves "
-            "the range of the dtype. Divide fun by a constant, or compute in float64."
-        )
-    if failed or not finite or lost:
-        return  # what follows has this cause
-    if _loses_digits(found):
-        yield (
-            "the values differ in their last digits alone, so that rounding is part of every "
-            "difference. Subtract from fun the constant that all values share, before it is "
-            "rounded, or compute in float64."
-        )
-    elif found.share_equal > PLATEAU:
-        few = "the gradient comes from the few others"
-        whence = "no gradient is seen" if found.share_equal == 1 else few
-        yield (
-            f"sigma is too small: {percent(found.share_equal)} of the samples have the value that "
-            f"fun has at x, so {whence}. Take a larger sigma; "
-            "px.sweep_sigma shows from where on the function is seen to change."
-        )
-    elif rare:
-        heavy = not math.isfinite(getattr(subject.settings.noise, "variance", 0.0))
-        tails = " Noise that has no variance may be the cause: px.Normal() has one."
-        yield (
-            f"{rare}, so that the estimate and its error depend on chance. If fun has a penalty "
-            "for a rare failure, make it smaller, or return a logarithm or a bounded value; if the "
-            "rare event is what matters, take a larger sigma or many more samples."
-            f"{tails if heavy else ''}"
-        )
-    elif not significant:
-        better = _better(subject, found)
-        least, _ = found.suggested_range
-        how_many = f" (more than {count_of(least)})" if math.isfinite(least) and least > 1 else ""
-        yield (
-            "the gradient cannot be told from zero. Unless x is where it vanishes, take more "
-            f"samples{how_many} or a larger sigma; px.sweep_sigma compares them."
-            f"{f' First pass {better}: that has less variance.' if better else ''}"
-        )
-
-
-def _of_solver(
-    subject: Subject, better_pairs: float, better_samples: float
-) -> tuple[list[str], list[str]]:
-    """Problems and notes about the solver of a layer."""
-    if not better_samples:
-        return [], []
-    arguments, mean_alone = subject.arguments, subject.maker == "make_perturbed_argmax"
-    if better_pairs > _WRONG_SIGN:
-        does, remedy = "maximise", "leave out maximize=False"
-        if arguments["maximize"]:
-            does, remedy = "minimise", "pass maximize=False"
-        told = (
-            f"the solver seems to {does} <theta, y>: in {percent(better_pairs)} of the pairs of "
-            f"samples the solution of the other one is better. If it does, {remedy}"
-        )
-        symmetric = getattr(subject.settings.noise, "mean", None) == 0
-        if mean_alone and (symmetric or arguments["multiplicative"]):
-            return [], [f"{told}; to a mean solution with this noise it makes no difference."]
-        return [f"{told}; until then the noise, or the derivatives, have the wrong sign."], []
-    if better_samples > _INEXACT and arguments["symmetrize"]:
-        what = "the Jacobian is" if mean_alone else "second derivatives are"
-        costs = not (arguments["maximize"] or arguments["multiplicative"])
-        why = (
-            " If it is for costs that noise makes negative, multiplicative=True keeps their signs."
-        )
-        return [], [
-            f"the solver is not exact: for {percent(better_samples)} of the samples the solution "
-            f"of another one is better. Pass symmetrize=False, because {what} not symmetric then."
-            f"{why if costs else ''}"
-        ]
-    return [], []
-
-
-def _notes(subject: Subject, found: Diagnosis) -> Iterator[str]:
-    for name, dtype, ratio in subject.spacings():
-        if FEW_SPACINGS <= ratio and (ratio < _MANY_SPACINGS or jnp.finfo(dtype).bits < 32):
-            yield (
-                f"leaf {name!r} is {dtype}: fun sees inputs rounded to 1/{ratio:.0f} of sigma. "
-                f"{_wider(dtype)}"
-            )
-    if found.share_nan and subject.settings.missing == "drop":
-        yield (
-            f"{percent(found.share_nan)} of the samples are NaN and left out: all is about the "
-            "mean over those that are not."
-        )
-    for name, dtype in subject.fixed:
-        yield (
-            f"leaf {name!r} is {dtype}, so it is not perturbed and has no gradient. If it should, "
-            f"convert it: x.astype(float)."
-        )
-    better = _better(subject, found)
-    if found.suggested_num_samples is not None and (
-        found.relative_error * found.signal_to_noise < 1
-    ):
-        other = f", or pass {better}, and diagnose again: then fewer will do" if better else ""
-        yield (
-            f"for a relative error of {percent(found.relative_error)}, take num_samples="
-            f"{found.suggested_num_samples}{other}; a training loop is often content with less."
-        )
-    elif better and found.ok:
-        yield f"pass {better}, to have less variance."
-    if found.suggested_num_samples is not None:
-        if not found.settled:
-            # A pilot of a size from which the suggestion is within reach.
-            pilot = max(found.suggested_num_samples, 2 * found.num_samples)
-            yield (
-                "the suggested number is a rough one, as its range tells; to know it better, "
-                f"diagnose the same function with num_samples={pilot}."
-            )
-
-
-def _wider(dtype: Any) -> str:
-    wide = "float32" if jnp.finfo(dtype).bits < 32 else "float64"
-    return f"Make it {wide}, take a larger sigma, or let x be the distance from a fixed point."
-
-
-def _loses_digits(found: Diagnosis) -> bool:
-    """Whether the spread of the values is hardly above the rounding of the largest."""
-    start = 0
-    for leaf in jax.tree.leaves(found.value_at_x):
-        rows = found.values[:, start : start + leaf.size]
-        start += leaf.size
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact) or not leaf.size:
-            continue
-        spread = np.std(rows, axis=0)
-        rounding = float(jnp.finfo(leaf.dtype).eps) * np.max(np.abs(rows), axis=0)
-        if ((spread > 0) & (spread < 16 * rounding)).any():
-            return True
-    return False
-
-
-# --- Words
-
-
-def _better(subject: Subject, found: Diagnosis) -> str:
-    """The alternative with the least variance, if that is less beyond what is uncertain of it."""
-    surely = [one for one in found.alternatives if one.high < 1]
-    if not surely:
-        return ""
-    one = min(surely, key=lambda one: one.ratio)
-    ours = one.sampler.partition("(")[0] in _SAMPLERS
-    sampler = f"px.{one.sampler}" if ours else one.sampler
-    return f"sampler={sampler}, degree={one.degree} to {subject.maker}"
-
-
-def _way(sampler: str, degree: int | None) -> str:
-    return f"{sampler}, {'no baseline' if degree is None else f'degree {degree}'}"
