@@ -153,15 +153,22 @@ def check_args(args: object) -> None:
 
 def check_noise(noise: object) -> None:
     """Raises TypeError unless `noise` is an object with the methods sample and log_prob."""
-    if isinstance(noise, type):
+    _check_methods(noise, "noise", ("sample", "log_prob"), "NoiseDistribution")
+
+
+def _check_methods(
+    value: object, name: str, needed: tuple[str, ...], protocol: str, none: str = ""
+) -> None:
+    """Raises TypeError unless `value` is an object with the needed methods."""
+    if isinstance(value, type):
         raise TypeError(
-            f"noise must be an instance, got the class {noise.__name__}; pass {noise.__name__}()"
+            f"{name} must be an instance, got the class {value.__name__}; pass {value.__name__}()"
         )
-    missing = [m for m in ("sample", "log_prob") if not callable(getattr(noise, m, None))]
+    missing = [method for method in needed if not callable(getattr(value, method, None))]
     if missing:
         raise TypeError(
-            f"noise must define sample and log_prob (see NoiseDistribution); "
-            f"{type(noise).__name__} lacks {' and '.join(missing)}"
+            f"{name} must {none}define {' and '.join(needed)} (see {protocol}); "
+            f"{type(value).__name__} lacks {' and '.join(missing)}"
         )
 
 
@@ -177,18 +184,9 @@ def check_log_prob(value: object) -> None:
 
 def check_sampler(sampler: object) -> None:
     """Raises TypeError unless `sampler` is None or a hashable object with a sampler's methods."""
-    if isinstance(sampler, type):
-        raise TypeError(
-            f"sampler must be an instance, got the class {sampler.__name__}; pass "
-            f"{sampler.__name__}()"
-        )
-    needed = ("group_size", "sample_group")
-    missing = [m for m in needed if not callable(getattr(sampler, m, None))]
-    if sampler is not None and missing:
-        raise TypeError(
-            f"sampler must be None or define group_size and sample_group (see Sampler); "
-            f"{type(sampler).__name__} lacks {' and '.join(missing)}"
-        )
+    if sampler is None:
+        return
+    _check_methods(sampler, "sampler", ("group_size", "sample_group"), "Sampler", "be None or ")
     try:
         hash(sampler)
     except TypeError:

@@ -10,7 +10,7 @@ from jax import Array, lax
 from .._perturb import make_perturbed_fun
 from ..diagnostics._standard_errors import estimate
 from ..estimator._default_rule import RULE
-from ._first_sigma import SWEEP_EVALUATIONS, given_sigma, sweep, widths
+from ._first_sigma import SWEEP_EVALUATIONS, coordinate_scales, given_sigma, sweep
 from ._setup import ADAPTED, Setup, TracedOptimizer
 from ._states import Method, Operands, Start, Step, where
 
@@ -129,7 +129,7 @@ def descent(setup: Setup, optimizer: TracedOptimizer) -> Method:
             lambda: objective.value(operands.function, fun_key, state.point),
             lambda: jnp.full((), jnp.nan, dtype),
         )
-        each = widths(scale, state.point).astype(dtype)
+        each = coordinate_scales(scale, state.point).astype(dtype)
         told = Step(
             smoothed_value=mean,
             standard_error=error,

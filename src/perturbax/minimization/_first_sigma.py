@@ -29,7 +29,7 @@ def given_sigma(sigma: Sigma, operands: Operands, count: Array) -> Any:
     return jax.tree.unflatten(sigma.out_tree, sigma(operands.sigma, count))
 
 
-def widths(scale: Any, u: Any) -> Array:
+def coordinate_scales(scale: Any, u: Any) -> Array:
     """The scale of the noise of each coordinate, flat; of a matrix, the lengths of its rows."""
     leaves, names, _ = _leaves.perturbed_leaves(u)
     scales = one_each(scale_leaves(scale, u, leaves, names), leaves)

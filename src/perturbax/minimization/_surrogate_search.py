@@ -14,7 +14,7 @@ from ..execution._chunks import draw_next, evaluate_at
 from ..execution._plan import Point
 from ..sampling._random_bits import root
 from . import _quadratic_fit, _sigma_rule
-from ._first_sigma import WIDEST_EVALUATIONS, given_sigma, widest
+from ._first_sigma import WIDEST_EVALUATIONS, coordinate_scales, given_sigma, widest
 from ._quadratic_fit import FIRST, Fit, fit, normal_scores
 from ._setup import ADAPTED, Setup
 from ._shape_of_noise import limited, standard, stretched, widths
@@ -134,7 +134,7 @@ class SurrogateSearch:
         """As `Method` has it."""
         objective, kept = self.setup.objective, self.kept
         flat, dtype = objective.flat, objective.dtype
-        relative = flat(self._scales(operands, jnp.zeros((), jnp.int32), u))
+        relative = self._scales(operands, jnp.zeros((), jnp.int32), u)
         sigma = jnp.exp(jnp.mean(jnp.log(relative)))
         metric = relative / sigma
         points, values = flat(u)[None], value[None]
@@ -173,7 +173,7 @@ class SurrogateSearch:
         """As `Method` has it."""
         objective, dtype = self.setup.objective, self.setup.objective.dtype
         if not self.adapts:
-            wanted = objective.flat(self._scales(operands, count, objective.point(state.centre)))
+            wanted = self._scales(operands, count, objective.point(state.centre))
             state = state._replace(sigma=jnp.exp(jnp.mean(jnp.log(wanted))))
         scale = state.sigma * state.metric
         new_points, new_values = self._evaluated(operands, state, scale, keys, count)
@@ -234,16 +234,12 @@ class SurrogateSearch:
         )
         return state, told
 
-    def _scales(self, operands: Operands, count: Array, u: Any) -> Any:
+    def _scales(self, operands: Operands, count: Array, u: Any) -> Array:
         """Sigma for each coordinate, as it is given; else the problem's scale."""
         given = operands.scale
         if not self.adapts:
             given = given_sigma(self.setup.sigma, operands, count)
-        return jax.tree.map(
-            lambda s, part: jax.tree.map(lambda leaf: jnp.broadcast_to(s, leaf.shape), part),
-            given,
-            u,
-        )
+        return coordinate_scales(given, u).astype(self.setup.objective.dtype)
 
     def _evaluated(
         self,

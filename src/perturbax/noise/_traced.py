@@ -16,7 +16,7 @@ from .._checks import check_log_prob
 from .._leaves import on_device
 from ..tracing._mesh_axes import varying, varying_axes
 from ..tracing._signature import TracedFunction, trace
-from ..tracing._user_code import explained_draw, explained_method, only_leaf
+from ..tracing._user_code import explained_method, only_leaf, trace_draw
 from ._foreign import AdaptedNoise
 from ._protocol import NoiseDistribution, Shape
 
@@ -106,18 +106,10 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
         like_key = jax.random.wrap_key_data(jax.random.bits(key, (2,)), impl="threefry2x32")
         like_z = varying(jnp.zeros((dim,), dtype), axes)
         like_bits = varying(jnp.zeros((dim,), words), axes)
-    with explained_draw(what, "NoiseDistribution"):
-        sample, sample_operands = trace(lambda k: noise.sample(k, (dim,), dtype), like_key)
-    aval = only_leaf(sample, what)
-    if aval.shape != (dim,):
-        raise ValueError(f"{what} returned shape {aval.shape}, expected ({dim},)")
-    if not jnp.issubdtype(aval.dtype, jnp.floating):
-        raise TypeError(f"{what} returned dtype {aval.dtype}, expected a floating dtype")
-    if dim and not sample.depends_on_inputs():
-        raise TypeError(
-            f"{what} does not depend on key: all samples would share one draw. Return a traced "
-            "JAX array drawn with jax.random from the key"
-        )
+    draw = lambda k: noise.sample(k, (dim,), dtype)  # noqa: E731
+    sample, sample_operands = trace_draw(
+        draw, like_key, what, (dim,), "NoiseDistribution", "samples"
+    )
     methods, operands = {"sample": sample}, {"sample": sample_operands}
 
     def add(name: str, like: Any, what: str) -> core.ShapedArray:

@@ -3,15 +3,13 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from .._checks import defined_at, is_ours
 from ..noise._protocol import NoiseDistribution
 from ..tracing._mesh_axes import in_told_mesh
-from ..tracing._signature import trace
-from ..tracing._user_code import explained_draw, only_leaf
+from ..tracing._user_code import trace_draw
 from ._protocol import Sampler
 from ._random_bits import child, group_numbers, materialise
 
@@ -98,24 +96,12 @@ def _checked(
     draw: Callable[[Array], Array], key: Array, what: str, shape: tuple[int, int], dtype: np.dtype
 ) -> Array:
     """What a user's sampler draws, if its shape, its dtype and its use of the key are right."""
-    with explained_draw(what, "Sampler"):
-        traced, operands = trace(draw, key)
-    aval = only_leaf(traced, what)
-    if aval.shape != shape:
-        raise ValueError(
-            f"{what} returned shape {aval.shape}, expected {shape}: one row for each sample of a "
-            "group"
-        )
-    if not jnp.issubdtype(aval.dtype, jnp.floating):
-        raise TypeError(f"{what} returned dtype {aval.dtype}, expected a floating dtype")
-    if aval.dtype.itemsize < 4:
+    layout = ": one row for each sample of a group"
+    traced, operands = trace_draw(draw, key, what, shape, "Sampler", "groups", layout)
+    given = traced.out_avals[0].dtype
+    if given.itemsize < 4:
         raise TypeError(
-            f"{what} returned {aval.dtype}, which holds so few numbers that the gradient would be "
-            f"far off. Draw in {np.dtype(dtype).name}, as asked for"
-        )
-    if shape[1] != 0 and not traced.depends_on_inputs():
-        raise TypeError(
-            f"{what} does not depend on key: all groups would share one draw. Return a traced JAX "
-            "array drawn with jax.random from the key"
+            f"{what} returned {given}, which holds so few numbers that the gradient would be far "
+            f"off. Draw in {np.dtype(dtype).name}, as asked for"
         )
     return traced(operands, key)[0].astype(dtype)

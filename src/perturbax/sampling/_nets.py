@@ -35,34 +35,6 @@ class Scrambling(NamedTuple):
 _FEWEST_DEALT, _MOST_DEALT = 4, 64
 
 
-def noise_of_nets(
-    scrambling: Scrambling,
-    key: Array,
-    numbers: Array,
-    noise: NoiseDistribution,
-    size: int,
-    dim: int,
-    dtype: np.dtype,
-) -> Array:
-    """Noise of the nets of the given numbers, (count * size, dim)."""
-    count, (levels, wide) = len(numbers), shape_of(size, dim)
-    words = numbered(key, numbers, scrambling.num_words(levels, dim), np.dtype(np.float32))
-
-    def whole() -> Array:
-        points = net(scrambling, words, size, dim)
-        return from_words(noise, _widen(points, key, numbers, dtype))
-
-    def samples(z: Array) -> Array:
-        return z.reshape(count, 2**levels, dim)[:, :size].reshape(count * size, dim)
-
-    keep = partial(materialise, shape=(count * size, dim), dtype=dtype, words=key)
-    if 2**levels * dim <= MANY:
-        return keep(lambda: samples(whole()))
-    # Many apart from what cuts them into points: together they take up to four times as long.
-    z = materialise(whole, (count, 2**levels // wide, wide * dim), dtype, key)
-    return samples(z) if size == 2**levels else keep(lambda: samples(z))
-
-
 def shape_of(size: int, dim: int) -> tuple[int, int]:
     """Of a net of at least `size` points: log2 of their number, and how many share a row."""
     levels = max(1, (size - 1).bit_length())
@@ -269,7 +241,23 @@ class DigitalNet(DrawnTogether):
         dim: int,
         dtype: np.dtype,
     ) -> Array:
-        return noise_of_nets(self._scrambling, key, numbers, noise, group_size, dim, dtype)
+        size, count, (levels, wide) = group_size, len(numbers), shape_of(group_size, dim)
+        num_words = self._scrambling.num_words(levels, dim)
+        words = numbered(key, numbers, num_words, np.dtype(np.float32))
+
+        def whole() -> Array:
+            points = net(self._scrambling, words, size, dim)
+            return from_words(noise, _widen(points, key, numbers, dtype))
+
+        def samples(z: Array) -> Array:
+            return z.reshape(count, 2**levels, dim)[:, :size].reshape(count * size, dim)
+
+        keep = partial(materialise, shape=(count * size, dim), dtype=dtype, words=key)
+        if 2**levels * dim <= MANY:
+            return keep(lambda: samples(whole()))
+        # Many apart from what cuts them into points: together they take up to four times as long.
+        z = materialise(whole, (count, 2**levels // wide, wide * dim), dtype, key)
+        return samples(z) if size == 2**levels else keep(lambda: samples(z))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,11 +57,6 @@ def threefry(key: Key, row: Array, column: Array) -> tuple[Array, Array]:
     return a, b
 
 
-def words32(key: Key, row: Array, column: Array) -> Array:
-    """Uniform 32-bit words."""
-    return threefry(key, row, column)[0]
-
-
 def words(key: Key, row: Array, column: Array, dtype: np.dtype) -> Array:
     """Uniform words, wide enough for noise of the given floating dtype (uint32, or uint64)."""
     first, second = threefry(key, row, column)
@@ -111,7 +106,7 @@ def child(key: Array, index: Array) -> Array:
     a word that the parent hands out as noise.
     """
     columns = np.uint32(0xFFFFFFFE) + lax.iota(jnp.uint32, 2)
-    return words32(key, index[..., None], columns.reshape((1,) * index.ndim + (2,)))
+    return threefry(key, index[..., None], columns.reshape((1,) * index.ndim + (2,)))[0]
 
 
 def group_numbers(first: Array, count: int) -> Array:
@@ -136,13 +131,9 @@ def materialise(
     return lax.cond(always, block, lambda: jnp.full(shape, zero.astype(dtype)))
 
 
-def column_numbers(dim: int) -> Array:
-    return lax.iota(jnp.uint32, dim)[None, :]
-
-
 def numbered(key: Key, rows: Array, columns: int, dtype: np.dtype) -> Array:
     """The words of the numbered rows, (len(rows), columns)."""
-    return words(key, rows[:, None], column_numbers(columns), dtype)
+    return words(key, rows[:, None], lax.iota(jnp.uint32, columns)[None, :], dtype)
 
 
 def kept_words(key: Array, rows: Array, columns: int, dtype: np.dtype) -> Array:

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -127,19 +127,6 @@ def leaves_among(operands: Sequence[Any], x: PyTree) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def explained_draw(what: str, protocol: str) -> Iterator[None]:
-    """Adds hints to the errors of a user's method that draws."""
-    try:
-        yield
-    except _NEEDS_VALUES as error:
-        error.add_note(f"{what} must compute with jax.random, not with numpy")
-        raise
-    except TypeError as error:
-        error.add_note(f"raised by {what}, a call that perturbax.{protocol} describes")
-        raise
-
-
-@contextlib.contextmanager
 def explained_method(what: str) -> Iterator[None]:
     """Adds a hint to the errors of a method of a user's noise."""
     try:
@@ -154,3 +141,44 @@ def only_leaf(traced: TracedFunction, what: str) -> core.ShapedArray:
     if len(traced.out_avals) != 1:
         raise TypeError(f"{what} must return one array, got {traced.out_tree}")
     return traced.out_avals[0]
+
+
+def trace_draw(
+    draw: Callable[[Array], Any],
+    key: Any,
+    what: str,
+    shape: tuple[int, ...],
+    protocol: str,
+    sharing: str,
+    layout: str = "",
+) -> tuple[TracedFunction, Sequence[Any]]:
+    """Traces a user's method that draws, and checks shape, dtype and its use of the key.
+
+    Args:
+      draw: the call of the method, a function of the key.
+      key: a key, or what is like one.
+      what: the call in words.
+      shape: what it must have.
+      protocol: the class of perturbax that describes the method.
+      sharing: what would share one draw if the key were not used.
+      layout: what the shape means, for the error.
+    """
+    try:
+        traced, operands = trace(draw, key)
+    except _NEEDS_VALUES as error:
+        error.add_note(f"{what} must compute with jax.random, not with numpy")
+        raise
+    except TypeError as error:
+        error.add_note(f"raised by {what}, a call that perturbax.{protocol} describes")
+        raise
+    aval = only_leaf(traced, what)
+    if aval.shape != shape:
+        raise ValueError(f"{what} returned shape {aval.shape}, expected {shape}{layout}")
+    if not jnp.issubdtype(aval.dtype, jnp.floating):
+        raise TypeError(f"{what} returned dtype {aval.dtype}, expected a floating dtype")
+    if shape[-1] != 0 and not traced.depends_on_inputs():
+        raise TypeError(
+            f"{what} does not depend on key: all {sharing} would share one draw. Return a traced "
+            "JAX array drawn with jax.random from the key"
+        )
+    return traced, operands
