@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from .. import _checks
 from .._call import Settings
-from .._describe import describe, leading, remembered
+from .._describe import describe, remembered
 from .._types import Fun, PyTree
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -16,11 +16,7 @@ from ..sampling._protocol import Sampler
 from ..tracing._host_call import called
 from ..tracing._signature import trace
 from ._layer import Drawn, Layer
-from ._perturbed_scores import (
-    same_shapes,
-    scales_of,
-    score_leaves,
-)
+from ._perturbed_scores import same_shapes
 from ._symmetric import symmetrized
 
 
@@ -110,10 +106,7 @@ def make_perturbed_argmax(
     layer = Layer(argmax_fun, settings, maximize, multiplicative)
 
     def perturbed_argmax(*args: Any, **kwargs: Any) -> PyTree:
-        key, theta, *rest = leading(("key", "theta"), args, kwargs)
-        key = _checks.check_key(key, theta)
-        leaves, names, tree = score_leaves(theta)
-        scales = scales_of(layer.settings.sigma, theta, leaves, names, layer.multiplicative)
+        key, leaves, scales, tree, rest = layer.given(args, kwargs)
 
         def solve(u: list[Array], _: Drawn) -> list[Array]:
             scores = layer.unsigned(tree, u)

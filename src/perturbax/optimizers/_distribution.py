@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from .. import _checks, _leaves
 from .._call import Call, Settings, evaluate, prepare
-from .._describe import describe, leading, remembered
+from .._describe import describe, remembered
 from .._types import Fun, PyTree
 from ..diagnostics._words import are_known, columns_of, fields_of, numbers_of, wide
 from ..estimator import _formula
@@ -24,10 +24,12 @@ from ..sampling._protocol import Sampler
 from ..scale import _scales
 from ..tracing._mesh_axes import in_types_of_constants, with_explicit_axes
 from ._layer import Layer
-from ._perturbed_scores import Perturbation, scales_of, score_leaves
+from ._perturbed_scores import Perturbation
 
 # Solutions that are printed, and numbers of each.
 _ROWS, _NUMBERS = 10, 8
+# The key of the hash by which solutions are sorted.
+_HASH = np.array([0x9E3779B9, 0x7F4A7C15], np.uint32)
 
 
 @jax.tree_util.register_dataclass
@@ -182,10 +184,7 @@ def make_perturbed_distribution(
     layer = Layer(argmax_fun, settings, maximize, multiplicative)
 
     def perturbed_distribution(*args: Any, **kwargs: Any) -> EmpiricalDistribution:
-        key, theta, *rest = leading(("key", "theta"), args, kwargs)
-        key = _checks.check_key(key, theta)
-        leaves, names, tree = score_leaves(theta)
-        scales = scales_of(settings.sigma, theta, leaves, names, layer.multiplicative)
+        key, leaves, scales, tree, rest = layer.given(args, kwargs)
         dtype = _leaves.noise_dtype(leaves)
         scores, _ = layer.split(layer.inputs(leaves, scales), scales)
         perturbation = Perturbation(scores, scales, layer.multiplicative, dtype)
@@ -261,9 +260,6 @@ def _classes(leaves: list[Any], num: int) -> tuple[Array, Array, Array]:
     place = jnp.zeros(num, jnp.int32).at[old].set(index)[label]
     first = jnp.where(counts > 0, first, first[0])
     return jnp.zeros(num, jnp.int32).at[order].set(place), counts, first
-
-
-_HASH = np.array([0x9E3779B9, 0x7F4A7C15], np.uint32)
 
 
 def _words(values: Array) -> Array:

@@ -22,10 +22,11 @@ from jax import Array
 
 from .. import _checks, _leaves
 from .._call import Settings, evaluate, prepare
+from .._describe import leading
 from .._types import Fun, PyTree
 from ..scale import _scales
 from ..tracing._signature import trace
-from ._perturbed_scores import Perturbation, check_multiplicative
+from ._perturbed_scores import Perturbation, check_multiplicative, scales_of, score_leaves
 
 
 class Drawn(NamedTuple):
@@ -33,6 +34,24 @@ class Drawn(NamedTuple):
 
     perturbation: Perturbation
     v: list[Array]
+
+
+class Given(NamedTuple):
+    """Arguments of a call, checked.
+
+    Attributes:
+      key: one typed PRNG key.
+      leaves: the scores.
+      scales: one for each leaf.
+      tree: structure of the scores.
+      rest: further positional arguments.
+    """
+
+    key: Array
+    leaves: list[Array]
+    scales: list[Array]
+    tree: Any
+    rest: list[Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +79,14 @@ class Layer:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        """What a call (key, theta, *args, **kwargs) came with; its names are taken from kwargs."""
+        key, theta, *rest = leading(("key", "theta"), args, kwargs)
+        key = _checks.check_key(key, theta)
+        leaves, names, tree = score_leaves(theta)
+        scales = scales_of(self.settings.sigma, theta, leaves, names, self.multiplicative)
+        return Given(key, leaves, scales, tree, rest)
 
     def unsigned(self, tree: Any, u: list[Array]) -> Any:
         """What the solver sees of perturbed scores u: themselves, or costs."""

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from .. import _checks, _leaves
 from .._call import Settings
-from .._describe import describe, leading, remembered
+from .._describe import describe, remembered
 from .._types import Fun, PyTree
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
@@ -17,13 +17,7 @@ from ..sampling._protocol import Sampler
 from ..tracing._host_call import called
 from ..tracing._signature import trace
 from ._layer import Drawn, Layer
-from ._perturbed_scores import (
-    inner_product,
-    same_shapes,
-    scales_of,
-    score_leaves,
-    times,
-)
+from ._perturbed_scores import inner_product, same_shapes, times
 from ._symmetric import with_envelope_derivatives, with_slopes
 
 
@@ -128,10 +122,7 @@ def maximum(layer: Layer, objective: Fun | None, symmetrize: bool) -> Callable[.
         _checks.check_fun(objective, "objective")
 
     def perturbed_max(*args: Any, **kwargs: Any) -> Array:
-        key, theta, *rest = leading(("key", "theta"), args, kwargs)
-        key = _checks.check_key(key, theta)
-        leaves, names, tree = score_leaves(theta)
-        scales = scales_of(layer.settings.sigma, theta, leaves, names, layer.multiplicative)
+        key, leaves, scales, tree, rest = layer.given(args, kwargs)
         dtype = _leaves.noise_dtype(leaves)
 
         def solution(u: list[Array]) -> tuple[list[Array], Array]:
