@@ -41,7 +41,7 @@ from perturbax.host_functions._call_back import CallBack
 from perturbax.host_functions._foreign_executors import Foreign, _Place
 from perturbax.host_functions._progress import Bar
 from perturbax.host_functions._scheduling import Schedule
-from perturbax.tracing import _host_call
+from perturbax.tracing import _host_exceptions
 from test_trace import compilations
 
 KEY = jax.random.key(0, impl="threefry2x32")
@@ -1194,8 +1194,8 @@ def test_executors_of_ones_own_keep_jax_out():
 def test_an_exception_is_put_off_for_programs_that_may_have_called(monkeypatch, capsys):
     """Of several devices. It was raised in another thread's, and the one that failed went on."""
     called, another = object(), object()
-    programs = [_host_call._Running(hosts) for hosts in ([called], [another], None)]
-    monkeypatch.setattr(_host_call, "_running", programs)
+    programs = [_host_exceptions._Running(hosts) for hosts in ([called], [another], None)]
+    monkeypatch.setattr(_host_exceptions, "_running", programs)
 
     class NeitherEqualNorNotError(ArithmeticError):
         """As one that holds an array."""
@@ -1206,8 +1206,8 @@ def test_an_exception_is_put_off_for_programs_that_may_have_called(monkeypatch, 
         __hash__ = None
 
     error = NeitherEqualNorNotError("my own")
-    assert _host_call._put_off(NeitherEqualNorNotError(), called)
-    assert _host_call._put_off(error, called)
+    assert _host_exceptions.put_off(NeitherEqualNorNotError(), called)
+    assert _host_exceptions.put_off(error, called)
     assert [len(one.put_off) for one in programs] == [2, 0, 2]
     programs[0].put_off.reverse()
     # Around the first, which raises it, the last need not; in another thread it has to.
@@ -1215,8 +1215,8 @@ def test_an_exception_is_put_off_for_programs_that_may_have_called(monkeypatch, 
     assert not programs[2].put_off
     programs[2].put_off, programs[2].thread = [error], None
     assert programs[0].take() is programs[2].put_off[0]
-    monkeypatch.setattr(_host_call, "_running", programs[1:2])
-    assert not _host_call._put_off(error, called)
+    monkeypatch.setattr(_host_exceptions, "_running", programs[1:2])
+    assert not _host_exceptions.put_off(error, called)
     assert not programs[1].put_off
     assert "my own" in capsys.readouterr().err
 

@@ -26,6 +26,7 @@ LAYERS = [
     "tracing/_callbacks",
     "tracing/_mesh_axes",
     "tracing/_dependence",
+    "tracing/_host_exceptions",
     "tracing/_host_call",
     "tracing/_files",
     "tracing/_signature",

@@ -56,6 +56,6 @@ from .sampling._independent import Antithetic as Antithetic, Independent as Inde
 from .sampling._nets import OrthogonalArray as OrthogonalArray, Sobol as Sobol
 from .sampling._orthogonal import Orthogonal as Orthogonal
 from .sampling._protocol import Sampler as Sampler
-from .tracing._host_call import own_exceptions as own_exceptions
+from .tracing._host_exceptions import own_exceptions as own_exceptions
 
 __version__ = _version("perturbax")

@@ -23,7 +23,7 @@ from .noise._traced import without_numbers
 from .sampling._protocol import Sampler
 from .scale import _scales
 from .tracing import _user_code
-from .tracing._host_call import called
+from .tracing._host_exceptions import called
 from .tracing._mesh_axes import (
     in_told_types,
     in_types_of_constants,

@@ -16,7 +16,7 @@ from .noise._protocol import NoiseDistribution
 from .noise._smooth import Gumbel
 from .sampling._protocol import Sampler
 from .tracing._derivative_rules import live_jvp, with_jvp
-from .tracing._host_call import called
+from .tracing._host_exceptions import called
 from .tracing._signature import TracedFunction, trace
 
 

@@ -14,7 +14,7 @@ from .. import _checks, _leaves
 from .._perturb import PerturbedFun, check_perturbed_fun
 from ..scale import _scales
 from ..tracing._compiled import compiled_map
-from ..tracing._host_call import own_exceptions
+from ..tracing._host_exceptions import own_exceptions
 from . import _plots
 from ._standard_errors import estimate
 

@@ -26,7 +26,7 @@ from ..sampling._independent import Independent
 from ..sampling._nets import OrthogonalArray, Sobol
 from ..scale import _scales
 from ..tracing._compiled import compiled_map
-from ..tracing._host_call import own_exceptions
+from ..tracing._host_exceptions import own_exceptions
 from . import _variance_law
 from ._standard_errors import estimates_by_degree
 from ._variance_law import Law, Runs

@@ -17,7 +17,7 @@ from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
 from ..tracing._compiled import compiled_map
-from ..tracing._host_call import own_exceptions
+from ..tracing._host_exceptions import own_exceptions
 from . import _plots
 from ._standard_errors import estimate
 from ._subject import FEW_SPACINGS, PLATEAU, nearly_equal

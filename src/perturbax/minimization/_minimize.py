@@ -24,7 +24,7 @@ from ..sampling._protocol import Sampler
 from ..scale._matrices import is_matrix
 from ..scale._scales import check_sigma, scale_leaves
 from ..tracing._derivative_rules import without_derivatives
-from ..tracing._host_call import called
+from ..tracing._host_exceptions import called
 from ..tracing._mesh_axes import without_explicit_axes
 from ..tracing._signature import trace
 from ._checkpoint import Checkpoint

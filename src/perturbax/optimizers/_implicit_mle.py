@@ -22,7 +22,7 @@ from ..noise._protocol import NoiseDistribution, Shape
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
 from ..tracing._derivative_rules import aligned, without_derivatives
-from ..tracing._host_call import called
+from ..tracing._host_exceptions import called
 from ..tracing._signature import TracedFunction, trace
 from ._perturbed_scores import same_shapes, score_leaves
 

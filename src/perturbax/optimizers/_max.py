@@ -14,7 +14,7 @@ from .._types import Fun, PyTree
 from ..noise._protocol import NoiseDistribution
 from ..noise._smooth import Gumbel
 from ..sampling._protocol import Sampler
-from ..tracing._host_call import called
+from ..tracing._host_exceptions import called
 from ..tracing._signature import trace
 from ._layer import Drawn, Layer
 from ._perturbed_scores import inner_product, same_shapes, times

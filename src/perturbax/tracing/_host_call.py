@@ -4,17 +4,12 @@
 wait for a thread that the program itself occupies (jax#24255: on one core, arrays of 4 MB hang at
 jax 0.6.2 and 0.10.2 although the function uses numpy alone). This operation is lowered like that
 one, but hands on what the runtime has: numpy arrays. Under any number of vmaps it keeps one batch
-axis, in front, and does not repeat what has none. Exceptions are carried past the runtime, which
-would leave of them a text in an error of its own (jax#26102).
+axis, in front, and does not repeat what has none.
 """
 
-import collections
 import contextlib
 import functools
-import itertools
-import re
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -24,12 +19,11 @@ import numpy as np
 from jax import Array
 from jax._src import core as inner_core
 from jax._src.callback import _callback_op_sharding
-from jax.core import Tracer
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._checks import check_fun
+from ._host_exceptions import carried, put_off
 from ._jaxprs import equations
 from ._mesh_axes import varying, varying_axes
 
@@ -184,9 +178,9 @@ def _lower(ctx: Any, *operands: Any, callback: Host, mapped: Any, size: Any, res
         try:
             return tuple(callback.evaluate(arrays, mapped, size, results))
         except BaseException as error:
-            if several and _put_off(error, callback):
+            if several and put_off(error, callback):
                 return tuple(_nothing_like(v) for v in ctx.avals_out)
-            raise _carried(error) from None
+            raise carried(error) from None
 
     sharding = _callback_op_sharding(context, None, ctx.avals_out)
     found, _, _ = mlir.emit_python_callback(
@@ -202,6 +196,10 @@ def _lower(ctx: Any, *operands: Any, callback: Host, mapped: Any, size: Any, res
     return found
 
 
+def _nothing_like(aval: Any) -> np.ndarray:
+    return np.full(aval.shape, np.nan if jnp.issubdtype(aval.dtype, jnp.inexact) else 0, aval.dtype)
+
+
 mlir.register_lowering(_host_call, _lower)
 
 
@@ -214,149 +212,6 @@ def _num_devices(context: Any) -> int:
 def hosts_of(jaxpr: core.Jaxpr) -> Iterator[Host]:
     """What the operations of a jaxpr, and of those inside it, call back to."""
     return (eqn.params["callback"] for eqn in equations(jaxpr) if eqn.primitive is _host_call)
-
-
-# --- Exceptions
-
-
-class HostFunctionError(RuntimeError):
-    """What JAX makes an error of its own of: a text with the user's exception and its traceback."""
-
-
-# The latest of those that were raised inside a program, by the number in their text.
-_exceptions: collections.OrderedDict[int, BaseException] = collections.OrderedDict()
-_numbers = itertools.count(1)
-_MOST = 32
-_PACKAGE = __name__.partition(".")[0]
-
-
-class _Running:
-    """A program that `own_exceptions` runs: what it calls, if that is known, and is to raise."""
-
-    def __init__(self, hosts: Sequence[Host] | None):
-        self.hosts, self.thread = hosts, threading.get_ident()
-        self.put_off: list[BaseException] = []
-
-    def take(self) -> BaseException:
-        """The first exception; programs around this one see it raised, and need not raise it."""
-        own = {id(error) for error in self.put_off}  # what they are equal to is the user's affair
-        for one in list(_running):
-            if one is not self and one.thread == self.thread:
-                one.put_off = [error for error in one.put_off if id(error) not in own]
-        return self.put_off[0]
-
-
-_running: list[_Running] = []
-
-
-def _put_off(error: BaseException, host: Host) -> bool:
-    """Keeps an exception until the end of each program that may have called, if there is one.
-
-    Of a program of several devices. Where one of them ends early, the others wait for it in the
-    next collective operation, and XLA ends the process after some time; so all are to go on.
-    """
-    # Threads run programs side by side, and what a user's own one calls nobody here waits for.
-    callers = [one for one in list(_running) if one.hosts is None or host in one.hosts]
-    if not callers:
-        # The process may end without another word.
-        traceback.print_exception(error)
-        return False
-    for one in callers:
-        one.put_off.append(error)
-    return True
-
-
-def _nothing_like(aval: Any) -> np.ndarray:
-    return np.full(aval.shape, np.nan if jnp.issubdtype(aval.dtype, jnp.inexact) else 0, aval.dtype)
-
-
-def _carried(error: BaseException) -> HostFunctionError:
-    number = next(_numbers)
-    shown = "".join(traceback.format_exception(error))
-    # Frames of the library's own hold arguments and results of the whole call back.
-    for top, _ in traceback.walk_tb(error.__traceback__):
-        for frame, _ in traceback.walk_stack(top):
-            if str(frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE:
-                with contextlib.suppress(RuntimeError):  # one that still runs
-                    frame.clear()
-    _exceptions[number] = error
-    while len(_exceptions) > _MOST:
-        _exceptions.popitem(last=False)
-    return HostFunctionError(f"host function, exception {number}:\n\n{shown}")
-
-
-def own_exceptions(program: Callable[..., Any]) -> Callable[..., Any]:
-    """The program, with exceptions of host functions as they were raised.
-
-    Under `jax.jit`, an exception inside a host function ends the program with an error of JAX's
-    own, which has the exception and its traceback as text. Around the jitted function, this raises
-    the exception itself. Perturbed functions that are called outside `jit` need no help. Where
-    several threads run such programs side by side, on several devices, it may be raised in each.
-
-    Args:
-      program: a function, jitted or not.
-
-    Returns:
-      A function like it, which waits for its results.
-
-    Raises:
-      TypeError: if program is not callable.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import perturbax as px
-      >>> def solve(x):
-      ...     raise ArithmeticError("no solution")
-      >>> step = px.own_exceptions(jax.jit(px.host_function(solve, like=0.0)))
-      >>> step(jnp.ones(2))
-      Traceback (most recent call last):
-        ...
-      ArithmeticError: no solution
-      ...
-    """
-    check_fun(program, "program")
-    return _with_own_exceptions(program, None)
-
-
-def _with_own_exceptions(
-    program: Callable[..., Any], hosts: Sequence[Host] | None
-) -> Callable[..., Any]:
-    """`own_exceptions` of a program that calls these hosts; None if that is not known."""
-
-    @functools.wraps(program)
-    def raising(*args: Any, **kwargs: Any) -> Any:
-        running = _Running(hosts)
-        _running.append(running)
-        try:
-            # A program whose inputs are ready runs at once, unless something else is in its way.
-            _wait((args, kwargs))
-            result = program(*args, **kwargs)
-            _wait(result)
-            if not running.put_off:
-                return result
-            original = running.take()
-        except Exception as error:
-            found = re.search(r"host function, exception (\d+):", str(error))
-            original = _exceptions.pop(int(found.group(1)), None) if found else None
-            if original is None:
-                raise
-        finally:
-            _running.remove(running)
-        # Here, not above: the exception keeps the context that it had.
-        raise original
-
-    return raising
-
-
-def called(hosts: Sequence[Host], program: Callable[..., Any], *args: Any) -> Any:
-    """program(*args); where it calls any hosts, with exceptions as they were raised."""
-    return (_with_own_exceptions(program, hosts) if hosts else program)(*args)
-
-
-def _wait(values: Any) -> None:
-    """Until values are there, under derivatives too; not under other traces."""
-    arrays = [v for v in jax.tree.leaves(values) if isinstance(v, Array)]
-    jax.block_until_ready([v for v in jax.lax.stop_gradient(arrays) if not isinstance(v, Tracer)])
 
 
 # --- What comes back, found out
