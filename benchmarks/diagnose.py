@@ -23,7 +23,7 @@ from timing import ROOT, table, write
 
 import perturbax as px
 from perturbax.diagnostics import _diagnose
-from perturbax.diagnostics._subject import Subject
+from perturbax.diagnostics._layer_subject import subject_of
 
 sys.path.insert(0, str(ROOT / "tests"))
 import closed_forms as exact
@@ -164,7 +164,7 @@ def suggestions(problem, num_keys):
     def diagnosis(key, num_samples):
         if num_samples not in subjects:
             x = jnp.asarray(problem.x, jnp.float32)
-            subjects[num_samples] = Subject(make(problem, num_samples), key, x, (), {})
+            subjects[num_samples] = subject_of(make(problem, num_samples), key, x, (), {})
         subject = subjects[num_samples]
         subject._key, subject.num_evaluations = key, 0
         found = _diagnose._examine(subject, WANTED)

@@ -13,7 +13,8 @@ import pytest
 
 import perturbax as px
 from perturbax.diagnostics import _diagnose, _findings, _variance_law
-from perturbax.diagnostics._subject import Subject, equal_rows
+from perturbax.diagnostics._layer_subject import subject_of
+from perturbax.diagnostics._subject import equal_rows
 
 KEY = jax.random.key(5)
 X = np.float32([-0.1, 0.05, 0.2])
@@ -189,7 +190,7 @@ def test_an_alternative_that_surely_has_less_variance_is_named(slope):
     assert any(note.startswith(advice) for note in found.notes) == found.ok
     unsure = (px.Alternative("Antithetic()", 0, 0.5, 0.2, 1.01),)
     found = dataclasses.replace(found, alternatives=unsure)
-    assert not _findings._better(Subject(g, KEY, jnp.zeros(3), (), {}), found)
+    assert not _findings._better(subject_of(g, KEY, jnp.zeros(3), (), {}), found)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -246,7 +247,9 @@ def test_what_is_no_rare_event():
 def test_a_signal_that_all_evaluations_could_not_show_is_not_seen():
     """Runs that were equal by chance told a gradient of 1 % of the error as seen."""
     law = _variance_law.Law(("Independent", 0), *_variance_law.FIXED)
-    subject = Subject(px.make_perturbed_fun(steps, 100, sampler=px.Independent()), KEY, X, (), {})
+    subject = subject_of(
+        px.make_perturbed_fun(steps, 100, sampler=px.Independent()), KEY, X, (), {}
+    )
     runs = [_variance_law.Runs(100, 1, np.ones(2), np.full(2, 50.0), 99, law)]
     assert _diagnose._noise_length(subject, runs) == pytest.approx(10, rel=0.02)
     assert _diagnose._least_seen(subject, runs) == pytest.approx(2 * 100 / 5, rel=0.03)
@@ -377,7 +380,7 @@ def test_a_suggestion_is_cautious():
 
 def test_sigma_is_not_checked_for_each_number_of_samples(monkeypatch):
     """Of a million coordinates that took seconds, for thousands of numbers."""
-    subject = Subject(px.make_perturbed_fun(steps, 64, np.ones(3)), KEY, X, (), {})
+    subject = subject_of(px.make_perturbed_fun(steps, 64, np.ones(3)), KEY, X, (), {})
     monkeypatch.delattr("perturbax.scale._scales.check_sigma")
     assert subject.law(64).name == ("nets", 1)
     assert subject.choose(64) == px.choose_sampler(64, 3)
@@ -386,11 +389,11 @@ def test_sigma_is_not_checked_for_each_number_of_samples(monkeypatch):
 
 def test_nets_that_are_suggested_are_whole():
     x = jnp.asarray(np.random.RandomState(0).normal(0, 0.3, 3), jnp.float32)
-    subject = Subject(px.make_perturbed_fun(jnp.sum, 1000, 0.5, px.Normal()), KEY, x, (), {})
+    subject = subject_of(px.make_perturbed_fun(jnp.sum, 1000, 0.5, px.Normal()), KEY, x, (), {})
     whole = [_diagnose._whole(subject, n) for n in (70, 71, 96, 106, 141, 4097)]
     assert whole == [64, 96, 96, 128, 192, 4096]
     alone = px.make_perturbed_fun(jnp.sum, 1000, 0.5, px.Normal(), sampler=px.Independent())
-    subject = Subject(alone, KEY, x, (), {})
+    subject = subject_of(alone, KEY, x, (), {})
     assert [_diagnose._whole(subject, n) for n in (65, 129, 4097)] == [65, 130, 4100]
 
 

@@ -83,6 +83,7 @@ LAYERS = [
     "diagnostics/_standard_errors",
     "diagnostics/_variance_law",
     "diagnostics/_subject",
+    "diagnostics/_layer_subject",
     "diagnostics/_plots",
     "diagnostics/_sweep",
     "diagnostics/_smoothing",

@@ -15,6 +15,7 @@ from ..sampling._independent import Antithetic, Independent
 from . import _variance_law
 from ._diagnosis import Alternative, Diagnosis
 from ._findings import notes_of, of_solver, problems_of
+from ._layer_subject import subject_of
 from ._subject import Pilot, Subject, variance_of
 from ._variance_law import Runs
 from ._words import percent
@@ -96,7 +97,7 @@ def diagnose(
       sigma is too small: 100 % of the samples have the value that fun has at x, ...
     """
     wanted = _checks.check_level(relative_error, "relative_error", "0.1 stands for 10 %")
-    subject = Subject(g, key, x, args, kwargs)
+    subject = subject_of(g, key, x, args, kwargs)
     with warnings.catch_warnings():
         # It is told as a problem.
         warnings.filterwarnings("ignore", message="sigma is below the spacing")

@@ -12,6 +12,7 @@ from ..sampling._independent import Antithetic, Independent
 from ..sampling._nets import OrthogonalArray, Sobol
 from ..sampling._orthogonal import Orthogonal
 from ._diagnosis import Diagnosis
+from ._layer_subject import LayerSubject
 from ._subject import FEW_SPACINGS, PLATEAU, Subject
 from ._words import count_of, percent
 
@@ -100,7 +101,7 @@ def of_solver(
     subject: Subject, better_pairs: float, better_samples: float
 ) -> tuple[list[str], list[str]]:
     """Problems and notes about the solver of a layer."""
-    if not better_samples:
+    if not isinstance(subject, LayerSubject) or not better_samples:
         return [], []
     arguments, mean_alone = subject.arguments, subject.maker == "make_perturbed_argmax"
     if better_pairs > _WRONG_SIGN:

@@ -1,15 +1,13 @@
 """A perturbed function at a point, run again and again with other samples than its own.
 
-The one place of `diagnose` that looks at what a perturbed function was made of; and bounds
-that sweeps have as well.
+And bounds that sweeps have as well.
 """
 
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +16,8 @@ from jax import Array
 
 from .. import _checks, _leaves
 from .._call import Settings
-from .._describe import Made, leading
-from .._perturb import PerturbedFun, kind_of_fun
+from .._perturb import PerturbedFun
+from .._types import Fun
 from ..estimator._default_rule import Choice, choose
 from ..estimator._surrogate import num_features
 from ..sampling._independent import Independent
@@ -32,8 +30,6 @@ from ._standard_errors import estimates_by_degree
 from ._variance_law import Law, Runs
 from ._words import wide
 
-# Runs that a number of samples is cut into where the spread inside of a run is not known.
-_CUT = 8
 # A pilot of fewer samples tells too little to go by.
 LEAST_SAMPLES = 16
 # Samples for each coefficient of a fit that is tried for comparison, by degree. With fewer, eight
@@ -43,11 +39,6 @@ _PER_COEFFICIENT = {0: 0, 1: 20, 2: 10}
 PLATEAU = 0.95
 # Spacings of the numbers of x that sigma should be at least.
 FEW_SPACINGS = 8
-# What has other derivatives than by the score or Danskin's theorem.
-_OTHERS = ("make_implicit_mle", "make_perturbed_distribution")
-# Solutions that a solver's own are held against, at most, and by which share of the sum of the
-# sizes of its terms an objective must be better, to tell more than a solver's tolerance.
-_COMPARED, _SURELY_BETTER = 256, 1e-3
 # Up to this many numbers, the whole Jacobian is looked at; beyond, that of a random combination.
 WHOLE = 2**16
 
@@ -91,10 +82,21 @@ class Subject:
       most_variance: of the values of a sample, that a run so far has told; zero for layers.
     """
 
-    def __init__(self, g: Any, key: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    # How many runs of a size tell their spread.
+    least_runs: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        maker: str,
+        fun: Fun,
+        settings: Settings,
+        key: Array,
+        x: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ):
         """Checks what came."""
-        fun, settings, self._made = _origin(g)
-        self.maker = g.maker.__name__ if isinstance(g, Made) else "make_perturbed_fun"
+        self.maker = maker
         if settings.num_samples < LEAST_SAMPLES:
             raise ValueError(
                 f"g has num_samples={settings.num_samples}, but a diagnosis needs a pilot of at "
@@ -105,7 +107,7 @@ class Subject:
             raise TypeError("diagnose needs known numbers, got traced ones; call it outside jit")
         self.settings = settings
         self._key = _checks.check_key(key, x, "diagnose(g, key, x)")
-        self._x, self._args, self._kwargs = x, args, kwargs
+        self._fun, self._x, self._args, self._kwargs = fun, x, args, kwargs
         self.leaves, self.names, self._merge = _leaves.perturbed_leaves(x)
         self.fixed = [
             (_leaves.leaf_name(path), jnp.result_type(leaf))
@@ -123,69 +125,42 @@ class Subject:
         self._signs: np.ndarray | None = None
         self._choices: dict[Any, Choice] = {}
         self._programs: dict[Any, tuple[Any, list[int]]] = {}
-        # What the samples of the pilot are values of, and where.
-        sampled, self._sampled_at, self._sampled_settings = fun, self._merge, settings
-        self._seen: Callable[[Any], Any] | None = None
-        if self._made is not None:
-            if self.maker == "make_fenchel_young_loss":
-                kwargs = dict(kwargs)
-                names = "key", "theta", "y_true"
-                self._y_true, *rest = leading(names, (key, x, *args), kwargs)[2:]
-                args = tuple(rest)
-            self._rest = args, kwargs
-            solve, seen, self._sampled_at, sigma = self._solver()
-            if self._made.arguments.get("objective") is None:
-                self._seen = seen
 
-            def sampled(point: Any, *args: Any, **kwargs: Any) -> Any:
-                return solve(seen(point), *args, **kwargs)
+    # What the samples are values of, where noise is added to, and how.
 
-            self._sampled_settings = dataclasses.replace(settings, sigma=sigma)
+    def _sampled(self, point: Any) -> Any:
+        value = self._fun(point, *self._args, **self._kwargs)
+        return value[0] if self.settings.has_aux else value
 
-        def value_at(x: Any) -> Any:
-            value = sampled(x, *args, **kwargs)
-            return self._combined(value[0] if settings.has_aux else value)
+    def _sampled_at(self, leaves: list[Array]) -> Any:
+        return self._merge(leaves)
 
-        self._value_at = value_at
+    @property
+    def _sampled_settings(self) -> Settings:
+        return self.settings
 
-    def _solver(self) -> tuple[Any, Callable[[Any], Any], Callable[[list[Array]], Any], Any]:
-        """Of a layer, its solver, what that sees of a point, where noise is added, its scale."""
-        assert self._made is not None
-        solve, sigma = self._made.arguments["argmax_fun"], self.settings.sigma
-        if self._made.arguments["multiplicative"]:
-            # theta exp(sigma Z - sigma^2 / 2), a function of Z
-            scales = _scales.scale_leaves(sigma, self._x, self.leaves, self.names)
-            scales = _scales.one_each(scales, self.leaves)
+    def _seen(self, point: Any) -> list[Array]:
+        """What the pilot keeps of a sample beside its value."""
+        del point
+        return []
 
-            def factors(z: Any) -> Any:
-                theta = [
-                    (v * jnp.exp(s * one - s**2 / 2)).astype(v.dtype)
-                    for v, s, one in zip(self.leaves, scales, jax.tree.leaves(z), strict=True)
-                ]
-                return self._merge(theta)
+    def _value_of(self, found: Any) -> Any:
+        """The value, from that of a sample."""
+        return found
 
-            zeros = lambda leaves: self._merge([jnp.zeros_like(v) for v in leaves])  # noqa: E731
-            return solve, factors, zeros, 1.0
-        if self._made.arguments["maximize"]:
-            return solve, lambda u: u, self._merge, sigma
-        negated = functools.partial(jax.tree.map, jnp.negative)
-        return solve, negated, lambda leaves: self._merge([-v for v in leaves]), sigma
+    def _value_at(self, point: Any) -> Any:
+        return self._combined(self._sampled(point))
 
     def _combined(self, value: Any) -> Any:
         """The value, or its numbers with random signs in one sum."""
         if self._signs is None:
             return value
-        return self._signs.astype(np.float32) @ _joined(value)
+        return self._signs.astype(np.float32) @ joined(value)
 
     @property
     def num_samples(self) -> int:
         """Of the function as it is."""
         return self.settings.num_samples
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Of the maker of a layer, by name; empty for other functions."""
-        return {} if self._made is None else self._made.arguments
 
     @property
     def gradient_of(self) -> str:
@@ -194,19 +169,11 @@ class Subject:
             return f"the sum of {self._signs.size:,} numbers with random signs"
         return "the value" if self._num_outputs == 1 else f"all {self._num_outputs:,} numbers"
 
-    @property
-    def least_runs(self) -> int:
-        """How many of a size tell their spread: of a layer, whose runs tell nothing alone, two."""
-        return 1 if self._made is None else 2
-
     def value_at_x(self) -> Any:
-        """fun(x), by one evaluation; decides whether outputs are combined from now on.
-
-        Of a maximum or a loss, that of the solution at x.
-        """
+        """fun(x), by one evaluation; decides whether outputs are combined from now on."""
         self.num_evaluations += 1
         found = self._value_at(self._sampled_at(self.leaves))
-        value = found if self._made is None else self._value_of(found)
+        value = self._value_of(found)
         size = self._num_outputs = sum(jnp.size(v) for v in jax.tree.leaves(value))
         if not size:
             raise ValueError(f"{self.name} returns no numbers, so there is nothing to diagnose")
@@ -216,23 +183,6 @@ class Subject:
             value = found = self._combined(value)
         self._at_x = jax.tree.map(np.asarray, found)
         return jax.tree.map(np.asarray, value)
-
-    def _value_of(self, y: Any) -> Any:
-        """The value of a layer that has the solution y."""
-        assert self._made is not None
-        arguments, theta, (rest, kwargs) = self._made.arguments, self._x, self._rest
-        if self.maker == "make_perturbed_argmax":
-            return y
-
-        def objective(y: Any) -> Any:
-            if arguments["objective"] is not None:
-                return arguments["objective"](theta, y, *rest, **kwargs)
-            return jnp.sum(_joined(jax.tree.map(jnp.multiply, theta, y)))
-
-        if self.maker == "make_perturbed_max":
-            return objective(y)
-        loss = objective(y) - objective(self._y_true)
-        return loss if arguments["maximize"] else -loss
 
     def spacings(self) -> list[tuple[str, np.dtype, float]]:
         """Of each leaf, its name, its dtype and the least sigma in spacings of numbers near x."""
@@ -279,20 +229,11 @@ class Subject:
 
     def pilot(self) -> Pilot:
         """One estimate, with the samples of the function as it is."""
-        degrees = () if self._made else tuple(self._other_degrees())
+        degrees = tuple(self._other_degrees())
         value, error, gradients, values, freedoms = self._estimates(
             self.num_samples, 1, {}, True, degrees
         )
-        values, *seen = (one[0].reshape(self.num_samples, -1) for one in values)
-        equal = equal_rows(values, self._at_x)
-        if self._made is not None:
-            # That was of the solver. The layer's own gradient has no spread inside of a run.
-            runs, found = self._runs_of_layer(*self._cut(self.num_samples), {})
-            value = jax.tree.map(lambda v: np.mean(v, axis=0), found)
-            count = runs.num_runs
-            error = jax.tree.map(lambda v: np.std(v, axis=0, ddof=1) / count**0.5, found)
-            better = self._share_better(values, *seen) if seen else (0.0, 0.0)
-            return Pilot(value, error, values, equal, runs, {}, better)
+        [values] = self._rows(values)
         # Of a default with nets it takes more, smaller ones than g does: as several runs of g with
         # fewer samples would.
         count = (freedoms[0] + 1) // self.choose(self.num_samples).num_groups or 1
@@ -302,31 +243,12 @@ class Subject:
             found = _variance_law.pooled(self.num_samples, gradient, errors**2, freedom, law)
             runs.append(found.split(count))
         value, error = (jax.tree.map(lambda v: v[0], tree) for tree in (value, error))
-        return Pilot(
-            value, error, values, equal, runs[0], dict(zip(degrees, runs[1:], strict=True))
-        )
+        others = dict(zip(degrees, runs[1:], strict=True))
+        return Pilot(value, error, values, equal_rows(values, self._at_x), runs[0], others)
 
-    def _share_better(self, solutions: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
-        """Of pairs of solutions, and of samples, those for which another solution is better.
-
-        An exact solver has none: <s_i, y_i> is at least <s_i, y_j>, but for rounding. Pairs that
-        differ too little to tell are left out.
-        """
-        assert self._made is not None
-        told = np.isfinite(solutions).all(axis=1) & ~np.isnan(scores).any(axis=1)
-        y, s = (rows[told][:_COMPARED] for rows in (solutions, scores))
-        s = np.where(np.isfinite(s), s, 0)  # what is masked, no solution has
-        objectives = s @ y.T  # of scores i and solution j
-        losses = objectives - np.diagonal(objectives)[:, None]
-        if not self._made.arguments["maximize"]:
-            losses = -losses
-        size = np.abs(s) @ np.abs(y).T
-        size = size + np.diagonal(size)[:, None]
-        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in self.leaves)
-        least = max(_SURELY_BETTER, 16 * eps) * size
-        better, worse = losses > least, losses < -least
-        pairs = max(int(np.sum(better | worse)), 1)
-        return float(np.sum(better) / pairs), float(np.mean(better.any(axis=1))) if len(s) else 0.0
+    def _rows(self, values: tuple[Any, ...]) -> list[np.ndarray]:
+        """What the pilot kept, with a row for each sample."""
+        return [one[0].reshape(self.num_samples, -1) for one in values]
 
     def _other_degrees(self) -> Iterator[int]:
         """Those that the samples tell, and for which no others would be drawn."""
@@ -342,8 +264,6 @@ class Subject:
         law = self.law(num_samples, **changes)
         choice = self.choose(num_samples, **changes)
         changes = {"sampler": choice.sampler, "degree": choice.degree}
-        if self._made is not None:
-            return self._runs_of_layer(num_samples, count, changes)[0]
         _, value_errors, [(gradients, errors)], values, [freedom] = self._estimates(
             num_samples, count, changes, keep
         )
@@ -356,44 +276,11 @@ class Subject:
 
     def _cut(self, num_samples: int) -> tuple[int, int]:
         """A number of samples as so many runs of so many, whose spread can be told."""
-        return (num_samples, 1) if self._made is None else (num_samples // _CUT - 1, _CUT)
+        return num_samples, 1
 
     def runs_of(self, num_samples: int, **changes: Any) -> Runs:
         """`runs` that take this number of samples together, and keep values."""
         return self.runs(*self._cut(num_samples), keep=True, **changes)
-
-    def _runs_of_layer(
-        self, num_samples: int, count: int, changes: dict[str, Any]
-    ) -> tuple[Runs, Any]:
-        """Gradients of a layer by its own derivative rules, and its values at all runs."""
-        law = self.law(num_samples, **changes)
-        self._key, key = jax.random.split(self._key)
-        keys = jax.random.split(key, count)
-        name = num_samples, count, repr(changes)
-        if name not in self._programs:
-            self._programs[name] = self._compiled_layer(keys, num_samples, changes), []
-        program, sigma = self._programs[name][0], self.settings.sigma
-        values, gradients = self._timed(program, (keys, self.leaves, sigma), num_samples)
-        return _variance_law.pooled(num_samples, gradients, None, 0, law), values
-
-    def _compiled_layer(self, keys: Array, num_samples: int, changes: dict[str, Any]) -> Any:
-        assert self._made is not None
-        # A degree that is chosen for each number of samples serves derivatives of this one.
-        again = functools.partial(self._made.again, num_samples=num_samples, **changes)
-
-        def value(leaves: list[Array], key: Array, sigma: Any) -> tuple[Array, Any]:
-            found = again(sigma=sigma)(key, self._merge(leaves), *self._args, **self._kwargs)
-            found = self._combined(found)
-            flat = _joined(found)
-            return (flat[0] if flat.size == 1 else flat), found
-
-        derive = jax.grad if self._num_outputs == 1 or self._signs is not None else jax.jacrev
-
-        def one(key: Array, leaves: list[Array], sigma: Any) -> Any:
-            gradient, found = derive(value, has_aux=True)(leaves, key, sigma)
-            return found, _joined(gradient)
-
-        return compiled_map(one, keys, self.leaves, self.settings.sigma)
 
     def _timed(self, program: Any, args: tuple[Array, Any, Any], num_samples: int) -> Any:
         """The results of a program, in double precision; evaluations and seconds are noted."""
@@ -443,8 +330,8 @@ class Subject:
             if not keep:
                 return value, ()
             # A value that is combined is no solution.
-            seen = [] if self._seen is None or self._signs is not None else [self._seen(x)]
-            return value, tuple(map(_joined, (value, *seen)))
+            seen = self._seen(x) if self._signs is None else []  # what is combined is no solution
+            return value, tuple(map(joined, (value, *seen)))
 
         changes = {"num_samples": num_samples, "has_aux": True, **changes}
         settings = dataclasses.replace(self._sampled_settings, **changes)
@@ -454,26 +341,10 @@ class Subject:
             g = PerturbedFun(fun, dataclasses.replace(settings, sigma=sigma))
             found = estimates_by_degree(g, degrees, key, self._sampled_at(leaves), (), {})
             freedoms[:] = [each.degrees_of_freedom for each in found]
-            gradients = [(_joined(v.gradient), _joined(v.gradient_error)) for v in found]
+            gradients = [(joined(v.gradient), joined(v.gradient_error)) for v in found]
             return found[0].value, found[0].value_error, gradients, found[0].aux
 
         return compiled_map(one, keys, self.leaves, settings.sigma), freedoms
-
-
-def _origin(g: Any) -> tuple[Any, Settings, Made | None]:
-    """The function that is perturbed, how, and, if g is a layer, how that was made."""
-    if isinstance(g, PerturbedFun):
-        return g.fun, g.settings, None
-    if isinstance(g, Made) and g.maker.__name__ not in _OTHERS:
-        known = {field.name for field in dataclasses.fields(Settings)}
-        settings = Settings(**{k: v for k, v in g.arguments.items() if k in known})
-        if "fun" in g.arguments:  # the derivatives are those of a perturbed function
-            return g.arguments["fun"], settings, None
-        return g.arguments["argmax_fun"], settings, g
-    raise TypeError(
-        "g must be what make_perturbed_fun, make_straight_through_fun, make_perturbed_argmax, "
-        f"make_perturbed_max or make_fenchel_young_loss returned, got {kind_of_fun(g)}"
-    )
 
 
 def equal_rows(values: np.ndarray, value_at_x: Any) -> np.ndarray:
@@ -505,7 +376,7 @@ def nearly_equal(values: Any, at_x: Any) -> Any:
         return equal | ((abs(values - numbers) <= slack) & (size < np.inf))
 
 
-def _joined(tree: Any) -> Array:
+def joined(tree: Any) -> Array:
     """All numbers of a pytree, one after another."""
     leaves = [jnp.ravel(v) for v in jax.tree.leaves(tree)]
     with jax.numpy_dtype_promotion("standard"):
