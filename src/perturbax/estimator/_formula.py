@@ -186,6 +186,21 @@ def kept(rows: Array, present: Array | None) -> Array:
     return where(present.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
 
+class Values(NamedTuple):
+    """What surrogates are made of: values, and which of them there are."""
+
+    f: Array  # (N, M), zero where a sample is missing
+    present: Array | None  # as in `Part`
+    sizes: Array  # as in `Part`
+    number: Any  # of samples that are not missing
+
+    def mean(self, of_groups: Array) -> Array:
+        """The mean over samples of what each group has, a row each."""
+        shares = self.sizes.astype(self.f.dtype) / self.number
+        # Not a product of matrices, which takes longer to compile.
+        return jnp.sum(shares.reshape(-1, *[1] * (of_groups.ndim - 1)) * of_groups, axis=0)
+
+
 def fitted(
     plan: Plan,
     operands: Operands,
@@ -200,66 +215,78 @@ def fitted(
         f = kept(f, present)
         sizes = jnp.sum(in_groups(plan, present.astype(jnp.int32)), axis=1)
         number = jnp.sum(sizes).astype(f.dtype)
-    value = jnp.sum(f, axis=0) / number
-    shares = sizes.astype(f.dtype) / number
-
-    def mean(values: Array) -> Array:
-        # Not a product of matrices, which takes longer to compile.
-        return jnp.sum(shares.reshape(-1, *[1] * (values.ndim - 1)) * values, axis=0)
-
+    values, value = Values(f, present, sizes, number), jnp.sum(f, axis=0) / number
     if plan.degree is None:
-        part = Part(f, None, sizes, present)
-        return Surrogates(part, number, value, jnp.zeros_like(value))
+        return Surrogates(Part(f, None, sizes, present), number, value, jnp.zeros_like(value))
     if plan.degree == 0:
         b = baselines(plan, operands, point, f, sizes, present)
         rest = f - jnp.repeat(b, plan.group_size, axis=0)[: plan.num_samples]
-        return Surrogates(Part(rest, None, sizes, present), number, value, mean(b))
-    noise: Any = noise_in(plan, operands)
+        return Surrogates(Part(rest, None, sizes, present), number, value, values.mean(b))
     # For digits only: the fit is equivariant, so that these constants have no influence on f - q
     # but by rounding; unless all others are missing, and there is no fit.
     first = lax.stop_gradient(f[:1])
-    f = kept(f - first, present)
+    values = values._replace(f=kept(f - first, present))
+    fit = _left_out_fit if plan.fits_each_sample else _polynomial_fit
+    part, *means = fit(plan, noise_in(plan, operands), noise_of, values, first)
+    return Surrogates(part, number, value, *means)
+
+
+def _left_out_fit(
+    plan: Plan, noise: Any, noise_of: Callable[[Chunk], Array], values: Values, first: Array
+) -> tuple[Part, Array, Array]:
+    """Of each sample, by those of all others; and the means that `Surrogates` has."""
+    f, present, sizes, _ = values
     # Lest squares overflow or vanish; of few samples one may be far larger than all others.
-    unit = unit_of(f, len(f) if plan.fits_each_sample else _SOME).astype(f.dtype)
+    unit = unit_of(f, len(f)).astype(f.dtype)
+    z = stacked(plan, lambda chunk, _: noise_of(chunk))
+    fit = _left_out.fit(z - noise.mean, f / unit[None], _fit_weight(noise, z, present))
+    rows = fit.rows._replace(lost=fit.rows.lost * unit[None])
+    rest = _restored(fit.rest * unit[None], first, jnp.sum(sizes) - sizes, present)
+    part = Part(rest, None, sizes, present, rows)
+    return part, fit.mean * unit[None], fit.common * unit[None]
 
-    def restored(rest: Array, others: Array) -> Array:
-        """f - q, where `others` tells of how many samples q was made."""
-        if present is None:
-            return rest
-        own = where((others == 0)[:, None], jnp.broadcast_to(first, rest.shape), 0)
-        return rest + kept(own, present)
 
-    def weight_of(z: Array, present: Array | None) -> Array:
-        return kept(jnp.mean(grad_log_prob(noise, z) ** 2, axis=1), present)
-
-    if plan.fits_each_sample:
-        z = stacked(plan, lambda chunk, _: noise_of(chunk))
-        fit = _left_out.fit(z - noise.mean, f / unit[None], weight_of(z, present))
-        rows = fit.rows._replace(lost=fit.rows.lost * unit[None])
-        rest = restored(fit.rest * unit[None], jnp.sum(sizes) - sizes)
-        part = Part(rest, None, sizes, present, rows)
-        return Surrogates(part, number, value, fit.mean * unit[None], fit.common * unit[None])
-    enough = _surrogate.enough(plan.dim, plan.degree, plan.num_groups, plan.group_size)
+def _polynomial_fit(
+    plan: Plan, noise: Any, noise_of: Callable[[Chunk], Array], values: Values, first: Array
+) -> tuple[Part, Array]:
+    """Of each group, by those of all others; and the mean that `Surrogates` has."""
+    f, present, sizes, _ = values
+    degree, unit = plan.degree or 0, unit_of(f).astype(f.dtype)
+    enough = _surrogate.enough(plan.dim, degree, plan.num_groups, plan.group_size)
     seen = np.minimum(group_sizes(plan), enough)
 
     def equations_of(chunk: Chunk, rows: Any) -> _surrogate.Equations:
-        z, (values, counts) = noise_of(chunk), rows
-        weight = weight_of(z, counts)
+        z, (part, counts) = noise_of(chunk), rows
+        weight = _fit_weight(noise, z, counts)
         # Rows that the last group lacks have no weight.
-        z, values, weight = (in_groups(plan, v)[:, : seen[0]] for v in (z, values, weight))
-        phi = _surrogate.features(z, plan.degree or 0, noise.mean).astype(f.dtype)
-        return _surrogate.normal_equations(phi, values, weight)
+        z, part, weight = (in_groups(plan, v)[:, : seen[0]] for v in (z, part, weight))
+        phi = _surrogate.features(z, degree, noise.mean).astype(f.dtype)
+        return _surrogate.normal_equations(phi, part, weight)
 
     equations = stacked(plan, equations_of, (f / unit[None], present))
     least, counts = int((seen.sum() - seen).min()), None
     if present is not None:
         seen = jnp.sum(in_groups(plan, present.astype(jnp.int32))[:, :enough], axis=1)
         counts = jnp.sum(seen) - seen
-        f = restored(f, jnp.repeat(counts, plan.group_size)[: plan.num_samples])
+        of_samples = jnp.repeat(counts, plan.group_size)[: plan.num_samples]
+        f = _restored(f, first, of_samples, present)
     elif seen[-1] < seen[0]:
         counts = jnp.asarray(seen.sum() - seen, jnp.int32)
     beta = _surrogate.fit(equations, least, counts, plan.dim) * unit[None, None]
-    return Surrogates(Part(f, beta, sizes, present), number, value, mean(beta))
+    return Part(f, beta, sizes, present), values.mean(beta)
+
+
+def _fit_weight(noise: Any, z: Array, present: Array | None) -> Array:
+    """What a sample counts in a fit: the mean square of its score, (C,)."""
+    return kept(jnp.mean(grad_log_prob(noise, z) ** 2, axis=1), present)
+
+
+def _restored(rest: Array, first: Array, others: Array, present: Array | None) -> Array:
+    """f - q (N, M) of values less `first`: whole where q was made of no `others` (N,)."""
+    if present is None:
+        return rest
+    own = where((others == 0)[:, None], jnp.broadcast_to(first, rest.shape), 0)
+    return rest + kept(own, present)
 
 
 def residual(plan: Plan, noise: Any, z: Array, part: Part) -> Array:
