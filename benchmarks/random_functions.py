@@ -115,7 +115,8 @@ def main():
 
         averages = jax.jit(lambda xs, f=average: jax.lax.map(f, xs))
         target = problem.share * float(average(jnp.zeros(problem.dim)))
-        row, found[problem.name] = [problem.name, str(problem.dim)], {}
+        row = [problem.name, str(problem.dim), f"{problem.share:g}"]
+        found[problem.name] = {}
         for name, search in searches.items():
             counts = []
             for key in jax.random.split(jax.random.key(0), arguments.seeds):
@@ -128,7 +129,7 @@ def main():
             row.append(f"{middle:.0f}" if np.isfinite(middle) else f"{reached}/{len(counts)}")
         rows.append(row)
         print(*row, flush=True)
-    text = table(["function", "coordinates", *searches], rows)
+    text = table(["function", "coordinates", "share", *searches], rows)
     print(text)
     if not arguments.only:
         (ROOT / "docs" / "_generated" / "random_functions.md").write_text(text + "\n")

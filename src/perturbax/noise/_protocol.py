@@ -17,10 +17,10 @@ class NoiseDistribution(Protocol):
 
     More is used where it is there, and every noise of this library has it:
 
-    - `derivatives`, how many derivatives the score-function method is right for: as many as the
-      density has kinds of smoothness (infinity for a smooth one, 1 for one with kinks, 0 for one
-      with jumps). More than that raise `NotImplementedError`. Where the attribute is missing, what
-      the operations of `log_prob` give away is taken, else infinity.
+    - `derivatives`, the highest order for which the score-function method is right: infinity for a
+      smooth density, 1 for one with kinks, 0 for one with jumps. Higher orders raise
+      `NotImplementedError`. Where the attribute is missing, what the operations of `log_prob` give
+      away is taken, else infinity.
     - `from_bits(bits)`, the draw that uniform words stand for, increasing in the words; or
       `icdf(u)`, the inverse of the distribution function: what quasi-random samplers need.
     - `mean` and `variance`, numbers: what surrogates need in closed form.

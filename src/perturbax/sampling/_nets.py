@@ -270,8 +270,8 @@ class Sobol(DigitalNet):
     In few coordinates nothing is more precise. In many, functions like the product of the signs of
     some of them are estimated worse than from independent samples: up to 64 coordinates change
     places from group to group, so that no choice of them is worse than the average of all, which is
-    at most about twice the variance up to 11; beyond 64 it is always the same choices, and many
-    times. An `OrthogonalArray` distinguishes no coordinates.
+    at most about three times the variance up to 11; beyond 64 it is always the same choices, and
+    many times. An `OrthogonalArray` distinguishes no coordinates.
 
     Attributes:
       num_groups: number of nets; more where a net would exceed 8,192 points.
