@@ -79,6 +79,21 @@ TABLE = {
     # What fails.
     "NaN": Row(fails, X, (r"\d+ % of the samples are NaN.*finite penalty",)),
     "NaN that is left out": Row(fails, X, notes=(".*left out",), missing="drop"),
+    "all of them NaN": Row(
+        lambda x: jnp.nan * x[0],
+        X,
+        ("100 % of the samples are NaN.*nothing is left",),
+        (".*",),
+        missing="drop",
+    ),
+    "all but one of them NaN": Row(
+        lambda x: jnp.where(x[0] > 0.6, x[1], jnp.nan),
+        X,
+        (r"9\d % of the samples are NaN.*left do not tell the error",),
+        (".*",),
+        missing="drop",
+        num_samples=160,
+    ),
     "overflow": Row(explodes, X + 1, (r"\d+ % of the samples are infinite.*float64",)),
     "an infinite sum": Row(
         lambda x: 3e38 * jnp.where(x[0] > -9, 0.9, x[0]) * jnp.sign(x[1] + 9) + 0 * steps(x),

@@ -243,6 +243,20 @@ def test_intervals_count_the_groups_that_are_left():
     np.testing.assert_allclose((high - low) / 2 / found.value_error, 6.3138, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sampler", [px.Independent(), px.Sobol(3)], ids=str)
+def test_one_group_that_is_left_tells_no_error(sampler):
+    """Its errors were 0, so that diagnose found an estimate from one of 16 samples perfect."""
+    options = {"sampler": sampler, "degree": 0}
+    seen = jnp.sort(smooth(lambda y: (y[0], y[0]), 9, has_aux=True, **options)(KEY, X)[1])
+    fun = lambda y: jnp.where(y[0] < (seen[7] + seen[8]) / 2, jnp.nan, y)  # noqa: E731
+    found = px.estimate(smooth(fun, 9, **options), KEY, X)
+    assert np.isfinite(found.value).all()
+    assert found.missing == 8
+    assert np.isnan(found.value_error).all()
+    assert np.isnan(found.gradient_error).all()
+    assert "\n0 degrees of freedom, 8 samples left out" in str(found)
+
+
 def test_intervals_of_a_batch_are_those_of_each():
     """With as many estimates as coordinates, their widths went to the coordinates."""
     options = {"sampler": px.Independent(), "degree": 0}
@@ -250,6 +264,8 @@ def test_intervals_of_a_batch_are_those_of_each():
     keys, edges = jax.random.split(KEY, 3), jnp.array([2.0, 0.5, -0.2])
     found = jax.vmap(lambda key, edge: px.estimate(g, key, X, edge))(keys, edges)
     assert len(set(found.empty_groups.tolist())) == 3
+    least, most = (7 - found.empty_groups).min(), (7 - found.empty_groups).max()
+    assert f"\n{least} to {most} degrees of freedom" in str(found)
     together = found.interval().gradient
     one_by_one = [
         jax.tree.map(operator.itemgetter(i), found).interval().gradient for i in range(len(keys))

@@ -116,7 +116,7 @@ def test_a_single_sigma_is_told_as_one():
         "Worth using, of these: sigma 0.2 alone. Below, the gradient cannot be told from zero with "
         "these samples. Above, 2 % are infinite."
     )
-    assert _why_not(False, 0.4, 0.0, 0.0, 0.0, 100.0) == why[0]
+    assert _why_not(False, 0.4, 0.0, 0.0, 0.0, 0.1, 100.0) == why[0]
 
 
 @pytest.mark.parametrize(
@@ -213,6 +213,21 @@ def test_where_no_sample_is_left_there_is_nothing_to_suggest():
     found = px.sweep_sigma(fun, KEY, X, [0.3, 1.0], missing="drop", num_samples=8, **OPTIONS)
     assert found.suggested_range is None
     assert "100 % of the samples are NaN" in found.reason
+
+
+def test_where_the_samples_left_tell_no_error_a_sigma_is_not_suggested():
+    """Of one sample the error was 0."""
+
+    def fun(x):
+        return jnp.where(x[0] > X[0] + 1.7, x[1], jnp.nan)
+
+    found = px.sweep_sigma(fun, KEY, X, [0.5, 0.6], missing="drop", num_samples=80, **OPTIONS)
+    assert np.isfinite(found.values).all()
+    np.testing.assert_array_equal(np.isnan(found.value_errors), [True, False])
+    assert found.relative_errors[0] == np.inf
+    assert "98 % of the samples are NaN, and those left" in _why_not(
+        False, np.inf, 0.0, 0.0, 0.98, np.nan, 100.0
+    )
 
 
 def test_infinite_samples_beside_missing_ones_are_told_as_such():

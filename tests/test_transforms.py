@@ -485,6 +485,8 @@ def test_no_tracer_leaks():
     with jax.checking_leaks():
         hessian = jax.hessian(smooth(), argnums=1)(KEY, X)
         jax.grad(lambda t: smooth(lambda y: fun(t * y), num_samples=3)(KEY, X))(1.0)
+        in_chunks = smooth(num_samples=8, batch_size=3, degree=0, sampler=px.Independent())
+        jax.eval_shape(jax.grad(in_chunks, argnums=1), KEY, X)
     assert_trees_close(hessian, eager_hessian(), rtol=1e-4, atol=1e-4)
 
 

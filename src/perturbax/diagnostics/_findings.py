@@ -56,6 +56,14 @@ def problems_of(
             "logarithm; if infinity stands for failure, return a finite penalty instead."
         )
     failed = found.share_infinite or (found.share_nan and not dropped)
+    if dropped and found.share_nan and not failed and not _tells_errors(found):
+        failed = True
+        left = "nothing is left" if found.share_nan == 1 else "those left do not tell the error"
+        yield (
+            f"{percent(found.share_nan)} of the samples are NaN and left out, and {left}. Take "
+            "more samples; where failing depends on the point, a smaller sigma; or let fun return "
+            "a finite penalty where it fails."
+        )
     if not (failed or finite):
         yield (
             "all samples are finite, but the estimate is not: their sum, or their spread, leaves "
@@ -172,6 +180,11 @@ def notes_of(subject: Subject, found: Diagnosis) -> Iterator[str]:
 def _wider(dtype: Any) -> str:
     wide = "float32" if jnp.finfo(dtype).bits < 32 else "float64"
     return f"Make it {wide}, take a larger sigma, or let x be the distance from a fixed point."
+
+
+def _tells_errors(found: Diagnosis) -> bool:
+    """Whether there is a standard error of any number of the value."""
+    return not all(np.isnan(v).all() for v in jax.tree.leaves(found.value_error))
 
 
 def _loses_digits(found: Diagnosis) -> bool:

@@ -92,7 +92,8 @@ class Estimate:
       degrees_of_freedom: of the standard errors, one less than there are groups of samples.
       missing: with missing="drop", how many samples were left out; else None.
       empty_groups: with missing="drop", how many groups have no sample left, which
-        degrees_of_freedom counts and `interval` does not; else None.
+        degrees_of_freedom counts and `interval` does not; else None. Where less than two groups
+        have any, errors are NaN.
     """
 
     value: Any
@@ -117,9 +118,14 @@ class Estimate:
                 lengths = [f"{np.linalg.norm(np.ravel(wide(v))):.3g}" for v in (leaf, error)]
                 numbers = numbers_of(wide(leaf), wide(error))
                 rows.append([f"{name}{jax.tree_util.keystr(path)}", shape, numbers, *lengths])
-        missing = [] if self.missing is None else [f"{np.sum(self.missing)} samples left out"]
-        freedom = f"{self.degrees_of_freedom} degrees of freedom"
-        return "\n".join([*_first_rows(rows), ", ".join([freedom, *missing])])
+        freedom, missing = f"{self.degrees_of_freedom}", ""
+        if self.empty_groups is not None:
+            # One number for each estimate of a batch.
+            left = np.maximum(self.degrees_of_freedom - np.asarray(self.empty_groups), 0)
+            left = sorted(map(str, np.ravel(left)), key=int)
+            freedom = " to ".join(dict.fromkeys(left[:1] + left[-1:]))
+            missing = f", {np.sum(np.asarray(self.missing))} samples left out"
+        return "\n".join([*_first_rows(rows), f"{freedom} degrees of freedom{missing}"])
 
     __repr__ = __str__
 
@@ -412,8 +418,8 @@ class _Spread(NamedTuple):
 def _spread(surrogates: Surrogates, deviations: Array) -> _Spread:
     """What the deviations of all values from their mean, (N, M), tell."""
     told_of = 1 - jnp.sum(jnp.real(_shares(surrogates, surrogates.parts)) ** 2)
-    # One group alone, or none, tells nothing: squares are zero too.
-    told_of = jnp.where(jnp.sum(surrogates.parts.sizes > 0) > 1, told_of, 1)
+    # One group alone, or none, tells nothing; what rounding leaves of 1 - 1 is not to count.
+    told_of = jnp.where(jnp.sum(surrogates.parts.sizes > 0) > 1, told_of, jnp.nan)
     return _Spread(surrogates, unit_of(deviations), told_of)
 
 

@@ -315,7 +315,7 @@ def _assessed(
     # What was left out is held against a sigma if nothing is left.
     absent = np.where(drop & (found.share_nan < 1), found.share_nan, 0)
     of_rest = [share / (1 - absent) for share in (found.share_equal, found.share_failed - absent)]
-    rows = zip(seen, relative, *of_rest, absent, spacings, strict=True)
+    rows = zip(seen, relative, *of_rest, absent, found.value_errors, spacings, strict=True)
     why = [_why_not(*row) for row in rows]
     ends, reason = _suggest(scales, why, cosines, cosine_errors)
     return SigmaSweep(
@@ -395,12 +395,20 @@ def _cosines(
 
 
 def _why_not(
-    seen: bool, relative: float, equal: float, failed: float, absent: float, spacings: float
+    seen: bool,
+    relative: float,
+    equal: float,
+    failed: float,
+    absent: float,
+    value_error: float,
+    spacings: float,
 ) -> str:
     """Why a sigma is not worth using; empty if it is."""
     if failed:
         what = "left are infinite" if absent else "are NaN or infinite"
         return f"{percent(failed)} of the samples {what}"
+    if absent and math.isnan(value_error):
+        return f"{percent(absent)} of the samples are NaN, and those left do not tell the error"
     if spacings < FEW_SPACINGS:
         return "sigma is lost in the rounding of x"
     if equal > PLATEAU:

@@ -180,11 +180,15 @@ def over_groups(
         return body(everything(plan), xs)
 
     def of_chunk(count: int, rows: int, first: Array, xs: Any) -> Any:
-        return body(Chunk(first, count, rows), xs)
+        def part(first: Array, xs: Any) -> Any:
+            return body(Chunk(first, count, rows), xs)
 
-    # Without this, reverse mode would keep the noise of all chunks; it is drawn again instead.
-    if not plan.fun.jaxpr.effects:
-        of_chunk = jax.checkpoint(of_chunk, static_argnums=(0, 1), prevent_cse=False)
+        # Without this, reverse mode would keep the noise of all chunks; it is drawn again instead.
+        # Of no static arguments, with which it would keep tracers (`jax.checking_leaks`).
+        if not plan.fun.jaxpr.effects:
+            part = jax.checkpoint(part, prevent_cse=False)
+        return part(first, xs)
+
     steps = plan.num_samples // (count * size)
     rest = plan.num_samples - steps * count * size
 
