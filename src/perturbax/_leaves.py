@@ -11,16 +11,22 @@ from jax import Array
 
 from ._types import PyTree
 
+# What is to be done with an argument that cannot be perturbed.
+_ELSEWHERE = "pass it to fun as a further argument, g(key, x, ...)"
 
-def leaf_name(path: Any) -> str:
+
+def leaf_name(path: Any, root: str = "x") -> str:
     """How an error names a leaf of x."""
-    return f"x{jax.tree_util.keystr(path)}"
+    return f"{root}{jax.tree_util.keystr(path)}"
 
 
 def perturbed_leaves(
-    x: PyTree,
+    x: PyTree, name: str = "x", elsewhere: str = _ELSEWHERE
 ) -> tuple[list[Array], list[str], Callable[[Iterable[Array]], PyTree]]:
-    """The floating leaves of x, their names, and how to put others in their place."""
+    """The floating leaves of x, their names, and how to put others in their place.
+
+    Errors call it `name`, and say what to do with what is no array by `elsewhere`.
+    """
     paths, tree = jax.tree_util.tree_flatten_with_path(x)
     fixed: list[Any] = []
     leaves: list[Any] = []
@@ -29,39 +35,38 @@ def perturbed_leaves(
         if isinstance(leaf, float):
             leaf = np.asarray(leaf, jax.dtypes.canonicalize_dtype(float))
         if not isinstance(leaf, int | np.ndarray | np.generic | Array | complex):
-            name = leaf_name(path)
-            remedy = "pass it to fun as a further argument, g(key, x, ...)"
-            if conversion := conversion_of(leaf, name):
+            own, remedy = leaf_name(path, name), elsewhere
+            if conversion := conversion_of(leaf, own):
                 remedy = f"{conversion}; or, if it is not to be perturbed, {remedy}"
             raise TypeError(
-                f"x must be a pytree of arrays, but leaf {name!r} is a {type(leaf).__name__}: "
+                f"{name} must be a pytree of arrays, but leaf {own!r} is a {type(leaf).__name__}: "
                 f"{remedy}"
             )
         dtype = dtype_of(leaf)
         if dtype is None:
             raise TypeError(
-                f"x must be a pytree of arrays, but leaf {leaf_name(path)!r} is {kind_of(leaf)}, "
-                "a dtype that JAX does not support: convert it to float32, for example, or pass it "
-                "to fun as a further argument, g(key, x, ...)"
+                f"{name} must be a pytree of arrays, but leaf {leaf_name(path, name)!r} is "
+                f"{kind_of(leaf)}, a dtype that JAX does not support: convert it to float32, for "
+                f"example, or {elsewhere}"
             )
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
-                f"complex leaves are not supported (leaf {leaf_name(path)!r} is {dtype}); "
+                f"complex leaves are not supported (leaf {leaf_name(path, name)!r} is {dtype}); "
                 "split it into its real and imaginary parts"
             )
         if jnp.issubdtype(dtype, jnp.floating):
             if isinstance(leaf, np.ndarray | np.generic):
                 leaf = on_device(np.asarray(leaf, dtype))
             leaves.append(leaf)
-            names.append(leaf_name(path))
+            names.append(leaf_name(path, name))
             fixed.append(None)
         else:
             fixed.append(leaf)
     if paths and not leaves:
         raise TypeError(
-            "x has no floating leaf to perturb: its leaves are "
+            f"{name} has no floating leaf to perturb: its leaves are "
             f"{', '.join(sorted({str(jnp.result_type(v)) for v in fixed}))}; make those floating "
-            "that are to be perturbed, as jnp.asarray(x, float) does"
+            f"that are to be perturbed, as jnp.asarray({name}, float) does"
         )
 
     def merge(perturbed: Iterable[Array]) -> PyTree:

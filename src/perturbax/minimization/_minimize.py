@@ -173,6 +173,13 @@ def minimize(
     max_evaluations = _checks.check_count(max_evaluations, "max_evaluations", _MAX_EVALUATIONS)
     takes_key = _checks.check_bool(takes_key, "takes_key")
     progress = _checks.check_bool(progress, "progress")
+    if batch_size is not None:
+        batch_size = _checks.check_count(batch_size, "batch_size")
+    _checks.check_degree(degree)
+    if not isinstance(checkpoint, str | os.PathLike | None):
+        raise TypeError(
+            f"checkpoint must be None or a path, such as 'run.npz', got {type(checkpoint).__name__}"
+        )
     _checks.check_args(args)
     if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
@@ -388,9 +395,15 @@ def _sigma(sigma: Any) -> tuple[Any, Any]:
 
 def _check_fits(sigma: Any, problem: Problem, optimizer: Optimizer | None) -> None:
     """Raises unless sigma fits x0; of a schedule, that of the first step."""
-    given = check_sigma(sigma(jnp.zeros((), jnp.int32)) if callable(sigma) else sigma)
-    given = jax.tree.map(jnp.asarray, given)
-    leaves, names, _ = _leaves.perturbed_leaves(problem.start)
+    given = sigma
+    if callable(sigma):
+        try:
+            given = sigma(jnp.zeros((), jnp.int32))
+        except TypeError as error:
+            error.add_note("raised by sigma(step): a schedule is called with the number of steps")
+            raise
+    given = jax.tree.map(jnp.asarray, check_sigma(given))
+    leaves, names, _ = _leaves.perturbed_leaves(problem.start, "x0")
     scales = scale_leaves(given, problem.start, leaves, names)
     if optimizer is not None or len(scales) != len(leaves):
         return

@@ -120,14 +120,21 @@ def make_problem(
     _check_call(fun, takes_key, args)
     fixed = [leaf for leaf in jax.tree.leaves(x0) if not _is_floating(leaf)]
     dtypes = [_leaves.dtype_of(leaf) for leaf in fixed]
-    if fixed and None not in dtypes:
+    if any(map(_checks.is_key, fixed)):
+        raise TypeError(
+            "x0 must be floating numbers, but it has a PRNG key: hand that to fun by args=(...), "
+            "or, if fun is to have a new one in each step, let it take one, with takes_key=True"
+        )
+    # Complex leaves, and what is no array, have errors of their own.
+    if fixed and not any(d is None or jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
         kinds = ", ".join(sorted(set(map(str, dtypes))))
         raise TypeError(
             f"minimize moves all of x0, but it has leaves of {kinds}: hand those to fun by "
             "args=(...), or, where they are to be found too, make them floating numbers that fun "
             "rounds, as jnp.round(x) does"
         )
-    leaves, names, merge = _leaves.perturbed_leaves(x0)
+    elsewhere = "hand it to fun by args=(...)"
+    leaves, names, merge = _leaves.perturbed_leaves(x0, "x0", elsewhere)
     if not _leaves.num_elements(leaves):
         raise ValueError("x0 has no coordinates: there is nothing to minimise over")
     dtype = _leaves.noise_dtype(leaves)
@@ -188,9 +195,9 @@ def _check_call(fun: Callable[..., Any], takes_key: bool, args: tuple[Any, ...])
     except (TypeError, ValueError):
         return
 
-    def takes(*names: str) -> bool:
+    def takes(*names: str, count: int = len(args)) -> bool:
         try:
-            signature.bind(*names, *args)
+            signature.bind(*names, *args[:count])
         except TypeError:
             return False
         return True
@@ -204,6 +211,8 @@ def _check_call(fun: Callable[..., Any], takes_key: bool, args: tuple[Any, ...])
         remedy = f"if it is fun(key, x{more}), give takes_key=True; else {remedy}"
     elif takes_key and takes("x"):
         remedy = "takes_key=True is for functions whose first argument is a key: leave it out"
+    elif any(takes(*names, count=count) for count in range(len(args))):
+        remedy = "leave out of args what it does not take"
     raise TypeError(
         f"fun is called as fun({', '.join(names)}{more}), with {len(args)} args, but takes "
         f"{signature}: {remedy}"
