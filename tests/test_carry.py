@@ -511,6 +511,27 @@ def test_on_a_plateau_a_prediction_loses_its_share():
     assert shares[1] < 0.2
 
 
+def test_unbiased_where_sigma_is_below_the_spacing_of_numbers():
+    """q was taken at the rounded points, its mean at others: off by 36 standard errors."""
+    far, sigma, spacing = jnp.full(1, 1e6), 0.04, 2.0**-4
+
+    def curved(y):
+        return jnp.sum((y - far) + 2 * (y - far) ** 2)
+
+    g = px.make_perturbed_fun(curved, 6, sigma, px.Normal(), sampler=INDEPENDENT, degree=0)
+    carried = px.carry(g)
+    _, state = after_steps(carried, far, 9, 40)
+    cells = spacing * np.arange(-6, 7)
+    edges = np.diff(norm.cdf((cells[:, None] + spacing * np.array([-0.5, 0.5])) / sigma), axis=1)
+    exact = np.sum(edges[:, 0] * (cells + 2 * cells**2))
+
+    def estimate(key, state):
+        return {"value": carried.value_and_grad(state, key, far)[0][0]}
+
+    options = {"args": (state,), "num_keys": 16384, "promise": 0.01, "scale": sigma}
+    assert_unbiased(estimate, {"value": exact}, seed=22, **options)
+
+
 def test_far_from_the_origin_no_digits_are_lost():
     """Points are told from where x began, or steps of 1e-3 would be lost at 1e4 in float32."""
     g = px.make_perturbed_fun(

@@ -20,6 +20,7 @@ from jax import Array, lax
 from .. import _checks, _leaves
 from .._perturb import PerturbedFun, check_perturbed_fun
 from ..scale import _scales
+from ..tracing._derivative_rules import departure
 from ..tracing._mesh_axes import with_explicit_axes, without_explicit_axes
 from . import _regression
 from ._features import Law, law_of
@@ -162,10 +163,17 @@ class Carried:
         centre = lax.stop_gradient(_offset(leaves, state.origin) + sigma * law.mean)
         chosen = _chosen(state, centre, lax.stop_gradient(sigma))
 
-        def residual(y: Any, *args: Any, **kwargs: Any) -> Any:
-            out = fun(y, *args, **kwargs)
+        held = lax.stop_gradient(leaves)
+        moving = jnp.isfinite(_flat(held, dtype))
+
+        def residual(away: Any, *args: Any, **kwargs: Any) -> Any:
+            steps, _, merge = _leaves.perturbed_leaves(away)
+            y = [(v.astype(dtype) + s).astype(v.dtype) for v, s in zip(held, steps, strict=True)]
+            out = fun(merge(y), *args, **kwargs)
             value, aux = out if settings.has_aux else (out, None)
-            point = _offset(_leaves.perturbed_leaves(y)[0], state.origin)
+            # Not as y is rounded: it is the mean over what is not that is known.
+            step = jnp.where(moving, _flat(steps, dtype), 0)
+            point = _offset(held, state.origin) + step
             q = _regression.predict(chosen, point[None], law)[0, 0]
             remedy = "carry the perturbed function of a loss instead"
             number = _checks.one_number(value, "fun", remedy)
@@ -176,10 +184,11 @@ class Carried:
         smoothed = PerturbedFun(residual, dataclasses.replace(settings, has_aux=True))
 
         def estimate(values: list[Array]) -> tuple[Array, Any]:
-            rest, seen = smoothed(key, merge(values), *args, **kwargs)
+            away = [departure(v.astype(dtype)) for v in values]
+            rest, seen = smoothed(key, merge(away), *args, **kwargs)
             # A coordinate at an infinity stays there, whatever is added to it.
-            moving = jnp.where(jnp.isfinite(_flat(values, dtype)), sigma, 0)
-            q = _regression.expect(chosen, _offset(values, state.origin), moving, law)[0]
+            scale = jnp.where(moving, sigma, 0)
+            q = _regression.expect(chosen, _offset(values, state.origin), scale, law)[0]
             return rest + with_explicit_axes(q.astype(rest.dtype), rest), seen
 
         (value, seen), parts = jax.value_and_grad(estimate, has_aux=True)(leaves)
