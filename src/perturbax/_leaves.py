@@ -99,6 +99,12 @@ def dtype_of(value: object) -> np.dtype | None:
         return None
 
 
+def is_floating(value: object) -> bool:
+    """Whether it has a dtype of real floating numbers."""
+    dtype = dtype_of(value)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
 def kind_of(value: object) -> str:
     """What an error calls it."""
     dtype = getattr(value, "dtype", None)

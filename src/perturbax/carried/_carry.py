@@ -198,9 +198,7 @@ class Carried:
         rest = iter(parts)
         gradient = jax.tree.map(
             lambda v: (
-                next(rest)
-                if jnp.issubdtype(jnp.result_type(v), jnp.floating)
-                else jnp.zeros(jnp.shape(v), jax.dtypes.float0)
+                next(rest) if _leaves.is_floating(v) else jnp.zeros(jnp.shape(v), jax.dtypes.float0)
             ),
             x,
         )

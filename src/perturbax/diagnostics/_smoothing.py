@@ -90,7 +90,7 @@ def plot_smoothing(
     moved = [
         jnp.asarray(d, _leaves.noise_dtype(leaves))
         for d, v in zip(jax.tree.leaves(direction), jax.tree.leaves(x), strict=True)
-        if jnp.issubdtype(jnp.result_type(v), jnp.floating)
+        if _leaves.is_floating(v)
     ]
     for d, leaf, name in zip(moved, leaves, names, strict=True):
         if d.shape != leaf.shape:

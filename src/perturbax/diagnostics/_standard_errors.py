@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from .. import _checks
+from .. import _checks, _leaves
 from .._call import run
 from .._perturb import PerturbedFun, check_perturbed_fun
 from ..estimator._default_rule import RULE, choose
@@ -289,10 +289,7 @@ def estimates_by_degree(
 
     def like_x(parts: list[Array]) -> Any:
         rest = map(with_explicit_axes, parts, plan.fun.in_avals)
-        is_floating = [jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in jax.tree.leaves(x)]
-        return jax.tree.unflatten(
-            jax.tree.structure(x), [next(rest) if floating else None for floating in is_floating]
-        )
+        return jax.tree.map(lambda v: next(rest) if _leaves.is_floating(v) else None, x)
 
     def like_jacobian(rows: list[list[Array]]) -> Any:
         return jax.tree.unflatten(call.value_tree, map(like_x, rows)) if derive else None

@@ -112,7 +112,7 @@ class Subject:
         self.fixed = [
             (_leaves.leaf_name(path), jnp.result_type(leaf))
             for path, leaf in jax.tree_util.tree_leaves_with_path(x)
-            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+            if not _leaves.is_floating(leaf)
         ]
         self.dim = _leaves.num_elements(self.leaves)
         self.name = getattr(fun, "__name__", type(fun).__name__)

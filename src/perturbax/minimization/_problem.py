@@ -118,7 +118,7 @@ def make_problem(
     """
     _checks.check_fun(fun)
     _check_call(fun, takes_key, args)
-    fixed = [leaf for leaf in jax.tree.leaves(x0) if not _is_floating(leaf)]
+    fixed = [leaf for leaf in jax.tree.leaves(x0) if not _leaves.is_floating(leaf)]
     dtypes = [_leaves.dtype_of(leaf) for leaf in fixed]
     if any(map(_checks.is_key, fixed)):
         raise TypeError(
@@ -239,11 +239,6 @@ def _reflected(u: Array, low: np.ndarray, high: np.ndarray) -> Array:
     # What lies inside is not rounded.
     reflected = jnp.where((u >= low) & (u <= high), u, jnp.where(both, between, one))
     return jnp.clip(reflected, low, high)
-
-
-def _is_floating(leaf: Any) -> bool:
-    dtype = _leaves.dtype_of(leaf)
-    return isinstance(leaf, float) or (dtype is not None and jnp.issubdtype(dtype, jnp.floating))
 
 
 def _bounds(

@@ -216,7 +216,7 @@ def _zeros_bwd(traced: TracedFunction, two_sided: bool, inputs: PyTree, y_bar: l
 
 
 def _no_cotangent(value: Any) -> Any:
-    if jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    if _leaves.is_floating(value):
         return jnp.zeros_like(value)
     return np.zeros(np.shape(value), jax.dtypes.float0)
 

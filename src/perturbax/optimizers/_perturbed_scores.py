@@ -161,7 +161,7 @@ def score_leaves(theta: PyTree) -> tuple[list[Array], list[str], Any]:
     for path, leaf in paths:
         label = f"theta{jax.tree_util.keystr(path)}"
         known = isinstance(leaf, float | np.ndarray | np.generic | Array)
-        if not known or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        if not known or not _leaves.is_floating(leaf):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(
                 f"theta must be a pytree of floating-point arrays, but {label!r} is {kind}: "

@@ -13,7 +13,15 @@ from jax import Array
 from jax.core import Tracer
 
 from .._checks import array_hint
-from .._leaves import conversion_of, dtype_of, kind_of, leaf_name, noise_dtype, on_device
+from .._leaves import (
+    conversion_of,
+    dtype_of,
+    is_floating,
+    kind_of,
+    leaf_name,
+    noise_dtype,
+    on_device,
+)
 from .._types import PyTree
 from . import _matrices
 
@@ -108,7 +116,7 @@ def scale_leaves(sigma: PyTree, x: PyTree, leaves: list[Array], names: list[str]
         scales = [
             s
             for s, v in zip(jax.tree.leaves(spread), jax.tree.leaves(x), strict=True)
-            if jnp.issubdtype(jnp.result_type(v), jnp.floating)
+            if is_floating(v)
         ]
     if len(scales) == len(leaves):
         for scale, leaf, name in zip(scales, leaves, names, strict=True):
