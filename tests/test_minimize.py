@@ -747,6 +747,21 @@ def test_a_start_on_a_bound_that_is_rounded(dtype):
     assert np.all(np.asarray(run.x) >= np.asarray(0.7, dtype))
 
 
+class Scaled:
+    """Normal noise of another width, which cannot be hashed, as one with an array cannot."""
+
+    __hash__ = None
+
+    def __init__(self, width):
+        self.width = jnp.asarray(width)
+
+    def sample(self, key, sample_shape=(), dtype=float):
+        return self.width * jax.random.normal(key, sample_shape, dtype)
+
+    def log_prob(self, inputs):
+        return px.Normal().log_prob(inputs / self.width) - jnp.log(self.width)
+
+
 class Frame:
     """A table of another library, which has no dtype."""
 
@@ -806,6 +821,11 @@ class Frame:
         ({"batch_size": [5]}, TypeError, "batch_size must be an int, got list"),
         ({"degree": [1], "optimizer": optax.sgd(0.1)}, TypeError, "degree must be None, 0, 1"),
         ({"checkpoint": 3}, TypeError, "checkpoint must be None or a path.*got int"),
+        (
+            {"noise": Scaled(2.0), "degree": 1, "optimizer": optax.sgd(0.1)},
+            ValueError,
+            "degree=1 needs noise .* Scaled has none",
+        ),
         ({"sigma": lambda: 0.5}, TypeError, "(?s)0 positional.*called with the number of steps"),
         ({"checkpoint": "/no/such/folder/run"}, ValueError, "folder"),
     ],
@@ -1161,21 +1181,6 @@ def test_noise_is_not_stuck_at_a_width_at_which_bounds_hide_the_function():
 
     # Of other keys one run in a hundred ends in another dip.
     assert np.max(value(jax.random.split(jax.random.key(6), 8))) < 0.1
-
-
-class Scaled:
-    """Normal noise of another width, which cannot be hashed, as one with an array cannot."""
-
-    __hash__ = None
-
-    def __init__(self, width):
-        self.width = jnp.asarray(width)
-
-    def sample(self, key, sample_shape=(), dtype=float):
-        return self.width * jax.random.normal(key, sample_shape, dtype)
-
-    def log_prob(self, inputs):
-        return px.Normal().log_prob(inputs / self.width) - jnp.log(self.width)
 
 
 @dataclasses.dataclass(frozen=True)

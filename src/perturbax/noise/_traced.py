@@ -38,6 +38,7 @@ class TracedNoise:
       derivatives: how many the density is good for.
       mean: None where it is of no use: tracers and NaN cannot be compared.
       variance: the same.
+      law: how errors name it.
       operands: what the methods closed over; None until they are bound.
     """
 
@@ -45,6 +46,7 @@ class TracedNoise:
     derivatives: float
     mean: float | None
     variance: float | None
+    law: str = dataclasses.field(compare=False)
     operands: Operands | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def bind(self, operands: Operands | None) -> "TracedNoise":
@@ -139,7 +141,8 @@ def trace_noise(noise: Any, key: Array, dim: int, dtype: np.dtype) -> tuple[Trac
         for m in (getattr(noise, name, None) for name in ("mean", "variance"))
     )
     derivatives = getattr(noise, "derivatives", math.inf)
-    traced = TracedNoise(tuple(methods.items()), derivatives, mean, variance)
+    law = getattr(noise, "law", type(noise).__name__)
+    traced = TracedNoise(tuple(methods.items()), derivatives, mean, variance, law)
     return traced, {name: tuple(map(on_device, v)) for name, v in operands.items()}
 
 
