@@ -654,3 +654,22 @@ def test_a_rough_suggestion_says_so():
         found = px.diagnose(g, jax.random.key(2), jnp.zeros(4))
         assert found.settled != noisy
         assert any("is a rough one" in note for note in found.notes) == noisy
+
+
+def test_runs_with_too_few_samples_left_tell_nothing():
+    """Where nine of ten samples are missing, many a run has one left or none; errors were 0."""
+    law = _variance_law.Law(("Independent", 0), *_variance_law.FIXED)
+    gradients, errors = np.array([[1.0], [3.0], [2.0]]), np.array([[0.5], [np.nan], [0.25]])
+    runs = _variance_law.pooled(8, gradients, errors, np.array([3, 0, 1]), law)
+    assert runs.variance == pytest.approx((2 + 3 * 0.5 + 0.25) / (2 + 3 + 1))
+    for kept in (1, 0):
+        few = _variance_law.pooled(8, gradients[:kept], errors[1 : 1 + kept], np.zeros(kept), law)
+        assert np.isnan([few.variance, few.freedom]).all()
+
+    g = px.make_perturbed_fun(
+        lambda x: jnp.where(x[0] < 0.3, jnp.nan, steps(x)), 64, 0.3, px.Normal(), missing="drop"
+    )
+    found = px.diagnose(g, KEY, X)
+    assert 0.85 < found.share_nan < 1
+    assert found.gradient_length_error > 0
+    assert "missed a rare event" not in str(found)

@@ -16,7 +16,7 @@ from . import _variance_law
 from ._diagnosis import Alternative, Diagnosis
 from ._findings import notes_of, of_solver, problems_of
 from ._layer_subject import subject_of
-from ._subject import Pilot, Subject, variance_of
+from ._subject import LEAST_SAMPLES, Pilot, Subject, variance_of
 from ._variance_law import Runs
 from ._words import percent
 
@@ -206,7 +206,8 @@ def _further_runs(subject: Subject, pilot: Runs, budget: int, wanted: float) -> 
         if number < subject.least_samples() or count * (number + 1) > budget:
             break
         runs = subject.runs(number, count)
-        found.append(runs.drawn_to(pilot) if subject.least_runs > 1 else runs)
+        if not math.isnan(runs.variance):  # as where hardly any sample is left
+            found.append(runs.drawn_to(pilot) if subject.least_runs > 1 else runs)
         budget -= count * (number + 1)
     return found
 
@@ -308,7 +309,8 @@ def _rare(values: np.ndarray) -> str:
 def _missed(subject: Subject, values: np.ndarray) -> str:
     """In words, that further runs met rare values and the pilot did not; empty if not so."""
     variance = variance_of(values)
-    if not variance or subject.most_variance < _MISSED * variance:
+    known = int(np.isfinite(values).all(axis=1).sum()) >= LEAST_SAMPLES
+    if not known or not variance or subject.most_variance < _MISSED * variance:
         return ""
     return (
         f"in a further run the values had {subject.most_variance / variance:.2g} times the "
@@ -337,7 +339,7 @@ def _alternatives(
     choice = subject.choose(subject.num_samples)
     number = np.array([subject.num_samples])
     for degree, found in pilot.degrees.items():
-        if found.variance:
+        if found.variance > 0:
             ratio = math.log(found.variance / pilot.runs.variance)
             uncertain = 2 / found.freedom + 2 / pilot.runs.freedom
             yield Alternative(repr(choice.sampler), degree, *_interval(ratio, uncertain))
@@ -345,7 +347,7 @@ def _alternatives(
     for sampler in samplers:
         found = subject.runs_of(share, sampler=sampler, degree=choice.degree)
         # Samples that vary far less have missed what makes the pilot's variance.
-        if found.variance and subject.kept_variance * _LESS > variance_of(pilot.values):
+        if found.variance > 0 and subject.kept_variance * _LESS > variance_of(pilot.values):
             other_log, other = _variance_law.predict([found], found.law, number)
             ends = _interval(float(other_log[0] - log[0]), float(uncertain[0] + other[0]))
             yield Alternative(repr(sampler), choice.degree, *ends)

@@ -139,8 +139,7 @@ class LayerSubject(Subject):
 
     def pilot(self) -> Pilot:
         """One estimate, whose samples are cut into runs of the layer's own derivative rules."""
-        *_, values, _ = self._estimates(self.num_samples, 1, {}, True)
-        values, *seen = self._rows(values)
+        values, *seen = self._rows(self._estimates(self.num_samples, 1, {}, True).kept)
         runs, found = self._runs_of_layer(*self._cut(self.num_samples), {})
         value = jax.tree.map(lambda v: np.mean(v, axis=0), found)
         error = jax.tree.map(lambda v: np.std(v, axis=0, ddof=1) / runs.num_runs**0.5, found)
@@ -187,8 +186,8 @@ class LayerSubject(Subject):
         keys = jax.random.split(key, count)
         name = num_samples, count, repr(changes)
         if name not in self._programs:
-            self._programs[name] = self._compiled_layer(keys, num_samples, changes), []
-        program, sigma = self._programs[name][0], self.settings.sigma
+            self._programs[name] = self._compiled_layer(keys, num_samples, changes)
+        program, sigma = self._programs[name], self.settings.sigma
         values, gradients = self._timed(program, (keys, self.leaves, sigma), num_samples)
         return _variance_law.pooled(num_samples, gradients, None, 0, law), values
 

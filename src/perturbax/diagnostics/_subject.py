@@ -65,6 +65,28 @@ class Pilot(NamedTuple):
     better: tuple[float, float] = (0.0, 0.0)
 
 
+class Estimates(NamedTuple):
+    """Results of `estimate` at some keys, a row each.
+
+    Attributes:
+      value: the smoothed value.
+      value_error: its standard errors.
+      gradients: pairs of gradients and their errors as rows, of g and of further degrees.
+      kept: of all samples, what is to be kept.
+      groups: how many groups of samples there are, of g and of further degrees.
+      freedoms: degrees of freedom of the errors, likewise.
+      present: how many samples are not missing.
+    """
+
+    value: Any
+    value_error: Any
+    gradients: list[tuple[Any, Any]]
+    kept: tuple[Any, ...]
+    groups: list[Any]
+    freedoms: list[Any]
+    present: Any
+
+
 class Subject:
     """A perturbed function at a point.
 
@@ -124,7 +146,7 @@ class Subject:
         self._largest = 0
         self._signs: np.ndarray | None = None
         self._choices: dict[Any, Choice] = {}
-        self._programs: dict[Any, tuple[Any, list[int]]] = {}
+        self._programs: dict[Any, Any] = {}
 
     # What the samples are values of, where noise is added to, and how.
 
@@ -230,19 +252,21 @@ class Subject:
     def pilot(self) -> Pilot:
         """One estimate, with the samples of the function as it is."""
         degrees = tuple(self._other_degrees())
-        value, error, gradients, values, freedoms = self._estimates(
-            self.num_samples, 1, {}, True, degrees
-        )
-        [values] = self._rows(values)
+        found = self._estimates(self.num_samples, 1, {}, True, degrees)
+        [values] = self._rows(found.kept)
         # Of a default with nets it takes more, smaller ones than g does: as several runs of g with
         # fewer samples would.
-        count = (freedoms[0] + 1) // self.choose(self.num_samples).num_groups or 1
+        count = int(found.groups[0][0]) // self.choose(self.num_samples).num_groups or 1
         laws = self.law(self.num_samples), *(self.law(self.num_samples, degree=d) for d in degrees)
         runs = []
-        for law, (gradient, errors), freedom in zip(laws, gradients, freedoms, strict=True):
-            found = _variance_law.pooled(self.num_samples, gradient, errors**2, freedom, law)
-            runs.append(found.split(count))
-        value, error = (jax.tree.map(lambda v: v[0], tree) for tree in (value, error))
+        for law, (gradient, errors), freedom in zip(
+            laws, found.gradients, found.freedoms, strict=True
+        ):
+            one = _variance_law.pooled(self.num_samples, gradient, errors**2, freedom, law)
+            runs.append(one.split(count))
+        value, error = (
+            jax.tree.map(lambda v: v[0], tree) for tree in (found.value, found.value_error)
+        )
         others = dict(zip(degrees, runs[1:], strict=True))
         return Pilot(value, error, values, equal_rows(values, self._at_x), runs[0], others)
 
@@ -264,14 +288,16 @@ class Subject:
         law = self.law(num_samples, **changes)
         choice = self.choose(num_samples, **changes)
         changes = {"sampler": choice.sampler, "degree": choice.degree}
-        _, value_errors, [(gradients, errors)], values, [freedom] = self._estimates(
-            num_samples, count, changes, keep
-        )
+        found = self._estimates(num_samples, count, changes, keep)
         if keep:
-            self.kept_variance = variance_of(values[0].reshape(count * num_samples, -1))
-        squares = [v.reshape(count, -1) ** 2 for v in jax.tree.leaves(value_errors)]
-        variances = num_samples * np.concatenate(squares, axis=1).sum(axis=1)
+            self.kept_variance = variance_of(found.kept[0].reshape(count * num_samples, -1))
+        squares = [v.reshape(count, -1) ** 2 for v in jax.tree.leaves(found.value_error)]
+        variances = found.present * np.concatenate(squares, axis=1).sum(axis=1)
         self.most_variance = max(self.most_variance, float(np.nanmax(variances, initial=0)))
+        [(gradients, errors)], [freedom] = found.gradients, found.freedoms
+        if self.settings.missing == "drop":  # runs of which nothing is left
+            left = found.present > 0
+            gradients, errors, freedom = gradients[left], errors[left], freedom[left]
         return _variance_law.pooled(num_samples, gradients, errors**2, freedom, law)
 
     def _cut(self, num_samples: int) -> tuple[int, int]:
@@ -301,21 +327,15 @@ class Subject:
         changes: dict[str, Any],
         keep: bool,
         degrees: tuple[int, ...] = (),
-    ) -> tuple[Any, ...]:
-        """Results of `estimate` at new keys, stacked, in double precision.
-
-        The value, its errors; for g and for further degrees pairs of the gradients and their errors
-        as rows; the values of all samples, if they are to be kept; and the degrees of freedom of
-        each.
-        """
+    ) -> Estimates:
+        """`estimate` at new keys, of g and further degrees, in double precision."""
         self._key, key = jax.random.split(self._key)
         keys = jax.random.split(key, count)
         name = num_samples, count, repr(changes), keep
         if name not in self._programs:
             self._programs[name] = self._compiled(keys, num_samples, changes, keep, degrees)
-        program, freedoms = self._programs[name]
         args = keys, self.leaves, self._sampled_settings.sigma
-        return *self._timed(program, args, num_samples), freedoms
+        return self._timed(self._programs[name], args, num_samples)
 
     def _compiled(
         self,
@@ -324,27 +344,34 @@ class Subject:
         changes: dict[str, Any],
         keep: bool,
         degrees: tuple[int, ...],
-    ) -> tuple[Any, list[int]]:
+    ) -> Any:
         def fun(x: Any) -> Any:
             value = self._value_at(x)
             if not keep:
                 return value, ()
-            # A value that is combined is no solution.
             seen = self._seen(x) if self._signs is None else []  # what is combined is no solution
             return value, tuple(map(joined, (value, *seen)))
 
         changes = {"num_samples": num_samples, "has_aux": True, **changes}
         settings = dataclasses.replace(self._sampled_settings, **changes)
-        freedoms: list[int] = []
 
         def one(key: Array, leaves: list[Array], sigma: Any) -> Any:
             g = PerturbedFun(fun, dataclasses.replace(settings, sigma=sigma))
             found = estimates_by_degree(g, degrees, key, self._sampled_at(leaves), (), {})
-            freedoms[:] = [each.degrees_of_freedom for each in found]
-            gradients = [(joined(v.gradient), joined(v.gradient_error)) for v in found]
-            return found[0].value, found[0].value_error, gradients, found[0].aux
+            groups = [jnp.asarray(v.degrees_of_freedom + 1) for v in found]
+            empty = [0 if v.empty_groups is None else v.empty_groups for v in found]
+            missing = 0 if found[0].missing is None else found[0].missing
+            return Estimates(
+                value=found[0].value,
+                value_error=found[0].value_error,
+                gradients=[(joined(v.gradient), joined(v.gradient_error)) for v in found],
+                kept=found[0].aux,
+                groups=groups,
+                freedoms=[jnp.maximum(n - e - 1, 0) for n, e in zip(groups, empty, strict=True)],
+                present=jnp.asarray(num_samples - missing),
+            )
 
-        return compiled_map(one, keys, self.leaves, settings.sigma), freedoms
+        return compiled_map(one, keys, self.leaves, settings.sigma)
 
 
 def equal_rows(values: np.ndarray, value_at_x: Any) -> np.ndarray:

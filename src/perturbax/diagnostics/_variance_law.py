@@ -86,6 +86,8 @@ class Runs:
     @property
     def freedom(self) -> float:
         """Degrees of freedom of `variance`, which many coordinates tell better than one."""
+        if not self.degrees_of_freedom:  # nothing is told
+            return math.nan
         squares = float(np.sum(self.variances**2))
         share = self.variance**2 / squares if squares else 1.0
         # The spread of the measured variances themselves counts as unevenness: take it out.
@@ -97,22 +99,26 @@ def pooled(
     num_samples: int,
     gradients: np.ndarray,
     squared_errors: np.ndarray | None,
-    freedom: int,
+    freedom: np.ndarray | int,
     law: Law,
 ) -> Runs:
     """`Runs` from gradients (runs, coordinates) and the squared errors that each run tells itself.
 
-    Those have `freedom` degrees of freedom each; the spread of the runs has one less than the
-    number of runs.
+    Those have `freedom` degrees of freedom each, of a run without any they are NaN; the spread of
+    the runs has one less than the number of runs. Variances are NaN where nothing is told.
     """
     count = len(gradients)
+    if not count:
+        nothing = np.full(gradients.shape[1], np.nan)
+        return Runs(num_samples, 0, nothing, nothing, 0, law)
     mean = gradients.mean(axis=0)
     squares = np.sum(np.abs(gradients - mean) ** 2, axis=0)
     total = count - 1
     if squared_errors is not None:
-        squares = squares + freedom * squared_errors.sum(axis=0)
-        total += freedom * count
-    return Runs(num_samples, count, mean, squares / total, total, law)
+        each = np.broadcast_to(freedom, count)[:, None]
+        squares = squares + np.sum(each * np.where(each > 0, squared_errors, 0), axis=0)
+        total += int(each.sum())
+    return Runs(num_samples, count, mean, squares / (total or np.nan), total, law)
 
 
 def squared_length(gradient: np.ndarray, variances: np.ndarray) -> tuple[Any, Any]:
