@@ -110,7 +110,7 @@ def test_pages_do_not_scroll_sideways(pages, width):
 
 def test_wide_tables_scroll_in_their_own_box(pages):
     """They ran past the right edge of a narrow window, and nothing told that they scroll."""
-    found = seen(pages, "minimizing", 800)
+    found = seen(pages, "other-optimizers", 800)
     assert found["beyond"] == 0
     assert found["wide"]
     assert all(overflow == "auto" and "gradient" in shadow for overflow, shadow in found["wide"])
