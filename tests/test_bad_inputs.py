@@ -413,7 +413,7 @@ CALLS = {
             call(x={"w": OfAnotherLibrary(dtype)}),
             TypeError,
             [
-                "leaf \"x['w']\" is a OfAnotherLibrary: convert it, jnp.asarray(x['w']); or, if it",
+                "leaf \"x['w']\" is an OfAnotherLibrary: convert it, jnp.asarray(x['w']); or",
                 "not to be perturbed, pass it to fun as a further argument, g(key, x, ...)",
             ],
         )

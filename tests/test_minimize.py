@@ -762,6 +762,13 @@ class Scaled:
         return px.Normal().log_prob(inputs / self.width) - jnp.log(self.width)
 
 
+class Moved:
+    """Noise whose mean is an array, of which no polynomial's mean follows."""
+
+    mean, variance = jnp.zeros(()), 1.0
+    sample, log_prob = px.Normal().sample, px.Normal().log_prob
+
+
 class Frame:
     """A table of another library, which has no dtype."""
 
@@ -775,7 +782,7 @@ class Frame:
         ({"x0": jnp.zeros(2, jnp.int32)}, TypeError, "fun rounds"),
         ({"x0": {"a": jnp.zeros(2), "b": 3}}, TypeError, "args="),
         ({"x0": Frame()}, TypeError, r"is a Frame: convert it, jnp.asarray\(x0\); or"),
-        ({"x0": object()}, TypeError, r"leaf 'x0' is a object: hand it to fun by args="),
+        ({"x0": object()}, TypeError, r"leaf 'x0' is an object: hand it to fun by args="),
         ({"x0": (jnp.zeros(2), jax.random.key(0))}, TypeError, "PRNG key: hand that .*takes_key"),
         ({"x0": jnp.zeros(2, complex)}, TypeError, "split it into its real"),
         ({"x0": jnp.zeros((0, 3))}, ValueError, "no coordinates"),
@@ -816,6 +823,13 @@ class Frame:
         ({"fun": lambda key, x, a: x[0], "args": (3,)}, TypeError, r"fun\(key, x, \*args\), give"),
         ({"fun": lambda x: x[0], "takes_key": True}, TypeError, "leave it out"),
         ({"fun": lambda x, a, b: x[0]}, TypeError, r"takes \(x, a, b\): hand further"),
+        (
+            {"fun": lambda key, x: x[0], "args": (1,), "takes_key": True},
+            TypeError,
+            r"takes \(key, x\): leave out of args",
+        ),
+        ({"sigma": {"b": 1.0}}, ValueError, r"neither that of x0, "),
+        ({"sigma": 1e-39}, ValueError, "rescale x0"),
         ({"args": (1, 2)}, TypeError, r"with 2 args, but takes \(x\): leave out of args"),
         ({"fun": 3}, TypeError, "callable"),
         ({"batch_size": [5]}, TypeError, "batch_size must be an int, got list"),
@@ -825,6 +839,11 @@ class Frame:
             {"noise": Scaled(2.0), "degree": 1, "optimizer": optax.sgd(0.1)},
             ValueError,
             "degree=1 needs noise .* Scaled has none",
+        ),
+        (
+            {"noise": Moved(), "degree": 1, "optimizer": optax.sgd(0.1)},
+            ValueError,
+            "degree=1 needs noise .* mean of Moved is an array: give a float",
         ),
         ({"sigma": lambda: 0.5}, TypeError, "(?s)0 positional.*called with the number of steps"),
         ({"checkpoint": "/no/such/folder/run"}, ValueError, "folder"),
@@ -1217,3 +1236,22 @@ def test_a_users_noise_is_followed_where_it_changes(optimizer, tmp_path):
     assert not np.array_equal(after.history.smoothed_value, first.history.smoothed_value)
     with pytest.raises(ValueError, match=r"another problem: .*noise"):
         found(law, checkpoint=kept)
+
+
+@pytest.mark.parametrize("optimizer", [None, optax.sgd(0.01)])
+def test_a_users_noise_under_transformations(optimizer):
+    """By its hash, noise whose numbers are traced could not be told from others."""
+    keys, widths = jax.random.split(jax.random.key(0)), jnp.array([0.5, 2.0])
+
+    def value(key, width):
+        options = {"optimizer": optimizer, "sigma": 0.3, "num_samples": 8, "max_evaluations": 120}
+        return px.minimize(
+            staircase, jnp.zeros(2), key, noise=Scaled(width), progress=False, **options
+        )
+
+    both = jax.vmap(value)(keys, widths).history.smoothed_value
+    for i in range(2):
+        one = value(keys[i], widths[i]).history.smoothed_value
+        np.testing.assert_allclose(both[i, : len(one)], one, rtol=1e-5)
+    with pytest.raises(NotImplementedError, match="no derivatives"):
+        jax.grad(lambda width: value(keys[0], width).value)(1.0)

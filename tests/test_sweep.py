@@ -221,7 +221,9 @@ def test_where_the_samples_left_tell_no_error_a_sigma_is_not_suggested():
     def fun(x):
         return jnp.where(x[0] > X[0] + 1.7, x[1], jnp.nan)
 
-    found = px.sweep_sigma(fun, KEY, X, [0.5, 0.6], missing="drop", num_samples=80, **OPTIONS)
+    options = {"missing": "drop", "num_samples": 80, **OPTIONS}
+    found = px.sweep_sigma(fun, KEY, X, [0.5, 0.6], **options)
+    assert found.suggested_range is None
     assert np.isfinite(found.values).all()
     np.testing.assert_array_equal(np.isnan(found.value_errors), [True, False])
     assert found.relative_errors[0] == np.inf

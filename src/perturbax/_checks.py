@@ -157,7 +157,7 @@ def check_noise(noise: object) -> None:
 
 
 def _check_methods(
-    value: object, name: str, needed: tuple[str, ...], protocol: str, none: str = ""
+    value: object, name: str, needed: tuple[str, ...], protocol: str, otherwise: str = ""
 ) -> None:
     """Raises TypeError unless `value` is an object with the needed methods."""
     if isinstance(value, type):
@@ -167,7 +167,7 @@ def _check_methods(
     missing = [method for method in needed if not callable(getattr(value, method, None))]
     if missing:
         raise TypeError(
-            f"{name} must {none}define {' and '.join(needed)} (see {protocol}); "
+            f"{name} must {otherwise}define {' and '.join(needed)} (see {protocol}); "
             f"{type(value).__name__} lacks {' and '.join(missing)}"
         )
 

@@ -16,7 +16,7 @@ _ELSEWHERE = "pass it to fun as a further argument, g(key, x, ...)"
 
 
 def leaf_name(path: Any, root: str = "x") -> str:
-    """How an error names a leaf of x."""
+    """How an error names a leaf of x, or of what has the name `root`."""
     return f"{root}{jax.tree_util.keystr(path)}"
 
 
@@ -39,7 +39,7 @@ def perturbed_leaves(
             if conversion := conversion_of(leaf, own):
                 remedy = f"{conversion}; or, if it is not to be perturbed, {remedy}"
             raise TypeError(
-                f"{name} must be a pytree of arrays, but leaf {own!r} is a {type(leaf).__name__}: "
+                f"{name} must be a pytree of arrays, but leaf {own!r} is {_of_its_class(leaf)}: "
                 f"{remedy}"
             )
         dtype = dtype_of(leaf)
@@ -108,7 +108,12 @@ def is_floating(value: object) -> bool:
 def kind_of(value: object) -> str:
     """What an error calls it."""
     dtype = getattr(value, "dtype", None)
-    return f"a {type(value).__name__}" if dtype is None else f"an array of {dtype}"
+    return _of_its_class(value) if dtype is None else f"an array of {dtype}"
+
+
+def _of_its_class(value: object) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def conversion_of(value: object, name: str) -> str:

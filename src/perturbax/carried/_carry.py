@@ -167,11 +167,11 @@ class Carried:
         moving = jnp.isfinite(_flat(held, dtype))
 
         def residual(away: Any, *args: Any, **kwargs: Any) -> Any:
-            steps, _, merge = _leaves.perturbed_leaves(away)
+            steps, _, put_back = _leaves.perturbed_leaves(away)
             y = [(v.astype(dtype) + s).astype(v.dtype) for v, s in zip(held, steps, strict=True)]
-            out = fun(merge(y), *args, **kwargs)
+            out = fun(put_back(y), *args, **kwargs)
             value, aux = out if settings.has_aux else (out, None)
-            # Not as y is rounded: it is the mean over what is not that is known.
+            # Where y is before it is rounded: of that q has a known mean.
             step = jnp.where(moving, _flat(steps, dtype), 0)
             point = _offset(held, state.origin) + step
             q = _regression.predict(chosen, point[None], law)[0, 0]

@@ -14,7 +14,7 @@ from .._types import Fun
 from ..sampling._independent import Antithetic, Independent
 from . import _variance_law
 from ._diagnosis import Alternative, Diagnosis
-from ._findings import notes_of, of_solver, problems_of
+from ._findings import findings_of_solver, notes_of, problems_of
 from ._layer_subject import subject_of
 from ._subject import LEAST_SAMPLES, Pilot, Subject, variance_of
 from ._variance_law import Runs
@@ -170,7 +170,7 @@ def _examine(subject: Subject, wanted: float) -> Diagnosis:
             if length > 0 and one.variance > 0
         ),
     )
-    problems, notes = of_solver(subject, *pilot.better)
+    problems, notes = findings_of_solver(subject, *pilot.better)
     problems += problems_of(subject, found, finite, significant, rare)
     found = dataclasses.replace(found, problems=tuple(problems))
     return dataclasses.replace(found, notes=(*notes, *notes_of(subject, found)))

@@ -105,7 +105,7 @@ def problems_of(
         )
 
 
-def of_solver(
+def findings_of_solver(
     subject: Subject, better_pairs: float, better_samples: float
 ) -> tuple[list[str], list[str]]:
     """Problems and notes about the solver of a layer."""

@@ -1,7 +1,4 @@
-"""A perturbed function at a point, run again and again with other samples than its own.
-
-And bounds that sweeps have as well.
-"""
+"""A perturbed function at a point, run again and again with other samples than its own."""
 
 import dataclasses
 import math
@@ -53,7 +50,8 @@ class Pilot(NamedTuple):
       equal: which of them are the value at x, but for rounding.
       runs: the gradient.
       degrees: the gradient by surrogates of other degrees, from the same evaluations.
-      better: of a layer whose objective is linear, what `share_better` tells of its solutions.
+      better: of a layer whose objective is linear, the shares of pairs of solutions, and of
+        samples, for which another solution is better.
     """
 
     value: Any
@@ -65,7 +63,7 @@ class Pilot(NamedTuple):
     better: tuple[float, float] = (0.0, 0.0)
 
 
-class Estimates(NamedTuple):
+class ManyEstimates(NamedTuple):
     """Results of `estimate` at some keys, a row each.
 
     Attributes:
@@ -327,7 +325,7 @@ class Subject:
         changes: dict[str, Any],
         keep: bool,
         degrees: tuple[int, ...] = (),
-    ) -> Estimates:
+    ) -> ManyEstimates:
         """`estimate` at new keys, of g and further degrees, in double precision."""
         self._key, key = jax.random.split(self._key)
         keys = jax.random.split(key, count)
@@ -361,7 +359,7 @@ class Subject:
             groups = [jnp.asarray(v.degrees_of_freedom + 1) for v in found]
             empty = [0 if v.empty_groups is None else v.empty_groups for v in found]
             missing = 0 if found[0].missing is None else found[0].missing
-            return Estimates(
+            return ManyEstimates(
                 value=found[0].value,
                 value_error=found[0].value_error,
                 gradients=[(joined(v.gradient), joined(v.gradient_error)) for v in found],

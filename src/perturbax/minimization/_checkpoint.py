@@ -21,7 +21,7 @@ from ._run import begin, empty_history, joined, own_settings, step
 from ._setup import ADAPTED, Setup
 from ._states import Operands, Run
 
-_FORMAT = "perturbax minimize 5"
+_FORMAT = "perturbax minimize 6"
 # Between two checkpoints.
 _SECONDS_A_CHECKPOINT = 3.0
 # Seconds before a file is replaced once more, where that was denied.
@@ -57,7 +57,7 @@ class Checkpoint:
             "fun or its data": (
                 operations(traced.jaxpr),
                 called_in(traced.jaxpr),
-                [host.identity() for host in traced.hosts],
+                [host.identity() for host in setup.hosts],
                 problem.operands,
             ),
             "bounds": (problem.scale, problem.widest),

@@ -48,7 +48,7 @@ class Descent(NamedTuple):
     signal: Array
 
 
-class Estimated(NamedTuple):
+class Gradient(NamedTuple):
     """The smoothed function at a point, as the samples of a step tell it.
 
     Attributes:
@@ -69,8 +69,7 @@ class Estimated(NamedTuple):
 def descent(setup: Setup, optimizer: TracedOptimizer) -> Method:
     """The method: estimate the gradient, hand it to the optimiser, look at the signal."""
     steps = OptimizerSteps(setup, optimizer)
-    choosing = SWEEP_EVALUATIONS if steps.adapts else 0
-    return Method(steps.num_samples + 2, steps.init, choosing, steps.step)
+    return Method(steps.num_samples + 2, steps.init, steps.init_evaluations, steps.step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +90,11 @@ class OptimizerSteps:
         return self.setup.sigma == ADAPTED
 
     @property
+    def init_evaluations(self) -> int:
+        """Those that choose the first sigma."""
+        return SWEEP_EVALUATIONS if self.adapts else 0
+
+    @property
     def grows(self) -> bool:
         """Whether steps may take more samples."""
         return self.setup.grows and self.setup.doublings < _MOST_DOUBLINGS
@@ -105,9 +109,7 @@ class OptimizerSteps:
     ) -> tuple[Descent, Start]:
         """As `Method` has it."""
         dtype = self.setup.objective.dtype
-        multiple, made = jnp.ones(()), 0
-        if self.adapts:
-            multiple, made = sweep(self.setup)(operands, keys[0], u), SWEEP_EVALUATIONS
+        multiple = sweep(self.setup)(operands, keys[0], u) if self.adapts else jnp.ones(())
         state = Descent(
             point=u,
             optimizer=self.optimizer.start(operands.optimizer, u),
@@ -116,7 +118,7 @@ class OptimizerSteps:
             noise=jnp.zeros((), dtype),
             signal=jnp.zeros((), dtype),
         )
-        return state, Start(u, value, jnp.asarray(made, jnp.int32))
+        return state, Start(u, value, jnp.asarray(self.init_evaluations, jnp.int32))
 
     def step(
         self, operands: Operands, state: Descent, keys: tuple[Array, Array], count: Array
@@ -170,7 +172,7 @@ class OptimizerSteps:
 
     def _estimated(
         self, operands: Operands, state: Descent, scale: Any, keys: tuple[Array, Array]
-    ) -> Estimated:
+    ) -> Gradient:
         """The smoothed value and its gradient where the descent is."""
         setup = self.setup
         draw_key, fun_key = keys
@@ -195,7 +197,7 @@ class OptimizerSteps:
         made = self.num_samples + plan.evaluates_at_x
         if self.looks:
             found = estimate(smooth, draw_key, state.point)
-            return Estimated(
+            return Gradient(
                 found.value, found.value_error, found.gradient, found.gradient_error, made
             )
         slope = jax.value_and_grad(smooth, argnums=1, has_aux=True)
@@ -203,10 +205,10 @@ class OptimizerSteps:
         # Not by jnp.std, which adds the values up once more.
         spread = jnp.sqrt(jnp.mean((values - mean) ** 2))
         error = spread / math.sqrt(max(1, self.num_samples - 1))
-        return Estimated(mean, error, gradient, None, made)
+        return Gradient(mean, error, gradient, None, made)
 
     def _looked(
-        self, state: Descent, found: Estimated, finite: Array, count: Array
+        self, state: Descent, found: Gradient, finite: Array, count: Array
     ) -> tuple[Descent, Array]:
         """The state after a look at the signal, and whether there is so little that it takes more.
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from .. import _checks, _leaves
+from ..estimator import _default_rule
 from ..noise._foreign import as_noise
 from ..noise._inverse import is_invertible
 from ..noise._protocol import NoiseDistribution
@@ -207,6 +208,8 @@ def minimize(
         traced, rates = None, ()
         if optimizer is not None:
             traced, rates = trace_optimizer(optimizer, problem.start)
+    if optimizer is not None:  # of the noise as it was given, which tells more than its trace
+        _default_rule.choose(1, objective.dim, law, sampler, degree)
     static_law, law_numbers = without_numbers(law, key, objective.dim, objective.dtype)
     setup = Setup(
         objective=objective,
@@ -404,13 +407,13 @@ def _check_fits(sigma: Any, problem: Problem, optimizer: Optimizer | None) -> No
             raise
     given = jax.tree.map(jnp.asarray, check_sigma(given))
     leaves, names, _ = _leaves.perturbed_leaves(problem.start, "x0")
-    scales = scale_leaves(given, problem.start, leaves, names)
+    scales = scale_leaves(given, problem.start, leaves, names, "x0")
     if optimizer is not None or len(scales) != len(leaves):
         return
     for scale, leaf, name in zip(scales, leaves, names, strict=True):
         if is_matrix(scale, leaf):
             raise ValueError(
-                f"sigma is a matrix for leaf {name!r} of x0, which only steps of an optimizer can "
+                f"sigma is a matrix for leaf {name!r}, which only steps of an optimizer can "
                 "have: give optimizer, or a scale for each coordinate; directions are learnt"
             )
 

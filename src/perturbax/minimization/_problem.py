@@ -209,10 +209,10 @@ def _check_call(fun: Callable[..., Any], takes_key: bool, args: tuple[Any, ...])
     remedy = "hand further arguments to it by args=(...)"
     if not takes_key and takes("key", "x"):
         remedy = f"if it is fun(key, x{more}), give takes_key=True; else {remedy}"
-    elif takes_key and takes("x"):
-        remedy = "takes_key=True is for functions whose first argument is a key: leave it out"
     elif any(takes(*names, count=count) for count in range(len(args))):
         remedy = "leave out of args what it does not take"
+    elif takes_key and takes("x"):
+        remedy = "takes_key=True is for functions whose first argument is a key: leave it out"
     raise TypeError(
         f"fun is called as fun({', '.join(names)}{more}), with {len(args)} args, but takes "
         f"{signature}: {remedy}"

@@ -110,4 +110,6 @@ class Setup(NamedTuple):
         parts = [self.objective.traced, *(self.optimizer or ())]
         if isinstance(self.sigma, TracedFunction):
             parts.append(self.sigma)
+        if isinstance(self.noise, TracedNoise):
+            parts.extend(traced for _, traced in self.noise.methods)
         return tuple(host for part in parts for host in part.hosts)

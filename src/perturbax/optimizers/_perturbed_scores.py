@@ -182,7 +182,7 @@ def scales_of(
     """
     if multiplicative:  # sigma is relative, so that no score is too large for it
         leaves = [jnp.zeros_like(v) for v in leaves]
-    scales = _scales.scale_leaves(sigma, theta, leaves, names)
+    scales = _scales.scale_leaves(sigma, theta, leaves, names, "theta")
     for scale, leaf, name in zip(scales, leaves, names, strict=False):
         if is_matrix(scale, leaf):
             raise ValueError(

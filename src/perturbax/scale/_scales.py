@@ -4,6 +4,7 @@ import functools
 import math
 import sys
 import warnings
+from functools import partial
 from typing import Any
 
 import jax
@@ -98,19 +99,25 @@ def _first(values: np.ndarray, wrong: np.ndarray, name: str) -> str:
     return f"{values[at]}" + (f" at {place}" if place != "sigma" else "")
 
 
-def scale_leaves(sigma: PyTree, x: PyTree, leaves: list[Array], names: list[str]) -> list[Array]:
-    """One scale for each floating leaf of x, or a single scalar for all of them."""
+def scale_leaves(
+    sigma: PyTree, x: PyTree, leaves: list[Array], names: list[str], root: str = "x"
+) -> list[Array]:
+    """One scale for each floating leaf of x, or a single scalar for all of them.
+
+    Errors call x by `root`, and its leaves by their names.
+    """
     alone = not isinstance(sigma, dict | list | tuple) and jax.tree_util.all_leaves([sigma])
     if alone:
         scales: list[Any] = [sigma]
         scales = scales * (len(leaves) if np.ndim(scales[0]) else 1)
     else:
         try:
-            jax.tree_util.tree_map_with_path(_check_none, sigma, x, is_leaf=lambda v: v is None)
+            check = partial(_check_none, root)
+            jax.tree_util.tree_map_with_path(check, sigma, x, is_leaf=lambda v: v is None)
             spread = jax.tree.broadcast(sigma, x)
         except ValueError as error:
             raise ValueError(
-                f"sigma has structure {jax.tree.structure(sigma)}, which is neither that of x, "
+                f"sigma has structure {jax.tree.structure(sigma)}, neither that of {root}, "
                 f"{jax.tree.structure(x)}, nor a prefix of it{array_hint(sigma, x)}"
             ) from error
         scales = [
@@ -123,7 +130,7 @@ def scale_leaves(sigma: PyTree, x: PyTree, leaves: list[Array], names: list[str]
             shape = np.shape(scale)
             # One array for several leaves holds scales of coordinates.
             if leaf.ndim and shape == leaf.shape * 2 and not (alone and len(leaves) > 1):
-                _check_matrix(scale, leaf, name, noise_dtype(leaves))
+                _check_matrix(scale, leaf, name, noise_dtype(leaves), root)
                 continue
             tail = leaf.shape[len(leaf.shape) - len(shape) :]
             fits = all(a in (1, b) for a, b in zip(shape, tail, strict=False))
@@ -138,20 +145,20 @@ def scale_leaves(sigma: PyTree, x: PyTree, leaves: list[Array], names: list[str]
         scales = [_with_rank(s, leaf.ndim) for s, leaf in zip(scales, leaves, strict=True)]
     for i, scale in enumerate(scales):
         if not (leaves and _matrices.is_matrix(scale, leaves[i])):
-            _check_range(scale, noise_dtype(leaves))
+            _check_range(scale, noise_dtype(leaves), root)
     _warn_if_lost(scales, leaves, names)
     return [on_device(s) for s in scales]
 
 
-def _check_none(path: Any, scale: Any, part: Any) -> None:
+def _check_none(root: str, path: Any, scale: Any, part: Any) -> None:
     if scale is None and jax.tree.leaves(part):
         raise TypeError(
             f"sigma{jax.tree_util.keystr(path)} must be a positive number, array or pytree of "
-            f"them, as {leaf_name(path)} is not None, got None"
+            f"them, as {leaf_name(path, root)} is not None, got None"
         )
 
 
-def _check_range(scale: Any, dtype: np.dtype) -> None:
+def _check_range(scale: Any, dtype: np.dtype, root: str) -> None:
     if _is_known(scale):
         scale = np.asarray(jax.device_get(scale), np.float64)
         range_ = np.finfo(dtype)
@@ -160,16 +167,16 @@ def _check_range(scale: Any, dtype: np.dtype) -> None:
             first = scale[wrong].ravel()[0]
             raise ValueError(
                 f"sigma must be within the range of {dtype} numbers, {range_.tiny:.2g} to "
-                f"{range_.max:.2g}, got {first:.2g}; rescale x, or make it float64"
+                f"{range_.max:.2g}, got {first:.2g}; rescale {root}, or make it float64"
             )
 
 
-def _check_matrix(scale: Any, leaf: Array, name: str, dtype: np.dtype) -> None:
+def _check_matrix(scale: Any, leaf: Array, name: str, dtype: np.dtype, root: str) -> None:
     if not _is_known(scale) or not leaf.size:
         return
     size = math.prod(leaf.shape)
     matrix = np.asarray(jax.device_get(scale), np.float64).reshape(size, size)
-    _check_range(np.maximum(abs(matrix), np.finfo(dtype).tiny), dtype)
+    _check_range(np.maximum(abs(matrix), np.finfo(dtype).tiny), dtype, root)
     lengths = _matrices.row_lengths(matrix)
     if (lengths < np.finfo(dtype).tiny).any():
         what = f"row {int(np.argmin(lengths))} is zero"
