@@ -297,8 +297,14 @@ def check_points_on_explicit_axes():
         carried = px.carry(smooth(where, stairs))
         jax.eval_shape(carried.value_and_grad, carried.init(placed), KEY, placed)
         jax.eval_shape(lambda x: px.minimize(stairs, x, KEY, max_evaluations=60), placed)
+    where = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(where):  # of a point that is on no mesh
+        carried = px.carry(smooth(None, stairs))
+        jax.eval_shape(carried.value_and_grad, carried.init(x), KEY, x)
+        on_mesh = found(x)
     actual = found(placed)
-    assert_trees_close(actual, lowest, rtol=1e-4, atol=1e-5)
+    for values in (actual, on_mesh):
+        assert_trees_close(values, lowest, rtol=1e-4, atol=1e-5)
     assert jax.typeof(actual[0]) == jax.typeof(placed)
 
 

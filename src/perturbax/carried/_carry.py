@@ -21,7 +21,7 @@ from .. import _checks, _leaves
 from .._perturb import PerturbedFun, check_perturbed_fun
 from ..scale import _scales
 from ..tracing._derivative_rules import departure
-from ..tracing._mesh_axes import with_explicit_axes, without_explicit_axes
+from ..tracing._mesh_axes import in_types_of_constants, with_explicit_axes
 from . import _regression
 from ._features import Law, law_of
 from ._regression import Fit
@@ -159,7 +159,7 @@ class Carried:
                 f"state is one for other noise than {settings.noise!r}: call init(x) with this "
                 "noise"
             )
-        state = lax.stop_gradient(without_explicit_axes(state))
+        state = lax.stop_gradient(in_types_of_constants(state))
         centre = lax.stop_gradient(_offset(leaves, state.origin) + sigma * law.mean)
         chosen = _chosen(state, centre, lax.stop_gradient(sigma))
 
@@ -193,7 +193,7 @@ class Carried:
 
         (value, seen), parts = jax.value_and_grad(estimate, has_aux=True)(leaves)
         values, points, aux = seen
-        values = without_explicit_axes(jnp.asarray(values).astype(dtype))
+        values = in_types_of_constants(jnp.asarray(values).astype(dtype))
         after = _learn(state, points, values, centre, lax.stop_gradient(sigma), law)
         rest = iter(parts)
         gradient = jax.tree.map(
@@ -350,7 +350,7 @@ def _learn(
 
 def _flat(leaves: list[Array], dtype: Any) -> Array:
     # The regression mixes coordinates, however x is split over devices.
-    arrays = without_explicit_axes([jnp.asarray(v) for v in leaves])
+    arrays = in_types_of_constants([jnp.asarray(v) for v in leaves])
     flat = [v.astype(dtype).reshape(-1) for v in arrays]
     return jnp.concatenate(flat) if flat else jnp.zeros((0,), dtype)
 

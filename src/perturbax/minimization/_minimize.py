@@ -26,7 +26,7 @@ from ..scale._matrices import is_matrix
 from ..scale._scales import check_sigma, scale_leaves
 from ..tracing._derivative_rules import without_derivatives
 from ..tracing._host_exceptions import called
-from ..tracing._mesh_axes import without_explicit_axes
+from ..tracing._mesh_axes import in_types_of_constants
 from ..tracing._signature import trace
 from ._checkpoint import Checkpoint
 from ._problem import Objective, Problem, make_problem
@@ -232,7 +232,7 @@ def minimize(
         optimizer=rates,
         noise=law_numbers,
     )
-    key, operands = without_explicit_axes((key, operands))
+    key, operands = in_types_of_constants((key, operands))
     method = method_of(setup)
     kept = int(_final_evaluations(setup, max_evaluations)[int(objective.uses_key)])
     least = 2 + method.init_evaluations + method.most_evaluations + kept

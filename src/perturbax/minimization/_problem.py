@@ -14,8 +14,8 @@ from jax import Array, lax
 from .. import _checks, _leaves
 from ..tracing._mesh_axes import (
     has_explicit_axes,
+    in_types_of_constants,
     with_explicit_axes,
-    without_explicit_axes,
 )
 from ..tracing._signature import TracedFunction
 from ..tracing._user_code import trace_fun
@@ -174,7 +174,7 @@ def make_problem(
     if any(map(has_explicit_axes, jax.tree.leaves((key, leaves, operands)))):
         # A step mixes coordinates, however x0 is split over devices; fun was told.
         traced = traced.without_told_meshes()
-        free, operands = without_explicit_axes((leaves, operands))
+        free, operands = in_types_of_constants((leaves, operands))
     objective = Objective(
         traced=traced,
         tree=jax.tree.structure(x0),

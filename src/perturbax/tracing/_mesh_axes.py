@@ -100,27 +100,15 @@ def in_told_types(mesh: Mesh | None, values: Any) -> Any:
     return jax.tree.map(lambda v: _placed.bind(v, mesh=mesh, type_sharding=like), values)
 
 
-def without_explicit_axes(values: Any) -> Any:
-    """A pytree with the same arrays in the same places, of which explicit types tell nothing.
-
-    Where types tell how arrays are split, operations that mix coordinates need to be told as well.
-    Without, XLA chooses.
-    """
-    return _all_told(values, None)
-
-
 def in_types_of_constants(values: Any) -> Any:
     """A pytree with the same arrays, in explicit types that tell as little as those of constants.
 
     That is, on the mesh that was set here, if any, and not split over it, but under vmap along one
-    of its axes: JAX asks for that axis.
+    of its axes: JAX asks for that axis. Where types tell how arrays are split, operations that mix
+    coordinates need to be told as well; without, XLA chooses.
     """
     told: Any = jax.sharding.get_abstract_mesh()
-    return _all_told(values, NamedSharding(told, PartitionSpec()) if _is_explicit(told) else None)
-
-
-def _all_told(values: Any, like: NamedSharding | None) -> Any:
-    """A pytree with the same arrays, of types that tell `like` where these were explicit."""
+    like = NamedSharding(told, PartitionSpec()) if _is_explicit(told) else None
 
     def one(value: Any) -> Any:
         told = isinstance(value, Array) and has_explicit_axes(value)
