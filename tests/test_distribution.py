@@ -268,7 +268,7 @@ def test_solves_transforms_and_costs_with_parameters():
 @pytest.mark.parametrize("dtype", [int, bool, jnp.int8, jnp.bfloat16])
 def test_an_expectation_has_the_dtype_of_the_weights(dtype):
     """With integer costs it was float64, and without 64 bits a warning."""
-    cost = np.array([0, 1, 1], dtype)
+    cost, found = np.array([0, 1, 1], dtype), default()
 
     @jax.jit
     def means(found, cost):
@@ -277,8 +277,8 @@ def test_an_expectation_has_the_dtype_of_the_weights(dtype):
     with enable_x64(True):
         # In 64 bits, int is int64.
         wide, _ = jax.eval_shape(means, make()(KEY, X), cost)
-        of_complex = jax.eval_shape(lambda: default().expectation(lambda y: 1j * y[0]))
-    mean, solution = means(default(), jnp.asarray(cost))
+        of_complex = jax.eval_shape(lambda: found.expectation(lambda y: 1j * y[0]))
+    mean, solution = means(found, jnp.asarray(cost))
     assert wide.dtype == mean.dtype == jnp.float32
     np.testing.assert_allclose(mean, np.asarray(solution)[1:].sum(), rtol=1e-6)
     assert of_complex.dtype == jnp.complex64
