@@ -769,6 +769,14 @@ class Moved:
     sample, log_prob = px.Normal().sample, px.Normal().log_prob
 
 
+class Several(px.Independent):
+    """A sampler that knows no group of one sample, which nobody asked for."""
+
+    def group_size(self, num_samples, dim):
+        assert num_samples > 1
+        return super().group_size(num_samples, dim)
+
+
 class Frame:
     """A table of another library, which has no dtype."""
 
@@ -810,6 +818,11 @@ class Frame:
         ({"degree": 1}, ValueError, "degree"),
         ({"tol": -1.0}, ValueError, "tol"),
         ({"max_evaluations": 20}, ValueError, "max_evaluations must be at least"),
+        (
+            {"max_evaluations": 20, "sampler": Several(), "optimizer": optax.sgd(0.1)},
+            ValueError,
+            "max_evaluations must be at least",
+        ),
         ({"max_evaluations": 1e4}, TypeError, r"must be an int, got float .*int\(10000.0\)"),
         ({"fun": lambda x: x}, ValueError, r"one real number, got float32\[2\]: return what"),
         ({"fun": lambda x: "f"}, TypeError, "one real number, got a str: return what"),

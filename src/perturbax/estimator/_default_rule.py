@@ -173,7 +173,7 @@ def choose(
         degree = 0  # a polynomial of no coordinates is a constant
     if sampler is not None:
         _checks.check_group_size(sampler, num_samples, dim)
-    _check_needs(sampler, degree, dim, noise)
+    check_needs(sampler, degree, dim, noise)
     why_sampler, leave_alone = "", sampler is None and not is_invertible(noise)
     if sampler is None:
         sampler, why_sampler = _sampler(num_samples, dim, noise, num_nets)
@@ -198,7 +198,7 @@ def choose(
     return Choice(sampler, polynomial, -(-num_samples // size), size, reason)
 
 
-def _check_needs(
+def check_needs(
     sampler: Sampler | None, degree: int | None, dim: int, noise: NoiseDistribution
 ) -> None:
     """Raises where what was asked for needs more than there is."""

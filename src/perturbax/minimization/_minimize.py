@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from .. import _checks, _leaves
-from ..estimator import _default_rule
+from ..estimator._default_rule import check_needs
 from ..noise._foreign import as_noise
 from ..noise._inverse import is_invertible
 from ..noise._protocol import NoiseDistribution
@@ -209,7 +209,7 @@ def minimize(
         if optimizer is not None:
             traced, rates = trace_optimizer(optimizer, problem.start)
     if optimizer is not None:  # of the noise as it was given, which tells more than its trace
-        _default_rule.choose(1, objective.dim, law, sampler, degree)
+        check_needs(sampler, degree, objective.dim, law)
     static_law, law_numbers = without_numbers(law, key, objective.dim, objective.dtype)
     setup = Setup(
         objective=objective,
