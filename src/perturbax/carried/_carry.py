@@ -160,10 +160,11 @@ class Carried:
                 "noise"
             )
         state = lax.stop_gradient(in_types_of_constants(state))
-        centre = lax.stop_gradient(_offset(leaves, state.origin) + sigma * law.mean)
-        chosen = _chosen(state, centre, lax.stop_gradient(sigma))
-
-        held = lax.stop_gradient(leaves)
+        held, scale = lax.stop_gradient((leaves, sigma))
+        place = _offset(held, state.origin)
+        centre = place + scale * law.mean
+        chosen = _chosen(state, centre, scale)
+        # A coordinate at an infinity stays there, whatever is added to it.
         moving = jnp.isfinite(_flat(held, dtype))
 
         def residual(away: Any, *args: Any, **kwargs: Any) -> Any:
@@ -172,8 +173,7 @@ class Carried:
             out = fun(put_back(y), *args, **kwargs)
             value, aux = out if settings.has_aux else (out, None)
             # Where y is before it is rounded: of that q has a known mean.
-            step = jnp.where(moving, _flat(steps, dtype), 0)
-            point = _offset(held, state.origin) + step
+            point = place + jnp.where(moving, _flat(steps, dtype), 0)
             q = _regression.predict(chosen, point[None], law)[0, 0]
             remedy = "carry the perturbed function of a loss instead"
             number = _checks.one_number(value, "fun", remedy)
@@ -186,15 +186,14 @@ class Carried:
         def estimate(values: list[Array]) -> tuple[Array, Any]:
             away = [departure(v.astype(dtype)) for v in values]
             rest, seen = smoothed(key, merge(away), *args, **kwargs)
-            # A coordinate at an infinity stays there, whatever is added to it.
-            scale = jnp.where(moving, sigma, 0)
-            q = _regression.expect(chosen, _offset(values, state.origin), scale, law)[0]
+            spread = jnp.where(moving, sigma, 0)
+            q = _regression.expect(chosen, _offset(values, state.origin), spread, law)[0]
             return rest + with_explicit_axes(q.astype(rest.dtype), rest), seen
 
         (value, seen), parts = jax.value_and_grad(estimate, has_aux=True)(leaves)
         values, points, aux = seen
         values = in_types_of_constants(jnp.asarray(values).astype(dtype))
-        after = _learn(state, points, values, centre, lax.stop_gradient(sigma), law)
+        after = _learn(state, points, values, centre, scale, law)
         rest = iter(parts)
         gradient = jax.tree.map(
             lambda v: (

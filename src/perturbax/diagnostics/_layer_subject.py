@@ -81,19 +81,12 @@ class LayerSubject(Subject):
             args = tuple(rest)
         # What the solver gets beside scores.
         self._rest = args, kwargs
-        self._scores, self._drawn_at, sigma = self._perturbation()
-        self._drawn_with = dataclasses.replace(settings, sigma=sigma)
+        self._scores, self._sampled_at, sigma = self._perturbation()
+        self._sampled_settings = dataclasses.replace(settings, sigma=sigma)
 
     def _sampled(self, point: Any) -> Any:
         args, kwargs = self._rest
         return self._fun(self._scores(point), *args, **kwargs)
-
-    def _sampled_at(self, leaves: list[Array]) -> Any:
-        return self._drawn_at(leaves)
-
-    @property
-    def _sampled_settings(self) -> Settings:
-        return self._drawn_with
 
     def _seen(self, point: Any) -> list[Array]:
         """The scores that the solver saw, if its objective is linear in them."""
@@ -181,14 +174,9 @@ class LayerSubject(Subject):
         self, num_samples: int, count: int, changes: dict[str, Any]
     ) -> tuple[Runs, Any]:
         """Gradients of a layer by its own derivative rules, and its values at all runs."""
-        law = self.law(num_samples, **changes)
-        self._key, key = jax.random.split(self._key)
-        keys = jax.random.split(key, count)
-        name = num_samples, count, repr(changes)
-        if name not in self._programs:
-            self._programs[name] = self._compiled_layer(keys, num_samples, changes)
-        program, sigma = self._programs[name], self.settings.sigma
-        values, gradients = self._timed(program, (keys, self.leaves, sigma), num_samples)
+        law, name = self.law(num_samples, **changes), (num_samples, count, repr(changes))
+        compiled = functools.partial(self._compiled_layer, num_samples=num_samples, changes=changes)
+        values, gradients = self._run(name, compiled, num_samples, count, self.settings.sigma)
         return _variance_law.pooled(num_samples, gradients, None, 0, law), values
 
     def _compiled_layer(self, keys: Array, num_samples: int, changes: dict[str, Any]) -> Any:

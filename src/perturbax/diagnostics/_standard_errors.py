@@ -121,8 +121,7 @@ class Estimate:
         freedom, missing = f"{self.degrees_of_freedom}", ""
         if self.empty_groups is not None:
             # One number for each estimate of a batch.
-            left = np.maximum(self.degrees_of_freedom - np.asarray(self.empty_groups), 0)
-            left = sorted(map(str, np.ravel(left)), key=int)
+            left = sorted(map(str, np.ravel(freedom_left(self))), key=int)
             freedom = " to ".join(dict.fromkeys(left[:1] + left[-1:]))
             missing = f", {np.sum(np.asarray(self.missing))} samples left out"
         return "\n".join([*_first_rows(rows), f"{freedom} degrees of freedom{missing}"])
@@ -160,7 +159,7 @@ class Estimate:
         degrees = np.where(degrees > 0, degrees, np.nan)
         width = jnp.asarray(scipy.stats.t.ppf((1 + level) / 2, degrees))
         if self.empty_groups is not None:  # one number for each estimate of a batch
-            width = width[jnp.maximum(self.degrees_of_freedom - self.empty_groups, 0)]
+            width = width[freedom_left(self)]
 
         def half_of(error: Array) -> Array:
             return error * width.astype(error.dtype).reshape(
@@ -175,6 +174,12 @@ class Estimate:
             value=ends(self.value, self.value_error),
             gradient=ends(self.gradient, self.gradient_error),
         )
+
+
+def freedom_left(found: Estimate) -> Array:
+    """Degrees of freedom of the standard errors, without those of groups of which none is left."""
+    empty = 0 if found.empty_groups is None else found.empty_groups
+    return jnp.maximum(found.degrees_of_freedom - empty, 0)
 
 
 def _without_derivatives(name: str, values: Any) -> Any:

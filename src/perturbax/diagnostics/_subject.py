@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from ..scale import _scales
 from ..tracing._compiled import compiled_map
 from ..tracing._host_exceptions import own_exceptions
 from . import _variance_law
-from ._standard_errors import estimates_by_degree
+from ._standard_errors import estimates_by_degree, freedom_left
 from ._variance_law import Law, Runs
 from ._words import wide
 
@@ -129,6 +130,8 @@ class Subject:
         self._key = _checks.check_key(key, x, "diagnose(g, key, x)")
         self._fun, self._x, self._args, self._kwargs = fun, x, args, kwargs
         self.leaves, self.names, self._merge = _leaves.perturbed_leaves(x)
+        # Where noise is added to, made of these leaves, and how.
+        self._sampled_at, self._sampled_settings = self._merge, settings
         self.fixed = [
             (_leaves.leaf_name(path), jnp.result_type(leaf))
             for path, leaf in jax.tree_util.tree_leaves_with_path(x)
@@ -146,18 +149,10 @@ class Subject:
         self._choices: dict[Any, Choice] = {}
         self._programs: dict[Any, Any] = {}
 
-    # What the samples are values of, where noise is added to, and how.
-
     def _sampled(self, point: Any) -> Any:
+        """What the samples are values of."""
         value = self._fun(point, *self._args, **self._kwargs)
         return value[0] if self.settings.has_aux else value
-
-    def _sampled_at(self, leaves: list[Array]) -> Any:
-        return self._merge(leaves)
-
-    @property
-    def _sampled_settings(self) -> Settings:
-        return self.settings
 
     def _seen(self, point: Any) -> list[Array]:
         """What the pilot keeps of a sample beside its value."""
@@ -306,15 +301,31 @@ class Subject:
         """`runs` that take this number of samples together, and keep values."""
         return self.runs(*self._cut(num_samples), keep=True, **changes)
 
-    def _timed(self, program: Any, args: tuple[Array, Any, Any], num_samples: int) -> Any:
-        """The results of a program, in double precision; evaluations and seconds are noted."""
-        start, keys = time.perf_counter(), args[0]
-        found = jax.block_until_ready(own_exceptions(program)(*args))
+    def _run(
+        self,
+        name: tuple[object, ...],
+        compiled: Callable[[Array], Any],
+        num_samples: int,
+        count: int,
+        sigma: Any,
+    ) -> Any:
+        """Results at new keys, in double precision; evaluations and seconds are noted.
+
+        Of a program of keys, leaves and sigma, which is compiled, for such keys, if none of the
+        name was before.
+        """
+        self._key, key = jax.random.split(self._key)
+        keys = jax.random.split(key, count)
+        if name not in self._programs:
+            self._programs[name] = compiled(keys)
+        start = time.perf_counter()
+        program = own_exceptions(self._programs[name])
+        found = jax.block_until_ready(program(keys, self.leaves, sigma))
         seconds = time.perf_counter() - start
         # Few samples of degree 0 take the value at x as well.
-        self.num_evaluations += (num_samples + 1) * len(keys)
-        if num_samples * len(keys) >= self._largest:
-            self._largest = num_samples * len(keys)
+        self.num_evaluations += (num_samples + 1) * count
+        if num_samples * count >= self._largest:
+            self._largest = num_samples * count
             self.seconds = seconds / self._largest
         return jax.tree.map(wide, found)
 
@@ -327,13 +338,11 @@ class Subject:
         degrees: tuple[int, ...] = (),
     ) -> ManyEstimates:
         """`estimate` at new keys, of g and further degrees, in double precision."""
-        self._key, key = jax.random.split(self._key)
-        keys = jax.random.split(key, count)
         name = num_samples, count, repr(changes), keep
-        if name not in self._programs:
-            self._programs[name] = self._compiled(keys, num_samples, changes, keep, degrees)
-        args = keys, self.leaves, self._sampled_settings.sigma
-        return self._timed(self._programs[name], args, num_samples)
+        compiled = partial(
+            self._compiled, num_samples=num_samples, changes=changes, keep=keep, degrees=degrees
+        )
+        return self._run(name, compiled, num_samples, count, self._sampled_settings.sigma)
 
     def _compiled(
         self,
@@ -356,16 +365,14 @@ class Subject:
         def one(key: Array, leaves: list[Array], sigma: Any) -> Any:
             g = PerturbedFun(fun, dataclasses.replace(settings, sigma=sigma))
             found = estimates_by_degree(g, degrees, key, self._sampled_at(leaves), (), {})
-            groups = [jnp.asarray(v.degrees_of_freedom + 1) for v in found]
-            empty = [0 if v.empty_groups is None else v.empty_groups for v in found]
             missing = 0 if found[0].missing is None else found[0].missing
             return ManyEstimates(
                 value=found[0].value,
                 value_error=found[0].value_error,
                 gradients=[(joined(v.gradient), joined(v.gradient_error)) for v in found],
                 kept=found[0].aux,
-                groups=groups,
-                freedoms=[jnp.maximum(n - e - 1, 0) for n, e in zip(groups, empty, strict=True)],
+                groups=[jnp.asarray(v.degrees_of_freedom + 1) for v in found],
+                freedoms=list(map(freedom_left, found)),
                 present=jnp.asarray(num_samples - missing),
             )
 

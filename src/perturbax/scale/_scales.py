@@ -4,7 +4,6 @@ import functools
 import math
 import sys
 import warnings
-from functools import partial
 from typing import Any
 
 import jax
@@ -112,7 +111,7 @@ def scale_leaves(
         scales = scales * (len(leaves) if np.ndim(scales[0]) else 1)
     else:
         try:
-            check = partial(_check_none, root)
+            check = functools.partial(_check_none, root)
             jax.tree_util.tree_map_with_path(check, sigma, x, is_leaf=lambda v: v is None)
             spread = jax.tree.broadcast(sigma, x)
         except ValueError as error:
